@@ -1,0 +1,118 @@
+"""The bytes of the KV cache: the one arithmetic that plans, allocates and reports.
+
+Store-bytes (`kv_bytes`, what a layer holds) and read-bytes (`kv_read_bytes`, what one decode step moves) are two
+functions, because a window makes them differ.
+
+A K=V layer (Gemma 4 12B, 26B-A4B, 31B: every global layer) stores one tensor for both. With n = the un-weighted norm of
+the one projection, V = n and K = RoPE(w * n): so V holds all of K but the rotation. We store V and, beside it, the
+rotated dims of K (Gemma 4: 512 + 128 values instead of 1,024), and fold w into the query. Exact in real arithmetic.
+Source: transformers 5.23 models/gemma4/modeling_gemma4.py `Gemma4TextAttention.forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+
+from headwise.errors import UsageError
+from headwise.spec.layers import LayerSpec
+
+PAGE_TOKENS = 64  # token slots per page of a global layer
+DRAFT_TOKENS = 8  # most draft tokens that one verify step may append
+
+
+@dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How cached values are stored: blocks of `block` values in `block_bytes` bytes along a head."""
+
+    name: str
+    block: int
+    block_bytes: int
+
+    def row_bytes(self, n_values: int) -> int:
+        """Bytes of `n_values` consecutive values of one head; raises ValueError if blocks do not divide them."""
+        if n_values % self.block:
+            raise ValueError(f"{self.name}: {n_values} values are not whole blocks of {self.block}")
+        return n_values // self.block * self.block_bytes
+
+    @property
+    def bytes_per_value(self) -> Fraction:
+        return Fraction(self.block_bytes, self.block)
+
+    @property
+    def quantised(self) -> bool:
+        return self.block > 1
+
+
+KV_FORMATS: Mapping[str, KVFormat] = {
+    f.name: f
+    for f in (
+        KVFormat("f32", 1, 4),
+        KVFormat("f16", 1, 2),
+        KVFormat("bf16", 1, 2),
+        KVFormat("fp8", 1, 1),  # e4m3, saturating at 448, no scale
+        KVFormat("q8_0", 32, 34),  # 32 int8 and one f16 scale (ggml-common.h block_q8_0)
+        KVFormat("q4_0", 32, 18),  # 32 nibbles and one f16 scale (ggml-common.h block_q4_0)
+    )
+}
+
+
+def kv_format(name: str) -> KVFormat:
+    if name.lower() not in KV_FORMATS:
+        raise UsageError(f"unknown KV type {name!r}", why="it is none of ours", do=f"one of: {', '.join(KV_FORMATS)}")
+    return KV_FORMATS[name.lower()]
+
+
+def k_values(layer: LayerSpec) -> int:
+    """Values per token and KV head in the first tensor: K, or V with the rotated part of K for a K=V layer."""
+    if not layer.k_eq_v:
+        return layer.head_dim
+    return layer.head_dim + (layer.rope.rotated_dims if layer.rope else 0)
+
+
+def v_values(layer: LayerSpec) -> int:
+    """Values per token and KV head in the second tensor; 0 where one tensor serves as both."""
+    return 0 if layer.k_eq_v else layer.head_dim
+
+
+def check_format(layer: LayerSpec, fmt: KVFormat) -> None:
+    """Raises UsageError when blocks of `fmt` do not divide what a head stores."""
+    for n in (k_values(layer), v_values(layer)):
+        if n % fmt.block:
+            raise UsageError(
+                f"KV type {fmt.name} does not fit layer {layer.index}",
+                why=f"its blocks of {fmt.block} values do not divide the {n} values a head stores",
+                do="--kv f16 fits every head size",
+            )
+
+
+def kv_slots(layer: LayerSpec, *, n_tokens: int, chunk: int) -> int:
+    """Token slots `layer` holds for one sequence of up to `n_tokens`.
+
+    A windowed layer holds a ring: its window, one prefill chunk and room for draft tokens, never more than the
+    sequence. A global layer holds whole pages. A layer with `kv_source` holds nothing.
+    """
+    if n_tokens < 0 or chunk <= 0:
+        raise ValueError(f"kv_slots: n_tokens {n_tokens} (>= 0), chunk {chunk} (> 0)")
+    if layer.kv_source is not None:
+        return 0
+    pages = -(-n_tokens // PAGE_TOKENS) * PAGE_TOKENS
+    return pages if layer.window is None else min(layer.window + chunk + DRAFT_TOKENS, pages)
+
+
+def kv_bytes(layer: LayerSpec, *, n_tokens: int, chunk: int, fmt: KVFormat) -> int:
+    """Bytes `layer` holds for one sequence; what `cache.storage` allocates, to the byte.
+
+    Args:
+        n_tokens: prompt + generated, >= 0.
+        chunk: most tokens that one prefill step appends, > 0.
+    """
+    per_token = layer.n_kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))
+    return kv_slots(layer, n_tokens=n_tokens, chunk=chunk) * per_token
+
+
+def kv_read_bytes(layer: LayerSpec, *, position: int, fmt: KVFormat) -> int:
+    """Bytes of cache one decode step reads in `layer` at `position` (keys 0..position); a sharing layer reads too."""
+    keys = position + 1 if layer.window is None else min(position + 1, layer.window)
+    return keys * layer.n_kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))
