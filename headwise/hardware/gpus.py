@@ -208,9 +208,17 @@ def _apple(
 
 
 def _intel(
-    name: str, label: str, arch: str, memory: int, bandwidth_gb_s: float, f32: float, int8: float | None, source: str
+    name: str,
+    label: str,
+    arch: str,
+    memory: int,
+    bandwidth_gb_s: float,
+    f32: float,
+    int8: float,
+    source: str,
+    note: str = "",
 ) -> Gpu:
-    half = None if int8 is None else int8 / 2  # XMX runs 16-bit types at half the int8 rate
+    half = int8 / 2  # XMX runs 16-bit types at half the int8 rate
     return Gpu(
         name=name,
         label="Intel " + label,
@@ -224,6 +232,7 @@ def _intel(
         tflops=Rates(f32, half, half, None, int8),
         smem_bytes=None,
         source=_page(source),
+        note=note,
     )
 
 
@@ -289,7 +298,7 @@ GPUS: tuple[Gpu, ...] = (
     _nvidia("gtx1080", "GeForce GTX 1080", _GP10X, 8 * GIB, 320, 8.87, "geforce-gtx-1080.c2839"),
     _nvidia("gtx1080ti", "GeForce GTX 1080 Ti", _GP10X, 11 * GIB, 484, 11.34, "geforce-gtx-1080-ti.c2877"),
     _nvidia("titan-xp", "TITAN Xp", _GP10X, 12 * GIB, 547.6, 12.15, "titan-xp.c2948"),
-    _nvidia("p4", "Tesla P4", _GP10X, 8 * GIB, 192, 5.5, "tesla-p4.c2879"),
+    _nvidia("p4", "Tesla P4", _GP10X, 8 * GIB, 192, 5.7, "tesla-p4.c2879"),
     _nvidia("p40", "Tesla P40", _GP10X, 24 * GIB, 346, 11.76, "tesla-p40.c2878"),
     _nvidia("p100-pcie-12gb", "Tesla P100-PCIE-12GB", _GP100, 12 * GIB, 549, 9.53, "tesla-p100-pcie-12-gb.c2915"),
     _nvidia("p100-pcie-16gb", "Tesla P100-PCIE-16GB", _GP100, 16 * GIB, 732, 9.53, "tesla-p100-pcie-16-gb.c2888",
@@ -484,7 +493,8 @@ GPUS: tuple[Gpu, ...] = (
     _amd("radeon-vii", "Radeon VII", _VEGA20, 16 * GIB, 1024, 13.44, "radeon-vii.c3358"),
     _amd("radeon-pro-vii", "Radeon Pro VII", _VEGA20, 16 * GIB, 1024, 13.06, "radeon-pro-vii.c3575"),
     _amd("rx5500xt-4gb", "Radeon RX 5500 XT 4GB", _NAVI14, 4 * GIB, 224, 5.2, "radeon-rx-5500-xt.c3468"),
-    _amd("rx5500xt-8gb", "Radeon RX 5500 XT 8GB", _NAVI14, 8 * GIB, 224, 5.2, "radeon-rx-5500-xt.c3468"),
+    _amd("rx5500xt-8gb", "Radeon RX 5500 XT 8GB", _NAVI14, 8 * GIB, 224, 5.2, "radeon-rx-5500-xt.c3468",
+         note="the page describes the 4 GB card; only the memory differs"),
     _amd("rx5600xt", "Radeon RX 5600 XT", _NAVI10, 6 * GIB, 288, 7.19, "radeon-rx-5600-xt.c3474"),
     _amd("rx5700", "Radeon RX 5700", _NAVI10, 8 * GIB, 448, 7.95, "radeon-rx-5700.c3437"),
     _amd("rx5700xt", "Radeon RX 5700 XT", _NAVI10, 8 * GIB, 448, 9.75, "radeon-rx-5700-xt.c3339"),
@@ -517,7 +527,8 @@ GPUS: tuple[Gpu, ...] = (
     _amd("w7900", "Radeon PRO W7900", _rdna3("gfx1100"), 48 * GIB, 864, 61.32, "radeon-pro-w7900.c4147"),
     _amd("8060s", "Radeon 8060S Graphics", _rdna3("gfx1151", "rdna3.5"), 128 * GIB, 256, 29.7,
          "radeon-8060s.c4270", also=("strix halo", "ryzen ai max 395", "ryzen ai max+ 395"), unified=True,
-         note="Strix Halo; the largest memory sold, of which the GPU's share is set in firmware or by the kernel"),
+         note="Strix Halo; f32 with dual issue, which the page leaves out; the largest memory sold, of which the GPU's"
+              " share is set in firmware or by the kernel"),
     _amd("rx9060xt-8gb", "Radeon RX 9060 XT 8GB", _rdna4("gfx1200"), 8 * GIB, 320, 25.64,
          "radeon-rx-9060-xt-8-gb.c4251"),
     _amd("rx9060xt-16gb", "Radeon RX 9060 XT 16GB", _rdna4("gfx1200"), 16 * GIB, 320, 25.64,
@@ -529,7 +540,8 @@ GPUS: tuple[Gpu, ...] = (
     # AMD Instinct
     _amd("mi50-16gb", "Instinct MI50", _VEGA20, 16 * GIB, 1024, 13.41, "radeon-instinct-mi50.c3335",
          note="`mi50` alone means this, the common one"),
-    _amd("mi50-32gb", "Instinct MI50 32GB", _VEGA20, 32 * GIB, 1024, 13.41, "radeon-instinct-mi50.c3335"),
+    _amd("mi50-32gb", "Instinct MI50 32GB", _VEGA20, 32 * GIB, 1024, 13.41, "radeon-instinct-mi50.c3335",
+         note="the page describes the 16 GB card; only the memory differs"),
     _amd("mi60", "Instinct MI60", _VEGA20, 32 * GIB, 1024, 14.75, "radeon-instinct-mi60.c3233"),
     _amd("mi100", "Instinct MI100", _CDNA1, 32 * GIB, 1229, Rates(23.1, 184.6, 92.3, None, 184.6),
          "radeon-instinct-mi100.c3496"),
@@ -581,8 +593,10 @@ GPUS: tuple[Gpu, ...] = (
     _intel("arc-a380", "Arc A380", "xe-hpg", 6 * GIB, 186, 4.2, 66, "arc-a380.c3913"),
     _intel("arc-a580", "Arc A580", "xe-hpg", 8 * GIB, 512, 12.29, 197, "arc-a580.c3928"),
     _intel("arc-a750", "Arc A750", "xe-hpg", 8 * GIB, 512, 17.2, 229, "arc-a750.c3929"),
-    _intel("arc-a770-8gb", "Arc A770 8GB", "xe-hpg", 8 * GIB, 512, 19.66, 262, "arc-a770.c3914"),
-    _intel("arc-a770-16gb", "Arc A770 16GB", "xe-hpg", 16 * GIB, 560, 19.66, 262, "arc-a770.c3914"),
+    _intel("arc-a770-8gb", "Arc A770 8GB", "xe-hpg", 8 * GIB, 512, 19.66, 262, "arc-a770.c3914",
+           note="the page describes the 16 GB card"),
+    _intel("arc-a770-16gb", "Arc A770 16GB", "xe-hpg", 16 * GIB, 560, 19.66, 262, "arc-a770.c3914",
+           note="bandwidth as Intel prints it (17.5 Gbit/s); the page has the 8 GB card's 512"),
     _intel("arc-b570", "Arc B570", "xe2-hpg", 10 * GIB, 380, 11.52, 203, "arc-b570.c4245"),
     _intel("arc-b580", "Arc B580", "xe2-hpg", 12 * GIB, 456, 13.67, 233, "arc-b580.c4244"),
     _intel("arc-pro-b50", "Arc Pro B50", "xe2-hpg", 16 * GIB, 224, 10.65, 170, "arc-pro-b50.c4345"),
@@ -595,10 +609,8 @@ GPUS: tuple[Gpu, ...] = (
 
 # --- look-up ---
 
-_MEANINGLESS = frozenset(
-    ("nvidia", "geforce", "tesla", "amd", "ati", "radeon", "instinct", "apple", "intel")
-    + ("corporation", "inc", "tm", "r", "graphics", "gpu", "generation")
-)
+_MEANINGLESS = {"nvidia", "geforce", "tesla", "amd", "ati", "radeon", "instinct", "apple", "intel"}
+_MEANINGLESS |= {"corporation", "inc", "tm", "r", "graphics", "gpu", "generation"}
 _SIZE_AT_END = re.compile(r"(.*[^\s_(-])[\s_(-]+([0-9]{1,4})\s*gi?b\)?\s*", re.IGNORECASE | re.DOTALL)
 _MOST_SHOWN = 60  # characters of the user's text in a message
 
@@ -676,9 +688,7 @@ def _size_bytes(size: str, rows: tuple[Gpu, ...], text: str) -> int:
 
 def _unknown(text: str) -> UsageError:
     key = _key(text.partition(":")[0])[:_MOST_SHOWN]
-    keys: dict[str, str] = {k: row.name for k, row in _BY_KEY.items()} | {
-        k: rows[0].family for k, rows in _FAMILIES.items()
-    }
+    keys: dict[str, str] = {k: row.name for k, row in _BY_KEY.items()} | {k: rows[0].family for k, rows in _FAMILIES.items()}
     near = dict.fromkeys(keys[k] for k in difflib.get_close_matches(key, keys, n=5, cutoff=0.6))
     nearest = f"the nearest names are {', '.join(list(near)[:3])}" if near else "and no name comes near"
     return UsageError(

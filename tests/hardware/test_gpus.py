@@ -124,7 +124,7 @@ def test_shared_memory_follows_from_the_capability(gpu: Gpu):
 def test_known_cards_have_the_published_figures(
     name: str, gib: float, gb_s: float, f16: float, fp8: float | None, int8: float | None
 ):
-    """GeForce f16 with fp32 sums is half of the printed tensor rate: 142 for a 3090 makes prefill look twice as fast."""
+    """GeForce f16 with fp32 sums is half of the printed tensor rate: 142 on a 3090 doubles the prefill promised."""
     gpu = BY_NAME[name]
 
     assert gpu.memory_bytes / GIB == pytest.approx(gib, rel=0.002)
