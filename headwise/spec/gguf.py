@@ -1,8 +1,8 @@
 """A GGUF file's header, read by memory map: the metadata and where each tensor lies. No weights, no numpy.
 
-Layout, little-endian: "GGUF", version u32, tensor count u64, key count u64; then per key a name, a type u32 and a value;
-then per tensor a name, its dims (innermost first), a type u32 and an offset u64; then padding, then data. A string is a
-u64 length and its bytes. Arrays stay in the file until they are read: a tokenizer's are most of the header.
+Layout, little-endian: "GGUF", version u32, tensor count u64, key count u64; per key a name, a type u32 and a value; per
+tensor a name, its dims (innermost first), a type u32 and an offset u64; padding; data. A string is a u64 length and its
+bytes. Arrays stay in the file until they are read: a tokenizer's are most of the header.
 
 Every length is checked against the file before it is believed, so a damaged file costs a SpecError and never memory.
 Source: the GGUF specification (ggml docs/gguf.md); llama.cpp ggml/src/gguf.cpp for what is refused.
@@ -30,8 +30,9 @@ _MAX_ARRAY = 1 << 24  # the largest known array has 514,906 merges
 _MAX_ENTRIES = 1 << 20  # keys, or tensors
 _MAX_DIMS = 4  # GGML_MAX_DIMS
 _MAX_ELEMENTS = 1 << 62
+_MAX_SMALL_BYTES = 1 << 20
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_F32, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"}
 _TYPE_NAMES = {
     0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool", 8: "string", 9: "array", 10: "u64",
@@ -109,6 +110,14 @@ class GgufTensor:
     offset: int
     n_bytes: int
 
+    def read_f32(self) -> list[float]:
+        """The values of a small f32 tensor, such as rope_freqs; raises SpecError for another type or a large one."""
+        if self.type.name != "f32" or self.n_bytes > _MAX_SMALL_BYTES:
+            raise _damaged(
+                self.path, f"tensor {_shown(self.name)} is {self.n_bytes} bytes of {self.type.name}, not a few of f32"
+            )
+        return GgufArray(self.path, self.offset, self.n_bytes // 4, _F32).read()
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
@@ -147,7 +156,7 @@ def _part_paths(part: GgufFile, count: int) -> list[Path]:
         raise SpecError(
             f"{path} is one part of {count}, and its name does not say which",
             why="the others are found by the pattern name-00001-of-00003.gguf",
-            do=f"give the parts their names back, or join them: llama-gguf-split --merge <first part> {path.stem}-whole.gguf",
+            do="give the parts their names back, or join them: llama-gguf-split --merge <first part> whole.gguf",
         )
     paths = [path.with_name(f"{named['stem']}-{i:05d}-of-{count:05d}.gguf") for i in range(1, count + 1)]
     missing = [p.name for p in paths if not p.exists()]
