@@ -1,0 +1,316 @@
+"""The torch-free calls of the Python API and of the command line: read, plan, explain, rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from headwise.attention.capability import CPU, DeviceKind
+from headwise.attention.choose import Choice, choose_layers
+from headwise.attention.engines import EngineExplanation, explain_engine
+from headwise.errors import UsageError
+from headwise.hardware.gpus import Gpu, find_gpu
+from headwise.hardware.probe import cpu_memory, detect
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload
+from headwise.planner.memory import plan as plan_memory
+from headwise.planner.quantise import weight_types
+from headwise.planner.rivals import RivalPlan, rival_plan
+from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.read import Source, open_model
+from headwise.weights.listing import list_checkpoint
+from headwise.weights.names import stored_types
+
+DEFAULT_PLAN_CONTEXT = 32_768
+DEFAULT_WEIGHTS = "bf16"
+
+
+def read_model(source: str | Path | None = None, *, ignore_keys: Sequence[str] = ()) -> ModelSpec:
+    """The description of a model: a directory, a .gguf file, `ollama:NAME`, `hf:ORG/NAME` or a catalogue name.
+
+    Raises:
+        SpecError: it cannot be read, or says something that nothing here knows; the message says what to do.
+    """
+    return open_model(source, ignore_keys=ignore_keys, env=os.environ).spec
+
+
+def kv_formats(kv: str | None, kv_global: str | None, kv_sliding: str | None, default: str) -> dict[Kind, KVFormat]:
+    return {"global": kv_format(kv_global or kv or default), "sliding": kv_format(kv_sliding or kv or default)}
+
+
+def targets_for(gpus: Sequence[str], device: str | None) -> list[Target]:
+    """The devices to plan for: those named, the CPU, or what this machine has; memory held by others is counted as theirs."""
+    if device == "cpu":
+        if gpus:
+            raise UsageError("--device cpu and --gpu name different devices", why="a plan is for one or the other", do="leave one out")
+        total, available = cpu_memory()
+        return [Target(name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES)]
+    if gpus:
+        found = [find_gpu(g) for g in gpus]
+        return [Target(name=g.label, gpu=g, total_bytes=g.memory_bytes) for g in found]
+    return [
+        Target(name=d.seen, gpu=d.gpu, total_bytes=d.total_bytes, others_bytes=d.used_bytes or 0)
+        for d in detect()
+        if d.total_bytes
+    ]
+
+
+def stored_weights(source: Source, scheme: str | None) -> dict[str, str]:
+    """Our tensor name -> stored type: the file's own, or what `scheme` would give."""
+    if scheme is None and source.path is not None:
+        listing = source.path if source.gguf is None else source.gguf.paths[0]
+        if source.gguf is not None or any(Path(listing).glob("*.safetensors*")):
+            return stored_types(source.spec, list_checkpoint(Path(listing)))
+    return weight_types(source.spec, scheme or DEFAULT_WEIGHTS)
+
+
+def plan(
+    source: str | Path | Source | None,
+    *,
+    context: int | None = None,
+    kv: str | None = None,
+    kv_global: str | None = None,
+    kv_sliding: str | None = None,
+    slots: int = 1,
+    ubatch: int = DEFAULT_CHUNK,
+    weights: str | None = None,
+    gpus: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str | None = None,
+    ignore_keys: Sequence[str] = (),
+) -> Plan:
+    """What headwise would allocate for a model, to the byte, before anything is loaded.
+
+    Args:
+        source: as `read_model` takes.
+        context: tokens of one sequence; default 32,768 or the model's maximum.
+        kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
+        weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
+        gpus: names from the GPU table, "rtx3090" or "rtx3090:24"; default the detected cards.
+        device: "cpu" plans for this machine's CPU.
+        dtype: of the activations; default f32 on the CPU, bf16 elsewhere.
+    Raises:
+        SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
+    """
+    model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
+    cpu = device == "cpu"
+    dtype = dtype or ("f32" if cpu else "bf16")
+    workload = Workload(
+        context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
+        slots=slots,
+        chunk=ubatch,
+        kv=kv_formats(kv, kv_global, kv_sliding, dtype),
+        dtype=dtype,
+        cpu=cpu,
+    )
+    return plan_memory(model.spec, stored_weights(model, weights), workload, targets_for(gpus, device))
+
+
+def plan_json(p: Plan) -> dict[str, object]:
+    w = p.workload
+    return {
+        "model": p.spec.name,
+        "engine": "headwise",
+        "context": w.context,
+        "slots": w.slots,
+        "ubatch": w.chunk,
+        "dtype": w.dtype,
+        "kv": {
+            "format": {"global": w.kv["global"].name, "sliding": w.kv["sliding"].name},
+            "global_bytes": p.kv_global_bytes,
+            "sliding_bytes": p.kv_sliding_bytes,
+            "total_bytes": p.kv_bytes,
+        },
+        "weights_bytes": p.weights_bytes,
+        "compute_bytes": p.compute_bytes,
+        "total_bytes": p.total_bytes,
+        "fits": p.fits,
+        "max_context": p.max_context,
+        "gpus": [
+            {
+                "name": s.target.name if s.target.gpu is None else s.target.gpu.name,
+                "total_bytes": s.target.total_bytes,
+                "others_bytes": s.target.others_bytes,
+                "margin_bytes": s.target.margin_bytes,
+                "usable_bytes": s.target.usable_bytes,
+                "planned_bytes": s.planned_bytes,
+                "fits": s.fits,
+                "layers": list(s.layers),
+            }
+            for s in p.shares
+        ],
+        "notes": list(p.notes),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RivalAnswer:
+    """A rival's plan against the same cards."""
+
+    plan: RivalPlan
+    spec: ModelSpec
+    context: int
+    slots: int
+    ubatch: int | None
+    kv: Mapping[str, str]
+    weights_bytes: int
+    targets: tuple[Target, ...]
+    fits: bool | None
+    max_context: int | None
+
+
+def plan_rival(
+    engine: str,
+    source: Source,
+    *,
+    context: int | None = None,
+    kv: str | None = None,
+    kv_sliding: str | None = None,
+    slots: int = 1,
+    ubatch: int | None = None,
+    weights: str | None = None,
+    gpus: Sequence[str] = (),
+    swa_full: bool = False,
+) -> RivalAnswer:
+    """What another engine would allocate: `engine` is llama.cpp, ollama or vllm, with @VERSION where it matters."""
+    from headwise.planner.residence import weight_bytes
+
+    name, _, version = engine.partition("@")
+    targets = tuple(targets_for(gpus, None))
+    stored = stored_weights(source, weights)
+    n_weights = sum(weight_bytes(source.spec, stored).values())
+    context = min(DEFAULT_PLAN_CONTEXT, source.spec.max_context) if context is None else context
+    kv = kv or ("auto" if name == "vllm" else "f16")
+
+    def at(n: int) -> RivalPlan:
+        return rival_plan(
+            name,
+            source.spec,
+            weights_bytes=n_weights,
+            context=n,
+            kv=kv,
+            kv_sliding=kv_sliding if name == "vllm" else None,
+            slots=slots,
+            ubatch=ubatch,
+            swa_full=swa_full,
+            n_gpus=max(1, len(targets)),
+            gpu_memory_bytes=targets[0].total_bytes if targets else None,
+            version=version or None,
+        )
+
+    usable = sum(t.usable_bytes for t in targets)
+    most: int | None = None
+    if targets:
+        low, high = 0, source.spec.max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if at(middle).total_bytes <= usable else (low, middle - 1)
+        most = low
+    answer = at(context)
+    fits = answer.total_bytes <= usable if targets else None
+    return RivalAnswer(answer, source.spec, context, slots, ubatch, {"global": kv, "sliding": kv_sliding or kv}, n_weights, targets, fits, most)
+
+
+def rival_json(r: RivalAnswer) -> dict[str, object]:
+    p = r.plan
+    return {
+        "model": r.spec.name,
+        "engine": p.engine,
+        "version": p.version,
+        "context": r.context,
+        "slots": r.slots,
+        "kv": {
+            "format": dict(r.kv),
+            "global_bytes": p.kv.global_bytes,
+            "sliding_bytes": p.kv.sliding_bytes,
+            "total_bytes": p.kv.n_bytes,
+        },
+        "weights_bytes": r.weights_bytes,
+        "compute_bytes": p.compute_bytes,
+        "total_bytes": p.total_bytes,
+        "fits": r.fits,
+        "max_context": r.max_context,
+        "gpus": [
+            {
+                "name": t.name if t.gpu is None else t.gpu.name,
+                "usable_bytes": t.usable_bytes,
+                "planned_bytes": p.total_bytes // len(r.targets),
+                "layers": list(range(len(r.spec.layers))) if len(r.targets) == 1 else [],
+            }
+            for t in r.targets
+        ],
+        "items": [{"label": i[0], "bytes": i[1], "why": i[2]} for i in p.items],
+        "own_estimate_bytes": p.own_estimate_bytes,
+        "own_estimate_note": p.own_estimate_note,
+        "notes": list(p.kv.notes),
+    }
+
+
+def explain(
+    source: Source, *, gpu: str | None, kv: str | None, kv_global: str | None = None, kv_sliding: str | None = None
+) -> tuple[DeviceKind, dict[Kind, KVFormat], tuple[Choice, ...]]:
+    """Which backend headwise would run each layer on: on `gpu`, else the first detected card, else the CPU."""
+    device = CPU
+    if gpu and gpu.lower() != "cpu":
+        device = DeviceKind.of(find_gpu(gpu))
+    elif gpu is None:
+        known = [d.gpu for d in detect() if d.gpu]
+        device = DeviceKind.of(known[0]) if known else CPU
+    dtype = "f32" if device.api == "cpu" else "bf16" if device.api != "cuda" or (device.capability or (0, 0)) >= (8, 0) else "f16"
+    formats = kv_formats(kv, kv_global, kv_sliding, dtype)
+    return device, formats, choose_layers(source.spec, kv=formats, dtype=dtype, device=device)
+
+
+def explain_json(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, object]:
+    return {
+        "model": spec.name,
+        "layers": [
+            {
+                "index": layer.index,
+                "kind": layer.kind,
+                "head_dim": layer.head_dim,
+                "window": layer.window,
+                "kv_source": layer.kv_source,
+                "k_eq_v": layer.k_eq_v,
+                "backend": choice.backend.name,
+                "verdict": choice.backend.verdict,
+                "refusals": [{"backend": r.backend, "reason": r.reason} for r in choice.refusals],
+            }
+            for layer, choice in zip(spec.layers, choices, strict=True)
+        ],
+    }
+
+
+def explain_rival(engine: str, source: Source, *, gpu: str | None, kv: str | None) -> tuple[Gpu, EngineExplanation]:
+    """What another engine, `llama.cpp`, `ollama` or `vllm` with @VERSION where it matters, would do on a card."""
+    card = find_gpu(gpu) if gpu else next((d.gpu for d in detect() if d.gpu), None)
+    if card is None:
+        raise UsageError("no card to explain for", why="none was named and none was found", do="--gpu NAME, e.g. --gpu rtx4090")
+    name, _, version = engine.partition("@")
+    return card, explain_engine(name, version or None, source.spec, card, kv or ("auto" if name == "vllm" else "f16"))
+
+
+def explain_rival_json(spec: ModelSpec, engine: str, answer: EngineExplanation) -> dict[str, object]:
+    return {
+        "model": spec.name,
+        "engine": engine,
+        "layers": [
+            {
+                "index": layer.index,
+                "kind": layer.kind,
+                "head_dim": layer.head_dim,
+                "window": layer.window,
+                "kv_source": layer.kv_source,
+                "k_eq_v": layer.k_eq_v,
+                "backend": choice.backend,
+                "verdict": choice.verdict,
+                "why": choice.why,
+                "source": choice.source,
+                "refusals": [],
+            }
+            for layer, choice in zip(spec.layers, answer.choices, strict=True)
+        ],
+        "notes": list(answer.notes),
+    }

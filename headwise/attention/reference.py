@@ -1,0 +1,75 @@
+"""Attention by its formula: slow, with a score matrix, right. The oracle of every backend; chosen only when asked for.
+
+Shapes    T queries, S keys, H query heads, G KV heads (H a multiple of G), D head size:
+          q_THD, k_SGD, v_SGD -> out_THD, logsumexp_TH.
+Accuracy  in float64 throughout when the inputs are; else in the inputs' own type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from headwise.cache.storage import LayerCache, Segment
+
+
+def visible(q_pos_T: Tensor, k_pos_S: Tensor, window: int | None) -> Tensor:
+    """Which key each query sees, (T, S) bool; `window` keys, itself included; a negative position is an empty slot."""
+    q_pos, k_pos = q_pos_T[:, None], k_pos_S[None, :]
+    seen = k_pos <= q_pos
+    seen &= k_pos >= (0 if window is None else (q_pos - (window - 1)).clamp_(min=0))
+    return seen
+
+
+def attend(
+    q_THD: Tensor,
+    k_SGD: Tensor,
+    v_SGD: Tensor,
+    seen_TS: Tensor,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale * q.k) . v over the keys that `seen_TS` allows; a query that sees none gives zeros."""
+    group = q_THD.shape[1] // k_SGD.shape[1]
+    k, v = k_SGD.repeat_interleave(group, 1), v_SGD.repeat_interleave(group, 1)
+    scores = torch.einsum("thd,shd->ths", q_THD, k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~seen_TS[:, None, :], float("-inf"))
+    lse = torch.logsumexp(scores, -1)
+    if sinks_H is not None:
+        lse = torch.logaddexp(lse, sinks_H.to(lse.dtype)[None, :])
+    weights = torch.exp(scores - lse[..., None]).nan_to_num(0.0)
+    return torch.einsum("ths,shd->thd", weights, v), lse
+
+
+def attend_cache(
+    backend: str,
+    q_THE: Tensor,
+    cache: LayerCache,
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    scratch: tuple[Tensor | None, Tensor | None],
+    tile_tokens: int,
+    out_THD: Tensor,
+) -> None:
+    """The same call as `torch_fused.attend`, by the formula: the whole cache as floats, every score stored."""
+    keys, values, seen = [], [], []
+    for s in segments:
+        shape = (s.stop - s.start, cache.k.data_SGD.shape[1])
+        k = cache.k.read(s.start, s.stop, q_THE.new_empty(*shape, cache.k.n_values))
+        keys.append(k)
+        values.append(k if cache.v is None else cache.v.read(s.start, s.stop, q_THE.new_empty(*shape, cache.v.n_values)))
+        open_TS = torch.ones(q_THE.shape[0], shape[0], dtype=torch.bool, device=q_THE.device)
+        seen.append(open_TS.tril() if s.causal else open_TS if s.mask_TS is None else s.mask_TS == 0)
+    out, _ = attend(
+        q_THE, torch.cat(keys), torch.cat(values), torch.cat(seen, 1), scale=scale, softcap=softcap, sinks_H=sinks_H
+    )
+    out_THD.copy_(out[..., : out_THD.shape[-1]])

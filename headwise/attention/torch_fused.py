@@ -1,0 +1,137 @@
+"""PyTorch's fused attention operators behind one adapter: no score matrix, pinned, so nothing can fall back.
+
+`scaled_dot_product_attention` chooses a backend per call and falls to the math path without a word (on CPU already for
+a 3-D mask). Here the operator itself is called: it runs fused or raises. The cache is read in segments (history, own
+tokens, a ring under its mask; a tile at a time where values must be converted), and the partial results are merged by
+their log-sum-exp, which is exact: softmax over a union is the weighted mean of the softmaxes of its parts.
+
+Legend: T queries, S keys, H query heads, G KV heads, E values per key, D values per output head (D <= E).
+Source    PyTorch 2.11 native_functions.yaml, `_scaled_dot_product_{flash_attention_for_cpu,efficient,flash}_attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from headwise.cache.storage import LayerCache, Segment, carve
+
+EMPTY = -1e30  # log-sum-exp of a query that sees no key of a tile; finite, so that merging two of them stays finite
+Partial = tuple[Tensor, Tensor]  # out_HTE, logsumexp_HT
+Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Partial]
+
+
+def _flash_cpu(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_HTE[None], k_GSE[None], v_GSE[None], 0.0, causal, attn_mask=None if mask is None else mask[None, None], scale=scale
+    )
+    return out[0], lse[0]
+
+
+def _efficient(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:
+    """CUDA's memory-efficient operator; it has no grouped heads, so each head of the groups goes with all KV heads."""
+    H, T, E = q_HTE.shape
+    G, S, _ = k_GSE.shape
+    if mask is not None:
+        mask = _aligned(mask).expand(1, G, T, S)
+    out = torch.empty(G, H // G, T, E, dtype=q_HTE.dtype, device=q_HTE.device)
+    lse = torch.empty(G, H // G, T, dtype=torch.float32, device=q_HTE.device)
+    q_GRTE = q_HTE.unflatten(0, (G, H // G))
+    for r in range(H // G):
+        part, part_lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q_GRTE[:, r][None], k_GSE[None], v_GSE[None], mask, True, 0.0, causal, scale=scale
+        )
+        out[:, r], lse[:, r] = part[0], part_lse[0, :, :T]
+    return out.flatten(0, 1), lse.flatten(0, 1)
+
+
+def _aligned(mask_TS: Tensor) -> Tensor:
+    """The operator reads mask rows 16 bytes at a time: a view of a copy whose rows start on that boundary."""
+    T, S = mask_TS.shape
+    if mask_TS.stride(0) % 8 == 0 and mask_TS.storage_offset() % 8 == 0:
+        return mask_TS[None, None]
+    padded = torch.empty(T, -(-S // 8) * 8, dtype=mask_TS.dtype, device=mask_TS.device)
+    padded[:, :S] = mask_TS
+    return padded[None, None, :, :S]
+
+
+def _flash_cuda(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:
+    """FlashAttention-2 as built into PyTorch: grouped heads, no mask (its capability row says so)."""
+    if mask is not None:
+        raise ValueError("flash-attn-2 takes no mask")
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+        q_HTE[None], k_GSE[None], v_GSE[None], 0.0, causal, False, scale=scale
+    )
+    return out[0], lse[0]
+
+
+OPERATORS: dict[str, Operator] = {
+    "torch-flash-cpu": _flash_cpu,
+    "torch-efficient": _efficient,
+    "flash-attn-2": _flash_cuda,
+}
+
+
+def attend(
+    backend: str,
+    q_THE: Tensor,
+    cache: LayerCache,
+    segments: Sequence[Segment],
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    scratch: tuple[Tensor | None, Tensor | None],
+    tile_tokens: int,
+    out_THD: Tensor,
+) -> None:
+    """Attention of `q_THE` over what `segments` name in `cache`, into `out_THD`.
+
+    Args:
+        scratch: flat buffers for the keys and values of one tile, where the cache stores another type; else None.
+        tile_tokens: keys converted at a time, at least the step's own tokens.
+    Raises:
+        ValueError: a softcap (no row of these backends claims one).
+    """
+    if softcap is not None:
+        raise ValueError(f"{backend} has no softcap")
+    operator, D = OPERATORS[backend], out_THD.shape[-1]
+    converted = not cache.k.native(q_THE.dtype)
+    q_HTE = q_THE.transpose(0, 1)
+    total_TH: Tensor | None = None
+    for segment in segments:
+        step = tile_tokens if converted else segment.stop - segment.start
+        for start in range(segment.start, segment.stop, step):
+            stop = min(start + step, segment.stop)
+            k_GSE, v_GSE = _tile(cache, start, stop, scratch if converted else (None, None))
+            mask = None
+            if segment.mask_TS is not None:
+                mask = segment.mask_TS[:, start - segment.start : stop - segment.start]
+            out_HTE, lse_HT = operator(q_HTE, k_GSE, v_GSE, mask, segment.causal, scale)
+            if mask is not None and stop - start < segment.stop - segment.start:
+                lse_HT = lse_HT.masked_fill(~(mask == 0).any(1), EMPTY)
+            part_THD, part_TH = out_HTE[..., :D].transpose(0, 1), lse_HT.t()
+            if total_TH is None:
+                out_THD.copy_(part_THD)
+                total_TH = part_TH
+            else:
+                merged = torch.logaddexp(total_TH, part_TH)
+                out_THD.mul_((total_TH - merged).exp_()[..., None])
+                out_THD.add_(part_THD.mul_((part_TH - merged).exp_()[..., None]))
+                total_TH = merged
+            del out_HTE, part_THD  # one partial result lives at a time: the plan reserves room for one
+    if sinks_H is not None and total_TH is not None:  # the sink joins the denominator only
+        out_THD.mul_(torch.sigmoid(total_TH - sinks_H[None, :])[..., None])
+
+
+def _tile(cache: LayerCache, start: int, stop: int, scratch: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Keys and values of slots [start, stop), (G, S, E) each; one tensor serves as both where the layer stores one."""
+    k_buffer, v_buffer = scratch
+    shape = cache.k.data_SGD[start:stop].shape[:2]
+    k = cache.k.read(start, stop, None if k_buffer is None else carve(k_buffer, (*shape, cache.k.n_values)))
+    if cache.v is None:
+        return k.transpose(0, 1), k.transpose(0, 1)
+    v = cache.v.read(start, stop, None if v_buffer is None else carve(v_buffer, (*shape, cache.v.n_values)))
+    return k.transpose(0, 1), v.transpose(0, 1)

@@ -1,0 +1,260 @@
+"""Before the first token: every backend in use, on this machine, against the formula.
+
+For each distinct (backend, shape, window, KV type) fresh random data of the model's own shape goes through the real cache
+and the real adapter, prefill and decode, at lengths around the window and past a wrap of the ring. The reference, in
+float64, attends to what the cache holds (read back), so an error is the kernel's; what the KV type itself loses is
+measured beside it. Anything not finite fails.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from headwise.attention.choose import LayerGroup
+from headwise.attention.reference import attend as formula
+from headwise.attention.reference import visible
+from headwise.cache.storage import LayerCache, slot_positions
+from headwise.errors import BackendError
+from headwise.spec.kv import KV_FORMATS, k_values, v_values
+from headwise.spec.layers import LayerSpec
+
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # relative error of the output
+STORE_TOLERANCE = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "fp8": 4e-2, "q8_0": 8e-3, "q4_0": 0.12}  # of the values, normal data
+MIN_CORRELATION = 0.999
+QUERIES = 7  # of the prefill case; odd, so that masks and tails are exercised
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Check:
+    """One case: `error` is ||out - reference|| / ||reference||, `store_error` the same for what the cache holds."""
+
+    backend: str
+    head_dim: int
+    window: int | None
+    kv: str
+    phase: str  # prefill or decode
+    length: int  # keys written
+    error: float
+    correlation: float
+    store_error: float
+    ok: bool
+
+
+def lengths_for(layer: LayerSpec, n_slots: int) -> tuple[int, ...]:
+    """Lengths at which a mask, a ring or a page can go wrong."""
+    if layer.window is None:
+        return (QUERIES, 64, 65, 700)
+    w = layer.window
+    return tuple(sorted({max(QUERIES, w - 1), max(QUERIES, w), w + QUERIES + 1, w + 512, n_slots + w // 2 + 3}))
+
+
+def check_group(
+    group: LayerGroup, attend: Callable[..., None], *, chunk: int, dtype: torch.dtype, device: torch.device, seed: int = 0
+) -> list[Check]:
+    """Runs one group's cases."""
+    layer, fmt = group.example, KV_FORMATS[group.kv]
+    ring = LayerCache(layer, fmt, n_tokens=2**31, chunk=chunk, device=torch.device("meta")).n_slots if layer.window else 0
+    lengths = lengths_for(layer, ring)
+    total = lengths[-1] + 1
+    cache = LayerCache(layer, fmt, n_tokens=total, chunk=chunk, device=device)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    k = random(total, layer.n_kv_heads, k_values(layer))
+    v = random(total, layer.n_kv_heads, v_values(layer)) if v_values(layer) else None
+    scratch = tuple(torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer))))
+    seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
+    store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)
+    sinks = random(layer.n_heads).float() if layer.sinks else None
+    checks, written = [], 0
+
+    def write(stop: int) -> None:
+        nonlocal written
+        while written < stop:
+            n = min(chunk, stop - written)
+            part = slice(written, written + n)
+            cache.write(written, k[part], None if v is None else v[part], scratch[0])
+            written += n
+
+    def query(n: int, phase: str) -> None:
+        start = written - n
+        q = random(n, layer.n_heads, k_values(layer))
+        positions = torch.arange(start, written, device=device)
+        mask = None
+        if layer.window is not None and n > 1:
+            held = slot_positions(cache.n_slots, written, device)
+            mask = torch.zeros(n, cache.n_slots, dtype=dtype, device=device)
+            mask.masked_fill_(~visible(positions, held, layer.window), float("-inf"))
+            mask = mask[:, : min(cache.n_slots, written)]
+        out = torch.full((n, layer.n_heads, layer.head_dim), float("nan"), dtype=dtype, device=device)
+        scale = k_values(layer) ** -0.5
+        attend(
+            q,
+            cache,
+            cache.segments(start, n, mask),
+            scale=scale,
+            softcap=layer.softcap,
+            sinks_H=sinks,
+            scratch=scratch,
+            tile_tokens=chunk,
+            out_THD=out,
+        )
+        first = 0 if layer.window is None else max(0, start - layer.window + 1)
+        keys = seen_k[first:written].double() if seen_k is not None else torch.empty(0)
+        values = keys if seen_v is None else seen_v[first:written].double()
+        expected, _ = formula(
+            q.double(),
+            keys,
+            values,
+            visible(positions, torch.arange(first, written, device=device), layer.window),
+            scale=scale,
+            softcap=layer.softcap,
+            sinks_H=None if sinks is None else sinks.double(),
+        )
+        expected = expected[..., : layer.head_dim]
+        error, correlation = _relative(out.double(), expected), _correlation(out.double(), expected)
+        finite = bool(torch.isfinite(out).all())
+        ok = finite and error <= TOLERANCE[dtype] and correlation >= MIN_CORRELATION and store_error <= STORE_TOLERANCE[group.kv]
+        checks.append(
+            Check(
+                backend=group.choice.backend.name,
+                head_dim=layer.head_dim,
+                window=layer.window,
+                kv=group.kv,
+                phase=phase,
+                length=written,
+                error=error if finite else float("inf"),
+                correlation=correlation if finite else 0.0,
+                store_error=store_error,
+                ok=ok,
+            )
+        )
+
+    for length in lengths:
+        write(length - QUERIES)
+        write(length)
+        query(QUERIES, "prefill")
+        write(length + 1)
+        query(1, "decode")
+    return checks
+
+
+def _stored(x: Tensor, kv: str, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """`x` after a round trip through a KV format, written and read by the cache's own code, in one flat run."""
+    from headwise.cache.storage import Values
+
+    values = Values(x.shape[0], x.shape[1], x.shape[2], KV_FORMATS[kv], device)
+    scratch = torch.empty_like(x)
+    values.write(0, x, scratch)
+    return values.read(0, x.shape[0], None if values.native(dtype) else scratch).clone()
+
+
+def _relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def _correlation(a: Tensor, b: Tensor) -> float:
+    return float(torch.corrcoef(torch.stack((a.flatten(), b.flatten())))[0, 1])
+
+
+def check_all(
+    groups: Sequence[LayerGroup],
+    attends: Mapping[int, Callable[..., None]],
+    *,
+    chunk: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_file: Path | None,
+    on_warning: Callable[[str], None] = lambda _: None,
+) -> tuple[list[Check], bool]:
+    """Every group's checks, from the cache file where the same machine and code passed them before.
+
+    Returns:
+        The checks, and whether all of them came from the file.
+    Raises:
+        BackendError: a backend is wrong here; the message carries the numbers.
+    """
+    known = _read(cache_file)
+    checks: list[Check] = []
+    fresh = False
+    for group in groups:
+        key = _key(group, chunk, dtype, device)
+        if key in known:
+            try:
+                checks += [Check(**c) for c in known[key]]
+                continue
+            except TypeError:
+                pass  # written by another version: run it again
+        with torch.inference_mode():
+            found = check_group(group, attends[group.layers[0]], chunk=chunk, dtype=dtype, device=device)
+        for bad in (c for c in found if not c.ok):
+            raise BackendError(
+                f"{bad.backend} gives wrong results on this machine",
+                why=f"head_dim {bad.head_dim}, window {bad.window}, KV {bad.kv}, {bad.phase} at {bad.length} keys: relative "
+                f"error {bad.error:.1e} (at most {TOLERANCE[dtype]:.0e}), correlation {bad.correlation:.4f}, stored values off by "
+                f"{bad.store_error:.1e} (at most {STORE_TOLERANCE[bad.kv]:.0e})",
+                do="headwise verify shows every case; --allow-fallback runs the reference in its place",
+            )
+        checks += found
+        known[key] = [asdict(c) for c in found]
+        fresh = True
+    if fresh and cache_file is not None:
+        _write(cache_file, known, on_warning)
+    return checks, not fresh
+
+
+def _key(group: LayerGroup, chunk: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Hardware, driver, library versions, the source of the code under test, and the case."""
+    layer = group.example
+    case = (group.choice.backend.name, layer.head_dim, k_values(layer), layer.window, layer.n_heads, layer.n_kv_heads, layer.sinks, group.kv)
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine = f"{properties.name} {properties.major}.{properties.minor} {torch.version.cuda} {torch.backends.cudnn.version()}"
+    else:
+        machine = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()}"
+    text = f"{case} {chunk} {dtype} {machine} {torch.__version__} {platform.python_version()} {_source_digest()}"
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _source_digest() -> str:
+    here = Path(__file__).parent
+    files = sorted([*here.glob("*.py"), *(here.parent / "cache").glob("*.py"), *(here.parent / "kernels").glob("*.py")])
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()
+
+
+def default_cache_file(env: Mapping[str, str]) -> Path:
+    base = Path(env.get("XDG_CACHE_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache")
+    return base / "headwise" / "checks.json"
+
+
+def _read(path: Path | None) -> dict[str, list[dict[str, object]]]:
+    """What was checked before; a missing or damaged file means nothing was."""
+    if path is None:
+        return {}
+    try:
+        known = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return known if isinstance(known, dict) else {}
+
+
+def _write(path: Path, known: Mapping[str, object], on_warning: Callable[[str], None]) -> None:
+    partial = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(known))
+        partial.replace(path)
+    except OSError as error:
+        partial.unlink(missing_ok=True) if path.parent.exists() else None
+        on_warning(f"the self-check's result could not be kept in {path} ({error.strerror or error}): the next start checks again")

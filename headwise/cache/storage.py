@@ -1,0 +1,151 @@
+"""The tensors of one sequence's cache, layer by layer, sized by `spec.kv`.
+
+A global layer is an array of slots, one per position. A sliding layer is a ring: position p lies in slot p % slots; the
+ring is one prefill chunk longer than the window, so that a whole chunk can be written before its first query reads.
+Values are float tensors, or blocks of 32 (int8 or nibbles) with one f16 scale each; blocks are read back a tile at a
+time, never whole.
+
+Legend: S slots, T tokens of this step, G KV heads, D values per head, B blocks per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from headwise.spec.kv import KVFormat, k_values, kv_slots, v_values
+from headwise.spec.layers import LayerSpec
+
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
+FP8_MAX = 448.0  # largest e4m3 value; larger ones saturate
+
+
+class Segment(NamedTuple):
+    """A run of slots that this step reads: all visible, or causal (the step's own tokens), or under a mask."""
+
+    start: int
+    stop: int
+    causal: bool = False
+    mask_TS: Tensor | None = None  # additive, 0 or -inf
+
+
+class Values:
+    """One stored tensor of one layer, (S, G, D) values in a KV format."""
+
+    def __init__(self, n_slots: int, n_heads: int, n_values: int, fmt: KVFormat, device: torch.device) -> None:
+        self.fmt, self.n_values = fmt, n_values
+        self.scales_SGB: Tensor | None = None
+        if fmt.quantised:
+            width = n_values // 2 if fmt.name == "q4_0" else n_values
+            kind = torch.uint8 if fmt.name == "q4_0" else torch.int8
+            self.data_SGD = torch.zeros(n_slots, n_heads, width, dtype=kind, device=device)
+            self.scales_SGB = torch.zeros(n_slots, n_heads, n_values // fmt.block, dtype=torch.float16, device=device)
+        else:
+            self.data_SGD = torch.zeros(n_slots, n_heads, n_values, dtype=DTYPES[fmt.name], device=device)
+
+    def native(self, dtype: torch.dtype) -> bool:
+        """Whether attention reads these values as they lie."""
+        return self.data_SGD.dtype == dtype
+
+    def write(self, start: int, x_TGD: Tensor, scratch_TGD: Tensor | None) -> None:
+        """Stores `x_TGD` in slots [start, start + T); a quantised or fp8 format needs a float scratch of its shape."""
+        stop = start + x_TGD.shape[0]
+        dest = self.data_SGD[start:stop]
+        if self.fmt.name == "fp8":
+            dest.copy_(torch.clamp(x_TGD, -FP8_MAX, FP8_MAX, out=scratch_TGD))
+        elif self.scales_SGB is None:
+            dest.copy_(x_TGD)
+        elif scratch_TGD is not None:
+            blocks = scratch_TGD.copy_(x_TGD).unflatten(-1, (-1, self.fmt.block))
+            quantise = _quantise_q8_0 if self.fmt.name == "q8_0" else _quantise_q4_0
+            quantise(blocks, dest, self.scales_SGB[start:stop])
+
+    def read(self, start: int, stop: int, out_SGD: Tensor | None) -> Tensor:
+        """Slots [start, stop) as floats: a view where they are stored so, else dequantised into `out_SGD`."""
+        data = self.data_SGD[start:stop]
+        if out_SGD is None:
+            return data
+        out = out_SGD[: stop - start]
+        if self.scales_SGB is None:
+            return out.copy_(data)
+        scales = self.scales_SGB[start:stop, :, :, None]
+        blocks = out.unflatten(-1, (-1, self.fmt.block))
+        if self.fmt.name == "q8_0":
+            blocks.copy_(data.unflatten(-1, (-1, self.fmt.block)))
+        else:  # nibbles: value j of a block is the low half of byte j, value j + 16 the high half
+            packed = data.unflatten(-1, (-1, self.fmt.block // 2))
+            blocks[..., :16].copy_(packed & 15).sub_(8)
+            blocks[..., 16:].copy_(packed >> 4).sub_(8)
+        blocks.mul_(scales)
+        return out
+
+
+def _quantise_q8_0(blocks: Tensor, dest: Tensor, scales: Tensor) -> None:
+    """d = absmax / 127, q = round(x / d). Source: ggml-quants.c quantize_row_q8_0_ref. Overwrites `blocks`."""
+    d = torch.linalg.vector_norm(blocks, float("inf"), dim=-1).div_(127.0)
+    scales.copy_(d)
+    inverse = d.reciprocal_().nan_to_num_(posinf=0.0)
+    dest.unflatten(-1, (-1, 32)).copy_(blocks.mul_(inverse[..., None]).round_())
+
+
+def _quantise_q4_0(blocks: Tensor, dest: Tensor, scales: Tensor) -> None:
+    """d = (the value of largest size) / -8, q = x / d + 8.5 cut to 0..15. Source: ggml-quants.c quantize_row_q4_0_ref."""
+    largest = blocks.abs().argmax(-1, keepdim=True)
+    d = blocks.gather(-1, largest).div_(-8.0)
+    scales.copy_(d[..., 0])
+    inverse = d.reciprocal_().nan_to_num_(posinf=0.0, neginf=0.0)
+    q = blocks.mul_(inverse).add_(8.5).clamp_(0, 15).to(torch.uint8)
+    dest.unflatten(-1, (-1, 16)).copy_(q[..., :16] | (q[..., 16:] << 4))
+
+
+class LayerCache:
+    """What one layer has stored of one sequence."""
+
+    def __init__(self, layer: LayerSpec, fmt: KVFormat, *, n_tokens: int, chunk: int, device: torch.device) -> None:
+        self.window = layer.window
+        self.n_slots = kv_slots(layer, n_tokens=n_tokens, chunk=chunk)
+        self.k = Values(self.n_slots, layer.n_kv_heads, k_values(layer), fmt, device)
+        self.v = Values(self.n_slots, layer.n_kv_heads, v_values(layer), fmt, device) if v_values(layer) else None
+
+    def slots(self, start: int, n: int) -> list[tuple[int, int, int]]:
+        """Where positions [start, start + n) lie: (first slot, first token, count), two runs where the ring wraps."""
+        if self.window is None:
+            return [(start, 0, n)]
+        first = start % self.n_slots
+        head = min(n, self.n_slots - first)
+        return [(first, 0, head)] + ([(0, head, n - head)] if head < n else [])
+
+    def write(self, start: int, k_TGD: Tensor, v_TGD: Tensor | None, scratch: Tensor | None) -> None:
+        """Appends the keys and values of positions [start, start + T)."""
+        for values, x in ((self.k, k_TGD), (self.v, v_TGD)):
+            if values is None or x is None:
+                continue
+            for slot, token, n in self.slots(start, x.shape[0]):
+                part = x[token : token + n]
+                values.write(slot, part, None if scratch is None else carve(scratch, part.shape))
+
+    def segments(self, start: int, n: int, ring_mask_TS: Tensor | None) -> list[Segment]:
+        """What queries at positions [start, start + n) read, once their own keys are written."""
+        if self.window is None:
+            if n == 1:
+                return [Segment(0, start + 1)]
+            return ([Segment(0, start)] if start else []) + [Segment(start, start + n, causal=True)]
+        if n == 1:  # one query sees a run of slots, or two where the ring wraps: no mask
+            first = max(0, start + 1 - self.window)
+            return [Segment(slot, slot + count) for slot, _, count in self.slots(first, start + 1 - first)]
+        return [Segment(0, min(self.n_slots, start + n), mask_TS=ring_mask_TS)]
+
+
+def carve(buffer: Tensor, shape: Sequence[int]) -> Tensor:
+    """The first elements of a flat buffer, in `shape`."""
+    return buffer[: prod(shape)].view(*shape)
+
+
+def slot_positions(n_slots: int, end: int, device: torch.device) -> Tensor:
+    """The position that each ring slot holds once positions [0, end) are written; negative where it is empty."""
+    slot = torch.arange(n_slots, device=device)
+    return slot + (end - 1 - slot).div(n_slots, rounding_mode="floor") * n_slots

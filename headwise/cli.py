@@ -1,0 +1,380 @@
+"""The command line: argument -> call -> print. No logic lives here.
+
+Exit status: 0 fine, 1 a blocking problem, 2 usage, 130 interrupted. Every verb takes --json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from headwise import __version__
+from headwise.errors import HeadwiseError, UsageError
+
+KV_TYPES = "f32|f16|bf16|fp8|q8_0|q4_0"
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        raise SystemExit(_fail(UsageError(message, do=f"{self.prog} --help")))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="headwise", description="Run, plan and explain hybrid-attention models.")
+    parser.add_argument("--version", action="version", version=f"headwise {__version__}")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Parser, metavar="VERB")
+    _run_parser(verbs.add_parser("run", help="continue text with a model"))
+    _plan_parser(verbs.add_parser("plan", help="memory to the byte, before anything is loaded"))
+    _explain_parser(verbs.add_parser("explain", help="which backend each layer would run on, and why"))
+    _verify_parser(verbs.add_parser("verify", help="check every backend in use against the reference"))
+    return parser
+
+
+def _common(p: argparse.ArgumentParser, *, optional_model: bool) -> None:
+    p.add_argument(
+        "model",
+        nargs="?" if optional_model else None,
+        help="a directory, a .gguf file, ollama:NAME, hf:ORG/NAME, or a catalogue name (plan, explain); "
+        "without it: the embedded tiny-hybrid" if optional_model else "a model",
+    )
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    p.add_argument("--kv", metavar=KV_TYPES, help="KV type of all layers")
+    p.add_argument("--kv-global", metavar="T", help="KV type of the global layers")
+    p.add_argument("--kv-sliding", metavar="T", help="KV type of the sliding layers")
+    p.add_argument("--ignore-key", action="append", default=[], metavar="K", help="go on although nobody reads config key K")
+
+
+def _loading(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer to plan memory for")
+    p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
+    p.add_argument("--device", metavar="cpu|cuda[:N]", help="default: CUDA where there is one")
+    p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
+    p.add_argument("--allow-fallback", action="store_true", help="accept layers that do not run fused")
+
+
+def _run_parser(p: argparse.ArgumentParser) -> None:
+    _common(p, optional_model=True)
+    _loading(p)
+    p.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without any: a module of the standard library")
+    p.add_argument("--file", metavar="F", help="a file with the prompt; - is standard input")
+    p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the model's own chat template")
+    p.add_argument("--max-tokens", type=int, default=128, metavar="N")
+    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
+    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
+    p.add_argument("--seed", type=int, metavar="S")
+    p.add_argument("--no-check", action="store_true", help="skip the start-up self-check")
+
+
+def _plan_parser(p: argparse.ArgumentParser) -> None:
+    _common(p, optional_model=True)
+    p.add_argument("--context", type=int, metavar="N", help="tokens of one sequence")
+    p.add_argument("--slots", type=int, default=1, metavar="N", help="sequences at once")
+    p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
+    p.add_argument("--weights", metavar="bf16|q8_0|q4_k_m|...", help="count this weight type")
+    p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB]", help="a card; repeat for several")
+    p.add_argument("--device", choices=("cpu",), help="plan for this machine's CPU")
+    p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
+    p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
+    p.add_argument("--swa-full", action="store_true", help="llama.cpp's --swa-full")
+
+
+def _explain_parser(p: argparse.ArgumentParser) -> None:
+    _common(p, optional_model=True)
+    p.add_argument("--gpu", metavar="NAME", help="a card of the table, or cpu; default: what is here")
+    p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
+
+
+def _verify_parser(p: argparse.ArgumentParser) -> None:
+    _common(p, optional_model=True)
+    _loading(p)
+    p.add_argument("--against", metavar="URL", help="compare greedy tokens and log-probabilities with a running server")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses, runs, and turns our errors into messages; anything else is a bug and shows its traceback."""
+    args = None
+    try:
+        args = _parser().parse_args(argv)
+        return _VERBS[args.verb](args)
+    except HeadwiseError as error:
+        return _fail(error, as_json=args is not None and args.json)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _fail(error: HeadwiseError, *, as_json: bool = False) -> int:
+    if as_json:
+        print(json.dumps({"error": {"what": error.what, "why": error.why, "do": error.do}}))
+    console = _stderr()
+    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    return error.exit_code
+
+
+def _stderr() -> Console:
+    return Console(stderr=True)
+
+
+def _stdout() -> Console:
+    return Console()
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on standard error, one per kind of work; nothing where that is no terminal."""
+    with Progress(
+        TextColumn("{task.description:>8}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn(),
+        console=_stderr(), transient=True, disable=not sys.stderr.isatty(),
+    ) as bars:  # fmt: skip
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield show
+
+
+def _kv(args: argparse.Namespace) -> dict[str, str] | str | None:
+    if args.kv_global or args.kv_sliding:
+        return {k: v for k, v in (("global", args.kv_global or args.kv), ("sliding", args.kv_sliding or args.kv)) if v}
+    return args.kv
+
+
+def _open(args: argparse.Namespace, *, weights: bool = False) -> Any:
+    from headwise.spec.read import open_model
+
+    return open_model(args.model, ignore_keys=args.ignore_key, env=os.environ, weights=weights)
+
+
+def _prompt(args: argparse.Namespace) -> str:
+    if args.prompt is not None and args.file is not None:
+        raise UsageError("-p and --file both give a prompt", why="there is one prompt", do="leave one out")
+    if args.prompt is not None:
+        return args.prompt
+    if args.file == "-":
+        return sys.stdin.read()
+    if args.file is not None:
+        try:
+            return Path(args.file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{args.file} cannot be read", why=str(error), do="--file with a UTF-8 text file") from error
+    from headwise.text.demo import demo_prompt
+
+    return demo_prompt()
+
+
+def _chat(source: Any, t: Any, text: str) -> list[int]:
+    from headwise.text.template import render_chat
+
+    bos = t.token(t.bos_id) if t.bos_id is not None else None
+    eos = t.token(min(t.eos_ids)) if t.eos_ids else None
+    rendered = render_chat(t.chat_template, [{"role": "user", "content": text}], bos_token=bos, eos_token=eos, extra={})
+    return t.encode(rendered, parse_special=True)
+
+
+def _run(args: argparse.Namespace) -> int:
+    text = _prompt(args)
+    start = time.perf_counter()
+    source = _open(args, weights=True)
+    from headwise.engine.llm import LLM, run_context, tokenizer_of
+
+    console = _stderr()
+    tokenizer = tokenizer_of(source)
+    prompt = _chat(source, tokenizer, text) if args.chat else tokenizer.encode(text)
+    with _progress() as progress:
+        llm = LLM(
+            source,
+            context=run_context(source.spec, len(prompt), args.max_tokens) if args.context is None else args.context,
+            tokenizer=tokenizer,
+            kv=_kv(args),
+            device=args.device,
+            dtype=args.dtype,
+            chunk=args.ubatch,
+            allow_fallback=args.allow_fallback,
+            check=not args.no_check,
+            progress=progress,
+            on_warning=lambda line: console.print(f"warning: {line}", style="yellow", highlight=False),
+        )
+    ready_s = time.perf_counter() - start
+    if not all(c.fused for c in llm.choices):
+        slow = [str(i) for i, c in enumerate(llm.choices) if not c.fused]
+        console.print(f"warning: layers {', '.join(slow)} do not run fused (--allow-fallback)", style="yellow")
+    settings = dict(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
+    )
+    if args.json:
+        result = llm.generate(prompt, **settings)
+        print(json.dumps({"text": result.text, "tokens": result.tokens, "finish": result.finish, "report": result.report.to_json()}))
+        return 0
+    if args.prompt is None and args.file is None:
+        shown = text[-1500:]
+        console.print(f"[dim]... {len(prompt):,} tokens of {_demo_name()}, of which the end:[/]")
+        console.print(shown, style="dim", markup=False, highlight=False, end="")
+    try:
+        with _progress() as progress:
+            pieces = llm.stream(prompt, progress=progress, **settings)
+            first = next(pieces, None)
+        if first is not None:
+            print(first.text, end="", flush=True)
+        for piece in pieces:
+            print(piece.text, end="", flush=True)
+    finally:
+        print(flush=True)
+        if llm.report().prefill_s:
+            from headwise.engine.render import report_view
+
+            console.print(report_view(llm, ready_s))
+    return 0
+
+
+def _demo_name() -> str:
+    return "calendar.py of this Python"
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from headwise import api
+    from headwise.planner.ceiling import ceiling
+    from headwise.planner.render import plan_view
+
+    if args.model is None and args.gpu:
+        return _rank(args)
+    source = _open(args)
+    if args.engine != "headwise":
+        return _plan_rival(args, source)
+    p = api.plan(
+        source,
+        context=args.context,
+        kv=args.kv,
+        kv_global=args.kv_global,
+        kv_sliding=args.kv_sliding,
+        slots=args.slots,
+        ubatch=args.ubatch,
+        weights=args.weights,
+        gpus=args.gpu,
+        device=args.device,
+        dtype=args.dtype,
+    )
+    ceilings = [ceiling(p, s.target.gpu) if s.target.gpu else None for s in p.shares]
+    if args.json:
+        speed = [None if c is None else {"decode_tok_s": c.decode_tok_s, "prefill_tok_s": c.prefill_tok_s} for c in ceilings]
+        print(json.dumps(api.plan_json(p) | {"ceilings": speed}))
+    else:
+        _stdout().print(plan_view(p, ceilings))
+    return 1 if p.fits is False else 0
+
+
+def _plan_rival(args: argparse.Namespace, source: Any) -> int:
+    from headwise import api
+    from headwise.planner.render import rival_view
+
+    answer = api.plan_rival(
+        args.engine,
+        source,
+        context=args.context,
+        kv=args.kv_global or args.kv,
+        kv_sliding=args.kv_sliding,
+        slots=args.slots,
+        ubatch=args.ubatch if args.ubatch != 512 else None,
+        weights=args.weights,
+        gpus=args.gpu,
+        swa_full=args.swa_full,
+    )
+    if args.json:
+        print(json.dumps(api.rival_json(answer)))
+    else:
+        _stdout().print(rival_view(source.spec.name, answer.context, answer.plan, answer.fits, answer.max_context))
+    return 1 if answer.fits is False else 0
+
+
+def _rank(args: argparse.Namespace) -> int:
+    from headwise import api
+    from headwise.planner.rank import rank
+    from headwise.planner.render import rank_view
+    from headwise.spec.catalogue import specs
+
+    targets = api.targets_for(args.gpu, None)
+    fits = rank(specs(), targets)
+    if args.json:
+        keys = ("model", "weights", "kv", "weights_bytes", "max_context")
+        print(json.dumps({"gpus": [t.name for t in targets], "fits": [{k: getattr(f, k) for k in keys} for f in fits]}))
+    else:
+        _stdout().print(rank_view(fits, [t.name for t in targets]))
+    return 0
+
+
+def _explain(args: argparse.Namespace) -> int:
+    from headwise import api
+    from headwise.attention.choose import group_layers
+    from headwise.attention.render import engine_view, explain_view
+
+    source = _open(args)
+    if args.engine != "headwise":
+        gpu, answer = api.explain_rival(args.engine, source, gpu=args.gpu, kv=args.kv)
+        if args.json:
+            print(json.dumps(api.explain_rival_json(source.spec, args.engine, answer)))
+        else:
+            _stdout().print(engine_view(source.spec, args.engine, gpu.label, answer))
+        return 0 if answer.proven_fused else 1
+    device, formats, choices = api.explain(source, gpu=args.gpu, kv=args.kv, kv_global=args.kv_global, kv_sliding=args.kv_sliding)
+    if args.json:
+        print(json.dumps(api.explain_json(source.spec, choices) | {"device": device.label}))
+    else:
+        _stdout().print(explain_view(source.spec, choices, group_layers(source.spec, choices, formats), device.label))
+    return 0 if all(c.fused for c in choices) else 1
+
+
+def _verify(args: argparse.Namespace) -> int:
+    source = _open(args, weights=True)
+    from headwise.engine.llm import LLM
+    from headwise.engine.render import checks_view
+
+    with _progress() as progress:
+        llm = LLM(
+            source,
+            context=args.context,
+            kv=_kv(args),
+            device=args.device,
+            dtype=args.dtype,
+            chunk=args.ubatch,
+            allow_fallback=args.allow_fallback,
+            check=False,
+            progress=progress,
+        )
+    if args.against:
+        from headwise.engine.against import compare
+
+        return compare(llm, args.against, as_json=args.json, console=_stdout())
+    checks = llm.check()
+    if args.json:
+        from dataclasses import asdict
+
+        print(json.dumps({"model": source.spec.name, "device": str(llm.device), "checks": [asdict(c) for c in checks]}))
+    else:
+        _stdout().print(checks_view(checks))
+    return 0 if all(c.ok for c in checks) else 1
+
+
+_VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "run": _run,
+    "plan": _plan,
+    "explain": _explain,
+    "verify": _verify,
+}

@@ -1,0 +1,146 @@
+"""One sequence on one device: weights, caches and the arena, and the steps over them.
+
+Everything is allocated here, by the plan, before the first step; a step allocates nothing that the plan does not bound.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from headwise.attention.choose import Choice
+from headwise.attention.reference import visible
+from headwise.cache.storage import LayerCache, slot_positions
+from headwise.engine.measure import Peak, storages
+from headwise.errors import PlanError
+from headwise.model.arena import TORCH, Arena
+from headwise.model.decoder import Decoder, Step
+from headwise.planner.memory import Plan
+from headwise.planner.workspace import ropes
+from headwise.weights.blocks import Weight
+
+Progress = Callable[[int, int], None]
+
+
+def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
+    """The adapter of each layer's chosen backend."""
+    out = []
+    for choice in choices:
+        module = importlib.import_module(choice.backend.module)
+        out.append(partial(module.attend_cache if choice.backend.name == "reference" else module.attend, choice.backend.name))
+    return out
+
+
+class Runner:
+    """The state of one sequence and the forward passes over it."""
+
+    def __init__(self, plan: Plan, choices: Sequence[Choice], weights: Mapping[str, Weight], device: torch.device) -> None:
+        w = plan.workload
+        self.plan, self.device, self.chunk = plan, device, w.chunk
+        self.spec, self.context = plan.spec, w.context
+        self.dtype = TORCH[w.dtype]
+        self.arena = Arena(plan.buffers, device)
+        self.caches: list[LayerCache | None] = [
+            LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
+            if layer.kv_source is None
+            else None
+            for layer in self.spec.layers
+        ]
+        self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk)
+        for i, rope in enumerate(ropes(self.spec)):
+            live = [f for f in rope.inv_freq if f != 0.0]
+            self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
+        self.position = 0
+        self.transient_bytes = 0  # most that operators allocated beside the arena, measured
+        self._known = storages(self)
+
+    def reset(self) -> None:
+        """Forgets the sequence; its slots are written again before anything reads them."""
+        self.position = 0
+
+    def step(self, ids: Sequence[int]) -> Tensor:
+        """Runs `ids` at the next positions; the hidden states, (T, D), valid until the next step.
+
+        Raises:
+            PlanError: the sequence would pass the planned context; ValueError: more ids than a chunk.
+        """
+        n = len(ids)
+        if not 0 < n <= self.chunk:
+            raise ValueError(f"step of {n} tokens; chunks are 1..{self.chunk}")
+        if self.position + n > self.context:
+            raise PlanError(
+                f"the sequence would reach {self.position + n} tokens",
+                why=f"{self.context} are planned and allocated",
+                do=f"--context {min(self.spec.max_context, self.position + n)}",
+            )
+        ids_T = self.arena.take("ids", n)
+        if n == 1:
+            ids_T.fill_(ids[0])
+        else:
+            ids_T.copy_(torch.tensor(ids))
+        if n == 1 or self.device.type != "cpu":
+            return self._forward(ids_T, n)
+        with Peak(self._known) as peak:
+            x = self._forward(ids_T, n)
+        self.transient_bytes = max(self.transient_bytes, peak.peak_bytes)
+        return x
+
+    def _forward(self, ids_T: Tensor, n: int) -> Tensor:
+        self._fill_tables(n)
+        with torch.inference_mode():
+            x = self.decoder.forward(Step(ids_T, self.position, self.arena), self.caches)
+        self.position += n
+        return x
+
+    def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
+        with torch.inference_mode():
+            return self.decoder.logits(x_TD, self.arena, out)
+
+    def _fill_tables(self, n: int) -> None:
+        """Rope tables and ring masks of this step, shared by all layers."""
+        positions = torch.arange(self.position, self.position + n, device=self.device)
+        for i, rope in enumerate(ropes(self.spec)):
+            pairs = rope.rotated_dims // 2
+            cos, sin = (self.arena.take(f"rope.{i}.{t}", n, 1, pairs) for t in ("cos", "sin"))
+            angles = positions[:, None, None] * self.arena.take(f"rope.{i}.freq", pairs)
+            sin.copy_(angles.sin())
+            cos.copy_(angles.cos_())
+            if rope.magnitude != 1.0:
+                cos.mul_(rope.magnitude)
+                sin.mul_(rope.magnitude)
+        if n == 1:
+            return
+        for cache, layer in zip(self.caches, self.spec.layers, strict=True):
+            if cache is not None and layer.window is not None:
+                mask = self.arena.get(f"mask.{layer.window}")
+                if mask is not None:
+                    held = slot_positions(cache.n_slots, self.position + n, self.device)
+                    seen = visible(positions, held, layer.window)
+                    mask[:n].zero_().masked_fill_(~seen, float("-inf"))
+                    break  # one window per model; `planner.workspace` has one mask per window
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(storages(self).values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that weights, caches, arena and transient results held at once."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        reserved = sum(b.n_bytes for b in self.plan.buffers if b.reserved)
+        return self.allocated_bytes - reserved + self.transient_bytes
+
+    def prefill(self, ids: Sequence[int], *, progress: Progress | None = None, chunk: int | None = None) -> Tensor:
+        """Runs a whole prompt in chunks; the hidden state of its last token, (1, D)."""
+        step = chunk or self.chunk
+        x = torch.empty(0)
+        for start in range(0, len(ids), step):
+            x = self.step(ids[start : start + step])
+            if progress:
+                progress(min(start + step, len(ids)), len(ids))
+        return x[-1:]

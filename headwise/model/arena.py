@@ -1,0 +1,46 @@
+"""One allocation for every buffer of a forward pass, carved by the planner's own list."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+import torch
+from torch import Tensor
+
+from headwise.planner.workspace import Buffer, arena_bytes, offsets
+
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64}
+
+
+class Arena:
+    """Named flat buffers in one storage; `take` gives the first elements of one in the shape asked for."""
+
+    def __init__(self, buffers: Sequence[Buffer], device: torch.device) -> None:
+        self.storage = torch.empty(arena_bytes(buffers), dtype=torch.uint8, device=device)
+        starts = offsets(buffers)
+        self._flat = {
+            b.name: self.storage[starts[b.name] :][: prod(b.shape) * TORCH[b.dtype].itemsize].view(TORCH[b.dtype])
+            for b in buffers
+            if not b.reserved
+        }
+        self._shaped = {b.name: self._flat[b.name].view(b.shape) for b in buffers if not b.reserved}
+        self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """The first elements of `name` in `shape`. Views are kept: a decode step asks for the same ones every time."""
+        key = (name, shape)
+        view = self._views.get(key)
+        if view is None:
+            if len(self._views) > 4096:  # prefill tails of many lengths
+                self._views.clear()
+            view = self._views[key] = self._flat[name][: prod(shape)].view(shape)
+        return view
+
+    def flat(self, name: str) -> Tensor | None:
+        """A buffer as one row of elements; None where this model needs none."""
+        return self._flat.get(name)
+
+    def get(self, name: str) -> Tensor | None:
+        """A buffer in its full shape; None where this model has none."""
+        return self._shaped.get(name)

@@ -1,0 +1,34 @@
+"""Products with a weight, and rows of a table, into a given buffer; the weight may stay quantised.
+
+Legend: T tokens, N rows and K columns of the weight.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from headwise.weights.blocks import Weight, dequantise
+
+
+def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, tile: Tensor | None) -> Tensor:
+    """out = x @ weight.T. A quantised weight is expanded whole rows at a time into `tile`, a flat buffer of x's dtype."""
+    if isinstance(weight, Tensor):
+        return torch.mm(x_TK, weight.t(), out=out_TN)
+    n_rows, columns = weight.shape
+    if tile is None or tile.numel() < columns:
+        raise ValueError(f"linear: rows of {columns} values need a tile of at least that, got {tile}")
+    step = tile.numel() // columns
+    for start in range(0, n_rows, step):
+        stop = min(start + step, n_rows)
+        part = tile[: (stop - start) * columns].view(stop - start, columns)
+        dequantise(weight.data[start:stop], weight.type, x_TK.dtype, out=part)
+        out_TN[:, start:stop] = x_TK @ part.t()
+    return out_TN
+
+
+def rows(table: Weight, ids_T: Tensor, out_TK: Tensor) -> Tensor:
+    """The rows `ids_T` of a table."""
+    if isinstance(table, Tensor):
+        return torch.index_select(table, 0, ids_T, out=out_TK)
+    return dequantise(table.data[ids_T], table.type, out_TK.dtype, out=out_TK)

@@ -1,0 +1,102 @@
+"""Gated MLPs, dense and routed. `out` and every intermediate are buffers of the arena.
+
+Legend: T tokens, D hidden size, W width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from headwise.model.arena import Arena
+from headwise.model.norm import rms_norm
+from headwise.spec.layers import Activation, MlpSpec, MoeSpec
+from headwise.model.linear import linear
+
+SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss; transformers 5.23 GptOssConfig
+
+
+def gelu_tanh_(x: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_(x, approximate="tanh")
+
+
+def _activate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    """gate := act(gate) * up, in place; the clamped form is gpt-oss's gate * sigmoid(alpha * gate) * (up + 1)."""
+    if kind == "swiglu_clamped":
+        gate.clamp_(max=SWIGLU_LIMIT)
+        up.clamp_(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1.0)
+        up.mul_(gate)
+        return gate.mul_(SWIGLU_ALPHA).sigmoid_().mul_(up)
+    (gelu_tanh_ if kind == "gelu_tanh" else torch.ops.aten.silu_)(gate)
+    return gate.mul_(up)
+
+
+def dense(mlp: MlpSpec, w: Mapping[str, Tensor], h: Tensor, out: Tensor, arena: Arena) -> Tensor:
+    """out = down(act(gate(h)) * up(h))."""
+    T, W, tile = h.shape[0], mlp.width, arena.flat("weight.tile")
+    if "gate_up" in w:
+        gate, up = linear(h, w["gate_up"], arena.take("gate_up", T, 2 * W), tile).split(W, dim=-1)
+    else:
+        both = arena.take("gate_up", 2, T, W)
+        gate, up = linear(h, w["gate"], both[0], tile), linear(h, w["up"], both[1], tile)
+    if mlp.bias:
+        gate.add_(w["gate_bias"])
+        up.add_(w["up_bias"])
+    linear(_activate(mlp.activation, gate, up), w["down"], out, tile)
+    return out.add_(w["down_bias"]) if mlp.bias else out
+
+
+def routed_experts(
+    moe: MoeSpec, w: Mapping[str, Tensor], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena
+) -> Tensor:
+    """out = the chosen experts' MLPs of `h`, weighted; the router looks at `routed_by`."""
+    T, E, K, W = h.shape[0], moe.n_experts, moe.n_active, moe.width
+    tile = arena.flat("weight.tile")
+    scores = torch.mm(routed_by.to(torch.float32), w["router"].t(), out=arena.take("router", T, E))
+    if moe.bias:
+        scores.add_(w["router_bias"])
+    if moe.selection == "softmax_topk":
+        torch.softmax(scores, -1, out=scores)
+    weight, index = arena.take("router.weight", T, K), arena.take("router.index", T, K)
+    torch.topk(scores, K, dim=-1, out=(weight, index))
+    if moe.selection == "topk_softmax":
+        torch.softmax(weight, -1, out=weight)
+    elif moe.renormalise:
+        weight.div_(weight.sum(-1, keepdim=True))
+    if moe.beside_dense:
+        weight.mul_(w["expert_scale"][index])
+    out.zero_()
+    for e in torch.unique(index).tolist():
+        token, slot = (index == e).nonzero(as_tuple=True)
+        n = token.shape[0]
+        rows = torch.index_select(h, 0, token, out=arena.take("expert.in", n, h.shape[1]))
+        both = arena.take("gate_up", 2, n, W)
+        gate, up = linear(rows, w["experts_gate"][e], both[0], tile), linear(rows, w["experts_up"][e], both[1], tile)
+        if moe.bias:
+            gate.add_(w["experts_gate_bias"][e])
+            up.add_(w["experts_up_bias"][e])
+        y = linear(_activate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), tile)
+        if moe.bias:
+            y.add_(w["experts_down_bias"][e])
+        out.index_add_(0, token, y.mul_(weight[token, slot, None]))
+    return out
+
+
+def experts_beside_dense(
+    mlp: MlpSpec, w: Mapping[str, Tensor], x: Tensor, h: Tensor, out: Tensor, arena: Arena, eps: float
+) -> Tensor:
+    """Gemma 4 26B-A4B: norm(dense(h)) + norm(experts(norm(x))); the router reads the raw residual x, normed and scaled.
+
+    Source: transformers 5.23 models/gemma4/modeling_gemma4.py `Gemma4TextDecoderLayer`, `Gemma4TextRouter`.
+    """
+    assert mlp.moe is not None
+    dense(mlp, w, h, out, arena)
+    rms_norm(out, w["mlp_post_norm_1"], eps, out, arena)
+    routed_by = rms_norm(x, w["router_scale"], eps, arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
+    rms_norm(x, w["experts_norm"], eps, h, arena)
+    total = arena.take("expert.total", *x.shape)
+    routed_experts(mlp.moe, w, routed_by, h, total, arena)
+    rms_norm(total, w["experts_post_norm"], eps, total, arena)
+    return out.add_(total)

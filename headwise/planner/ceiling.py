@@ -1,0 +1,52 @@
+"""The most tokens per second that a card's bandwidth and matrix rate allow, before anything runs.
+
+Decode at batch 1 reads every active weight and the visible cache once per token; prefill computes two operations per
+active weight and token, and attention over what each token sees. No engine can pass these numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headwise.hardware.gpus import Gpu
+from headwise.planner.memory import Plan
+from headwise.planner.residence import weight_bytes
+from headwise.spec.kv import kv_read_bytes
+from headwise.spec.layers import ModelSpec
+from headwise.spec.tensors import TensorSpec, weight_tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    decode_tok_s: float
+    prefill_tok_s: float | None  # None: no matrix rate is known for this card
+
+
+def active_share(spec: ModelSpec, tensor: TensorSpec) -> float:
+    """The part of a tensor that one token uses: a row of a table, the chosen experts of a stack, all of a matrix."""
+    if tensor.role == "table":
+        return 1.0 if tensor.name == "embed" and spec.tied else 1 / tensor.shape[0]
+    if tensor.role == "experts":
+        moe = spec.layers[int(tensor.name.split(".")[1])].mlp.moe
+        return moe.n_active / moe.n_experts if moe else 1.0
+    return 1.0
+
+
+def ceiling(plan: Plan, gpu: Gpu) -> Ceiling:
+    """For one sequence whose cache holds `context` tokens."""
+    spec, w = plan.spec, plan.workload
+    sizes = weight_bytes(spec, plan.resident)
+    tensors = weight_tensors(spec)
+    read = sum(sizes[t.name] * active_share(spec, t) for t in tensors)
+    position = w.context - 1
+    for layer in spec.layers:
+        read += kv_read_bytes(layer, position=position, fmt=w.kv[layer.kind])
+    rate = gpu.tflops.bf16 or gpu.tflops.f16 or gpu.tflops.f32
+    prefill = None
+    if rate:
+        flops = sum(2 * t.n_elements * active_share(spec, t) for t in tensors if t.role in ("matrix", "experts"))
+        for layer in spec.layers:
+            seen = w.context / 2 if layer.window is None else min(layer.window, w.context / 2)
+            flops += 4 * seen * layer.n_heads * layer.head_dim
+        prefill = rate * 1e12 / flops
+    return Ceiling(gpu.bandwidth_gb_s * 1e9 / read, prefill)

@@ -1,0 +1,52 @@
+"""The type each weight has in memory: a pure rule that the planner counts with and the loader follows.
+
+Vectors (norms, biases, routers, scales) are fp32 everywhere. On a GPU a quantised weight stays as it is stored and is
+expanded a tile at a time; on a CPU, where PyTorch multiplies floats only, matrices are expanded once to the activations'
+type, and tables that are only looked up stay as stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from headwise.spec.ggml import by_name, n_bytes
+from headwise.spec.layers import ModelSpec
+from headwise.spec.tensors import TensorSpec, weight_tensors
+
+FLOAT_TYPES = frozenset({"f32", "f16", "bf16"})
+KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"})
+
+
+def resident_types(spec: ModelSpec, stored: Mapping[str, str], *, cpu: bool, dtype: str) -> dict[str, str]:
+    """Our tensor name -> the type it is kept in.
+
+    Args:
+        stored: our tensor name -> the type on disk.
+        dtype: of the activations: f32, f16 or bf16.
+    """
+    return {t.name: _resident(t, stored[t.name], spec, cpu, dtype) for t in weight_tensors(spec)}
+
+
+def _resident(tensor: TensorSpec, stored: str, spec: ModelSpec, cpu: bool, dtype: str) -> str:
+    if tensor.role == "vector":
+        return "f32"
+    only_looked_up = tensor.role == "table" and not (tensor.name == "embed" and spec.tied)
+    if stored in KEPT_TYPES and (only_looked_up or not cpu):
+        return stored
+    return dtype
+
+
+def weight_bytes(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, int]:
+    """Our tensor name -> its bytes in the given types."""
+    return {t.name: n_bytes(by_name(types[t.name]), t.n_elements) for t in weight_tensors(spec)}
+
+
+def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Matrices that share their input and type lie in one allocation, so that one product serves them."""
+    out = {}
+    for layer in spec.layers:
+        for name, members in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+            present = tuple(m for m in (f"layers.{layer.index}.{x}" for x in members) if m in types)
+            if len(present) > 1 and len({types[m] for m in present}) == 1:
+                out[f"layers.{layer.index}.{name}"] = present
+    return out

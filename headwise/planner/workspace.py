@@ -1,0 +1,144 @@
+"""Every buffer a forward pass writes, as data: the planner sums them, the engine carves them out of one allocation.
+
+Buffers of different phases never live at once, so phases overlay each other: the arena is what is needed always plus the
+largest phase. What PyTorch's attention operators allocate themselves (their result; they take no `out=`) cannot be
+carved; room for it is reserved in the arena, so that the plan bounds the measured peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+from headwise.spec.kv import KVFormat, k_values, kv_slots, v_values
+from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.rope import RopeSpec
+
+ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8}
+ALIGN = 64  # bytes; every buffer starts on a cache line
+DEQUANT_TILE_VALUES = 8 * 2**20  # weights of a quantised matrix expanded at a time
+Phase = Literal["always", "attention", "mlp", "head"]
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """`shape` elements of `dtype`; `reserved` ones are room left, never carved."""
+
+    name: str
+    phase: Phase
+    shape: tuple[int, ...]
+    dtype: str
+    reserved: bool = False
+
+    @property
+    def n_bytes(self) -> int:
+        return -(-prod(self.shape) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
+
+
+def ropes(spec: ModelSpec) -> tuple[RopeSpec, ...]:
+    """The distinct ropes of a model, in order of first use."""
+    return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
+
+
+def ring_slots(spec: ModelSpec, *, n_tokens: int, chunk: int) -> dict[int, int]:
+    """Slots of the ring of each distinct window."""
+    return {
+        layer.window: kv_slots(layer, n_tokens=n_tokens, chunk=chunk)
+        for layer in spec.kv_layers
+        if layer.window is not None
+    }
+
+
+def workspace(
+    spec: ModelSpec,
+    *,
+    n_tokens: int,
+    chunk: int,
+    dtype: str,
+    kv: Mapping[Kind, KVFormat],
+    block_weights: bool = False,
+    scores: bool = False,
+) -> tuple[Buffer, ...]:
+    """The buffers for steps of up to `chunk` tokens in a context of `n_tokens`.
+
+    Args:
+        dtype: of the activations.
+        block_weights: some matrices stay quantised and are expanded tile by tile.
+        scores: some layer runs the materialised reference.
+    """
+    C, D = chunk, spec.hidden
+    layers = spec.layers
+    out: list[Buffer] = []
+
+    def add(name: str, phase: Phase, *shape: int, kind: str = dtype, reserved: bool = False) -> None:
+        if prod(shape):
+            out.append(Buffer(name, phase, shape, kind, reserved))
+
+    n_heads = max(x.n_heads for x in layers)
+    add("ids", "always", C, kind="i64")
+    for name in ("x", "h", "y"):
+        add(name, "always", C, D)
+    heads_all = max([len(layers) if spec.ple else 1, *(x.n_heads + 2 * x.n_kv_heads for x in layers)])
+    add("norm", "always", C, heads_all, kind="f32")
+    for i, rope in enumerate(ropes(spec)):
+        pairs = rope.rotated_dims // 2
+        add(f"rope.{i}.freq", "always", pairs, kind="f32")
+        for table in ("cos", "sin"):
+            add(f"rope.{i}.{table}", "always", C, 1, pairs)
+    for window, slots in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
+        add(f"mask.{window}", "always", C, slots)
+    if spec.ple:
+        add("ple", "always", C, len(layers) * spec.ple.dim)
+        add("ple.rows", "attention", C, len(layers) * spec.ple.dim)
+        add("ple.gate", "mlp", C, spec.ple.dim)
+
+    q_width = max(x.n_heads * x.head_dim for x in layers)
+    add("qkv", "attention", C, max(x.n_heads * x.head_dim + 2 * x.n_kv_heads * x.head_dim for x in layers))
+    add("rope.tmp", "attention", C, max([0, *(x.n_heads * x.rope.rotated_dims // 2 for x in layers if x.rope)]))
+    add("attn", "attention", C, q_width)
+    add("q.one", "attention", C, max([0, *(x.n_heads * k_values(x) for x in layers if x.k_eq_v)]))
+    add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
+    loose = [x for x in spec.kv_layers if kv[x.kind].name != dtype]
+    add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
+    add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
+    # one result and, per query and head, a few log-sum-exps of partial results
+    add("attention result", "always", C, max(x.n_heads * (k_values(x) + 8) for x in layers), reserved=True)
+    if scores:
+        add("scores", "always", 3 * C, n_heads, n_tokens, kind="f32", reserved=True)
+
+    wide = max(max(x.mlp.width, x.mlp.moe.width if x.mlp.moe else 0) for x in layers)
+    add("gate_up", "mlp", C, 2 * wide)
+    moes = [x.mlp.moe for x in layers if x.mlp.moe]
+    if moes:
+        active = max(m.n_active for m in moes)
+        add("router", "mlp", C, max(m.n_experts for m in moes), kind="f32")
+        add("router.weight", "mlp", C, active, kind="f32")
+        add("router.index", "mlp", C, active, kind="i64")
+        for name in ("expert.in", "expert.out", "expert.sum", "expert.total"):
+            add(name, "mlp", C, D)
+    add("logits", "head", 1, spec.vocab_size)
+    if block_weights:
+        add("weight.tile", "always", DEQUANT_TILE_VALUES)
+    return tuple(out)
+
+
+def arena_bytes(buffers: Iterable[Buffer]) -> int:
+    """Bytes of the one allocation: what lives always, and the largest of the phases that overlay each other."""
+    totals: dict[str, int] = {}
+    for b in buffers:
+        totals[b.phase] = totals.get(b.phase, 0) + b.n_bytes
+    return totals.pop("always", 0) + max(totals.values(), default=0)
+
+
+def offsets(buffers: Iterable[Buffer]) -> dict[str, int]:
+    """Where each carved buffer starts in the arena; reserved room lies at the very end."""
+    buffers = [b for b in buffers if not b.reserved]
+    where: dict[str, int] = {}
+    ends: dict[str, int] = {}
+    base = sum(b.n_bytes for b in buffers if b.phase == "always")
+    for b in buffers:
+        start = ends.setdefault(b.phase, 0 if b.phase == "always" else base)
+        where[b.name], ends[b.phase] = start, start + b.n_bytes
+    return where
