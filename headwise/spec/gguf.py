@@ -91,11 +91,11 @@ class GgufArray:
         start, unpack, add = self.offset, _U64, out.append
         for _ in range(self.length):
             (n,) = unpack(data, start)
-            if n > _MAX_STRING_BYTES:
-                raise OverflowError
             start += 8
             add(data[start : start + n].decode("utf-8", "surrogateescape"))
             start += n
+        if start > len(data):  # a slice beyond the end is only short
+            raise OverflowError
         return out
 
 
@@ -113,9 +113,7 @@ class GgufTensor:
     def read_f32(self) -> list[float]:
         """The values of a small f32 tensor, such as rope_freqs; raises SpecError for another type or a large one."""
         if self.type.name != "f32" or self.n_bytes > _MAX_SMALL_BYTES:
-            raise _damaged(
-                self.path, f"tensor {_shown(self.name)} is {self.n_bytes} bytes of {self.type.name}, not a few of f32"
-            )
+            raise _damaged(self.path, f"tensor {_shown(self.name)} is {self.n_bytes} bytes of {self.type.name}, not a few of f32")
         return GgufArray(self.path, self.offset, self.n_bytes // 4, _F32).read()
 
 
@@ -261,9 +259,7 @@ class _Header:
     def string(self, errors: str = "strict") -> str:
         n = self.u64()
         if n > self.size - self.at:
-            raise _damaged(
-                self.path, f"{self.doing} has a string of {n} bytes, and {self.size - self.at} are left in the file"
-            )
+            raise _damaged(self.path, f"{self.doing} has a string of {n} bytes, and {self.size - self.at} are left in the file")
         if n > _MAX_STRING_BYTES:
             raise _damaged(self.path, f"{self.doing} has a string of {n} bytes (at most {_MAX_STRING_BYTES})")
         raw = self.data[self.at : self.at + n]
@@ -393,9 +389,7 @@ class _Header:
             raise _damaged(self.path, f"{self.doing} has rows of {row} values; {kind.name} packs them by {kind.block}")
         return name, dims[::-1], kind, offset, n_bytes(kind, n_elements)
 
-    def place(
-        self, rows: list[tuple[str, tuple[int, ...], GgmlType, int, int]], alignment: int
-    ) -> dict[str, GgufTensor]:
+    def place(self, rows: list[tuple[str, tuple[int, ...], GgmlType, int, int]], alignment: int) -> dict[str, GgufTensor]:
         """Offsets in the file; every tensor aligned, inside the file, and clear of the others."""
         start = -(-self.at // alignment) * alignment
         tensors: dict[str, GgufTensor] = {}
@@ -403,9 +397,7 @@ class _Header:
             if name in tensors:
                 raise _damaged(self.path, f"tensor {_shown(name)} is there twice")
             if offset % alignment:
-                raise _damaged(
-                    self.path, f"tensor {_shown(name)} starts at {offset}, which {alignment} does not divide"
-                )
+                raise _damaged(self.path, f"tensor {_shown(name)} starts at {offset}, which {alignment} does not divide")
             tensors[name] = GgufTensor(name, shape, kind, self.path, start + offset, size)
         end = start
         for tensor in sorted(tensors.values(), key=lambda t: t.offset):

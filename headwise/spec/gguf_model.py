@@ -388,9 +388,7 @@ def _gemma3(h: _Header) -> ModelSpec:
         for i, kind in enumerate(sliding)
     ]
     embed_scale = h.hidden**0.5
-    return h.model(
-        "gemma3", layers, eps=1e-6, norms="sandwich", embed_scale=embed_scale, final_softcap=h.final_softcap()
-    )
+    return h.model("gemma3", layers, eps=1e-6, norms="sandwich", embed_scale=embed_scale, final_softcap=h.final_softcap())
 
 
 def _made_by_ollama(h: _Header) -> bool:
@@ -407,9 +405,7 @@ def _made_by_ollama(h: _Header) -> bool:
 def _exaone4(h: _Header) -> ModelSpec:
     head_dim = h.head_dim()
     window = h.config.optional_integer(h.key("attention.sliding_window"))
-    patterned = (
-        "attention.sliding_window_pattern" in h or h.n_layers == 64
-    )  # the 32B, whose first files lack the pattern
+    patterned = "attention.sliding_window_pattern" in h or h.n_layers == 64  # the 32B, whose first files lack the pattern
     hybrid = window is not None and patterned
     sliding = h.sliding(period=4) if hybrid else [False] * h.n_layers
     rope = h.rope(head_dim, h.theta())
@@ -479,9 +475,7 @@ def _gpt_oss(h: _Header) -> ModelSpec:
     # Trained with YaRN's ramp not rounded to whole dims; no key says so, and llama.cpp rounds it.
     rope = h.rope(head_dim, h.theta(), truncate=False, kind="yarn" if "rope.scaling.factor" in h else "none")
     h.per_layer("feed_forward_length", [0] * h.n_layers)
-    moe = h.moe(
-        0, activation="swiglu_clamped", selection="topk_softmax", renormalise=False, bias=h.has(0, "ffn_gate_inp.bias")
-    )
+    moe = h.moe(0, activation="swiglu_clamped", selection="topk_softmax", renormalise=False, bias=h.has(0, "ffn_gate_inp.bias"))
     layers = [
         _layer(
             h,

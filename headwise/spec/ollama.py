@@ -187,9 +187,7 @@ class _Manifest:
             ("adapter", "its LoRA adapter would change every layer, and adapters are not read"),
         ):
             if kinds.count(kind) > (kind == "model"):
-                raise SpecError(
-                    f"Ollama's {self.name} cannot be used as it is", why=why, do="use the base model, or one GGUF file"
-                )
+                raise SpecError(f"Ollama's {self.name} cannot be used as it is", why=why, do="use the base model, or one GGUF file")
         params = self._json(blob, "parameters") if (blob := self._blob("params")) else {}
         gguf = self._blob("model")
         assert gguf is not None
@@ -209,9 +207,7 @@ class _Manifest:
         base = self.name.rpartition(":")[0]
         if "tensor" in kinds:
             why = "it is stored as safetensors for Apple's MLX"
-            return SpecError(
-                what, why=why, do=f"pull another tag of it, without mlx, mxfp8 or nvfp4: ollama pull {base}"
-            )
+            return SpecError(what, why=why, do=f"pull another tag of it, without mlx, mxfp8 or nvfp4: ollama pull {base}")
         return SpecError(what, why="it has no weights here: a model that runs in Ollama's cloud", do="pull a local tag")
 
     def _damaged(self, path: Path, why: str) -> SpecError:

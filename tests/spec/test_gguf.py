@@ -74,8 +74,7 @@ def test_a_file_from_gguf_py_reads_the_same_as_gguf_py_reads_it(tmp_path):
     fields = {k: f.contents() for k, f in theirs.fields.items() if not k.startswith("GGUF.")}
     assert {k: v.read() if isinstance(v, GgufArray) else v for k, v in ours.metadata.items()} == fields
     assert [(t.name, t.shape, t.type.code, t.offset, t.n_bytes) for t in ours.tensors.values()] == [
-        (t.name, tuple(int(d) for d in reversed(t.shape)), int(t.tensor_type), t.data_offset, t.n_bytes)
-        for t in theirs.tensors
+        (t.name, tuple(int(d) for d in reversed(t.shape)), int(t.tensor_type), t.data_offset, t.n_bytes) for t in theirs.tensors
     ]
     assert ours.version == 3 and ours.data_bytes == 24 + 14 + 8 + 204
     assert ours.tensors["q8"].shape == (3, 64)
@@ -132,9 +131,11 @@ def test_an_array_of_a_file_that_changed_is_an_error_not_a_crash(tmp_path):
     path = written(tmp_path, small_model())
     tokens = read_gguf(path).metadata["tokenizer.ggml.tokens"]
 
-    path.write_bytes(b"GGUF")
-    with pytest.raises(SpecError, match="changed"):
-        tokens.read()
+    longer_last = small_model().replace(string("▁the"), struct.pack("<Q", 1 << 40) + "▁the".encode())
+    for now in (b"GGUF", longer_last):
+        path.write_bytes(now)
+        with pytest.raises(SpecError, match="changed"):
+            tokens.read()
     path.write_bytes(b"\xff" * 4096)
     with pytest.raises(SpecError, match="changed"):
         tokens.read()
@@ -284,11 +285,16 @@ def test_a_file_cut_at_any_byte_is_refused_and_says_how_much_is_missing(tmp_path
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<IIQ", ARRAY, F32, 2**62), "announces"),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<IIQ", ARRAY, STRING, 2**61), "announces"),
         (
-            b"GGUF"
-            + struct.pack("<IQQ", 3, 0, 1)
-            + string("k")
-            + struct.pack("<IIQQQ", ARRAY, STRING, 2, 2**64 - 1, 0),
+            b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + string("k") + struct.pack("<IIQQQ", ARRAY, STRING, 2, 2**64 - 1, 0),
             "ends at byte",
+        ),
+        (
+            gguf_bytes({"k": (ARRAY, (STRING, ["last"]))}).replace(b"\x04" + bytes(7) + b"last", b"\x40" + bytes(7) + b"last"),
+            "ends at",
+        ),
+        (
+            gguf_bytes({"k": (ARRAY, (F32, [0.0]))}).replace(struct.pack("<IQ", F32, 1), struct.pack("<IQ", F32, 99)),
+            "99 f32 values",
         ),
         (gguf_bytes({"general.alignment": (U32, 0)}), "general.alignment"),
         (gguf_bytes({"general.alignment": (U32, 48)}), "power of two"),

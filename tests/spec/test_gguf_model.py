@@ -125,13 +125,9 @@ def write(path: Path, case: str) -> Path:
     """What llama.cpp's converter writes for a config: its keys through gguf-py, its tensors with zeros."""
     arch, config = CASES[case]
     w = gguf.GGUFWriter(path, arch)
-    n, hidden, n_heads, head_dim = (
-        config[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")
-    )
+    n, hidden, n_heads, head_dim = (config[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"))
     types = config.get("layer_types") or [FULL] * n
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)} | config.get(
-        "rope_scaling", {}
-    )
+    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)} | config.get("rope_scaling", {})
     full = rope.get(FULL, rope)
 
     w.add_block_count(n)
@@ -434,6 +430,31 @@ def test_rope_factors_of_the_wrong_type_or_value_are_refused(tmp_path):
         refused(read_gguf(path), says)
 
 
+def test_gemma3_27b_scales_its_scores_by_hidden_over_heads(tmp_path):
+    """query_pre_attn_scalar is 168 there and head_dim 128; no key says so, but 62 layers do."""
+    names = ["token_embd.weight"] + [f"blk.{i}.attn_{x}.weight" for i in range(62) for x in "kv"]
+    keys = {
+        "general.architecture": (STRING, "gemma3"), "gemma3.block_count": (U32, 62), "gemma3.context_length": (U32, 9),
+        "gemma3.embedding_length": (U32, 5376), "gemma3.attention.head_count": (U32, 32),
+        "gemma3.attention.key_length": (U32, 128), "gemma3.attention.value_length": (U32, 128),
+        "gemma3.feed_forward_length": (U32, 8), "gemma3.attention.layer_norm_rms_epsilon": (F32, 1e-6),
+    }  # fmt: skip
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes(keys, [tensor(name, (4,), 0, 32 * i) for i, name in enumerate(names)], bytes(32 * 125)))
+
+    assert {layer.scale for layer in spec_from_gguf(read_gguf(path)).layers} == {168**-0.5}
+
+
+def test_two_magnitudes_of_yarn_cancel(files):
+    """Ministral 3 has both mscale and mscale_all_dim at 1: its cos and sin are not scaled, where YaRN's own are."""
+    yarn = {"rope__scaling__type": "yarn", "rope__scaling__factor": 16.0, "rope__scaling__original_context_length": 64}
+    plain = changed(files["mistral3"], **yarn)
+    both = changed(plain, rope__scaling__yarn_log_multiplier=1.0)
+
+    magnitudes = [spec_from_gguf(f).layers[0].rope.magnitude for f in (plain, both)]  # type: ignore[union-attr]
+    assert magnitudes == [0.1 * math.log(16) + 1, 1.0]
+
+
 # files that Ollama made
 
 
@@ -443,9 +464,7 @@ def test_ollamas_gemma3_gets_the_scaling_that_its_converter_dropped(files):
 
     ollama = changed(plain, mm__tokens_per_image=256, vision__block_count=27, rope__local__freq_base=10_000.0)
 
-    wide = [
-        spec_from_gguf(f).of_kind("global")[0].rope for f in (plain, ollama, changed(ollama, context_length=32_768))
-    ]
+    wide = [spec_from_gguf(f).of_kind("global")[0].rope for f in (plain, ollama, changed(ollama, context_length=32_768))]
     assert [rope.inv_freq[0] for rope in wide if rope] == [1.0, 0.125, 1.0]
 
 
@@ -502,11 +521,7 @@ def test_any_value_of_any_key_gives_a_spec_or_a_spec_error(files, case, data):
 def test_arrays_of_the_header_are_decoded(tmp_path):
     """A pattern that stays in the file unread would look like a wrong type."""
     path = tmp_path / "m.gguf"
-    path.write_bytes(
-        gguf_bytes({"general.architecture": (STRING, "gemma4"), "gemma4.block_count": (ARRAY, (I32, [1]))})
-    )
+    path.write_bytes(gguf_bytes({"general.architecture": (STRING, "gemma4"), "gemma4.block_count": (ARRAY, (I32, [1]))}))
     refused(read_gguf(path), "gemma4.block_count = [1]")
-    path.write_bytes(
-        gguf_bytes({"general.architecture": (STRING, "gemma4"), "gemma4.x": (ARRAY, (BOOL, [True] * 5000))})
-    )
+    path.write_bytes(gguf_bytes({"general.architecture": (STRING, "gemma4"), "gemma4.x": (ARRAY, (BOOL, [True] * 5000))}))
     refused(read_gguf(path), "gemma4.block_count is missing")

@@ -79,6 +79,13 @@ def test_a_model_gives_its_gguf_and_its_settings(store):
     assert model.draft is None
 
 
+def test_of_two_layers_of_a_kind_the_last_counts(store):
+    """A model made from another keeps its parameters in front of its own."""
+    store.gguf("registry.ollama.ai/me/m/v1", store.layer("params", b'{"num_ctx": 1}'), store.layer("params", b'{"num_ctx": 2}'))
+
+    assert find_ollama("me/m:v1", [store.root]).params == {"num_ctx": 2}
+
+
 @pytest.mark.parametrize(
     ("name", "path"),
     [
