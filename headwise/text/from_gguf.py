@@ -90,9 +90,7 @@ def vocabulary_from_gguf(metadata: Mapping[str, Any]) -> Vocabulary:
     )
 
 
-def _byte_level(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]
-) -> tuple[Tokenizer, bool]:
+def _byte_level(metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]) -> tuple[Tokenizer, bool]:
     split = split_for(metadata.get(f"{_PREFIX}pre"))
     rust = Tokenizer(_bpe(ids, _listed_merges(metadata), ignore_merges=split.ignore_merges))
     if (normalizer := split.normalizer()) is not None:
@@ -102,16 +100,12 @@ def _byte_level(
     return rust, split.add_bos
 
 
-def _sentencepiece(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]
-) -> tuple[Tokenizer, bool]:
+def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]) -> tuple[Tokenizer, bool]:
     scores = _array(metadata, "scores", (float, int), len(tokens))
     return _spaced(metadata, tokens, types, ids, _merges_from_scores(tokens, types, scores), prefix=True), True
 
 
-def _gemma4(
-    metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]
-) -> tuple[Tokenizer, bool]:
+def _gemma4(metadata: Mapping[str, Any], tokens: list[str], types: list[int], ids: dict[str, int]) -> tuple[Tokenizer, bool]:
     return _spaced(metadata, tokens, types, ids, _listed_merges(metadata), prefix=False), True
 
 

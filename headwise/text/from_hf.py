@@ -47,9 +47,7 @@ def vocabulary_from_hf(directory: Path) -> Vocabulary:
     config = _json(directory / "tokenizer_config.json")
     _add_declared(rust, config, path)
     tokens_map = _json(directory / "special_tokens_map.json")
-    bos_id, eos_id = (
-        _named_id(rust, key, config.get(key) or tokens_map.get(key)) for key in ("bos_token", "eos_token")
-    )
+    bos_id, eos_id = (_named_id(rust, key, config.get(key) or tokens_map.get(key)) for key in ("bos_token", "eos_token"))
     size = max([rust.get_vocab_size(), *(i + 1 for i in rust.get_added_tokens_decoder())])
     generation = directory / "generation_config.json"
     ends = _eos_ids(generation if generation.is_file() else directory / "config.json", size)
@@ -72,9 +70,7 @@ def vocabulary_from_hf(directory: Path) -> Vocabulary:
         rust=rust,
         size=size,
         bos_id=bos_id,
-        eos_ids=end_of_turn_ids(
-            {token.content: i for i, token in added.items()}, ends if eos_id is None else {*ends, eos_id}
-        ),
+        eos_ids=end_of_turn_ids({token.content: i for i, token in added.items()}, ends if eos_id is None else {*ends, eos_id}),
         add_bos=bos_id is not None and (rust.encode("").ids[:1] == [bos_id] if flag is None else bool(flag)),
         chat_template=_chat_template(directory, config),
         hidden=hidden,
@@ -110,9 +106,7 @@ def _declared_tokens(declared: Any, path: Path) -> list[tuple[int, AddedToken]]:
             key=itemgetter(0),
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SpecError(
-            f"{path} is damaged", why=f"added_tokens_decoder: {type(error).__name__} {error}", do=_DOWNLOAD
-        ) from error
+        raise SpecError(f"{path} is damaged", why=f"added_tokens_decoder: {type(error).__name__} {error}", do=_DOWNLOAD) from error
 
 
 def _as_special(token: AddedToken) -> AddedToken:
@@ -150,9 +144,7 @@ def _eos_ids(path: Path, size: int) -> set[int]:
     ids = [] if value is None else cast("list[Any]", value) if isinstance(value, list) else [value]
     for i in ids:
         if not isinstance(i, int) or not 0 <= i < size:
-            raise SpecError(
-                f"{path} is damaged", why=f"eos_token_id is {value!r}, and there are {size} tokens", do=_DOWNLOAD
-            )
+            raise SpecError(f"{path} is damaged", why=f"eos_token_id is {value!r}, and there are {size} tokens", do=_DOWNLOAD)
     return set(ids)
 
 

@@ -129,9 +129,7 @@ def _compiled(template: str) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols], finalize=_count_output
     )
     environment.filters["tojson"] = _tojson
-    environment.globals.update(
-        raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace
-    )
+    environment.globals.update(raise_exception=_raise_exception, strftime_now=_strftime_now, dict=_Dict(), namespace=_Namespace)
     try:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
@@ -164,9 +162,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     code_generator_class = _CodeGenerator
     intercepted_binops = frozenset(("+", "*", "**"))
 
-    def _generate(
-        self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False
-    ) -> str:
+    def _generate(self, source: nodes.Template, name: str | None, filename: str | None, defer_init: bool = False) -> str:
         for block in source.find_all((nodes.For, nodes.Macro, nodes.CallBlock)):
             block.body.insert(0, nodes.ExprStmt(nodes.EnvironmentAttribute("count_step"), lineno=block.lineno))
             if isinstance(block, nodes.For) and block.test is not None:  # it can drop every turn before the body

@@ -131,9 +131,7 @@ class Tokenizer:
         """The token's characters as tokens of their own, or as bytes where the vocabulary has no such character."""
         spelt: list[int] = []
         for character in self.token(token_id):
-            names = (
-                [character] if self.id(character) is not None else [f"<0x{byte:02X}>" for byte in character.encode()]
-            )
+            names = [character] if self.id(character) is not None else [f"<0x{byte:02X}>" for byte in character.encode()]
             spelt += [i for name in names if (i := self.id(name)) is not None]
         return spelt
 

@@ -20,7 +20,7 @@ from headwise.text.tokenizer import read_tokenizer
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, BYTE = 1, 2, 3, 4, 6
 CORPUS = [
     "The quick brown fox jumps over the lazy dog. The dog doesn't care; it's asleep, they'll see.",
-    "def plan(model, n_tokens):\n    if n_tokens > 131072:\n        return None\n\treturn model.kv_bytes * n_tokens\n\n\n",
+    "def plan(model, n_tokens):\n    if n_tokens > 131072:\n        return None\n\treturn kv_bytes * n_tokens\n\n\n",
     "Größenwahn, naïve café, Ελληνικά, Русский текст, 日本語のテキスト、漢字。中文文本。한국어 텍스트",
     "12345 67 8.9e10 0x1F600 😀😃 👩‍💻 a  b    c        d\r\nCRLF\r\n\ttab\t\ttabs 'S 'LL don'T",
     "<|im_start|>user hello <|turn> <turn|> </s> <s> think [INST] | < > <| |>",
@@ -98,9 +98,7 @@ def byte_level_pair(path: Path, pre: str) -> Pair:
     rust = Tokenizer(BPE(ignore_merges=ignore_merges))
     if pre in GGUF_PRE_TOKENIZER_SPLITS:
         split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[pre]), behavior="isolated")
-        rust.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
+        rust.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     elif pre == "exaone":
         rust.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -143,9 +141,7 @@ def sentencepiece_pair(path: Path, *, kind: str, prefix: bool) -> Pair:
     rust.pre_tokenizer = pre_tokenizers.Split(Regex(r"[^▁\n]+|▁+[^▁\n]*|\n+"), "isolated")  # for training only
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     control = ["<unk>", "<s>", "</s>", "<|turn>", "<turn|>", "<|channel>", "<|tool_response>"]
-    trainer = trainers.BpeTrainer(
-        vocab_size=900, special_tokens=control + bytes_, limit_alphabet=130, show_progress=False
-    )
+    trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=control + bytes_, limit_alphabet=130, show_progress=False)
     rust.train_from_iterator(CORPUS, trainer)
     vocab, merges = rust.get_vocab(), split_merges(rust)
     tokens = tokens_of(rust)
@@ -159,9 +155,7 @@ def sentencepiece_pair(path: Path, *, kind: str, prefix: bool) -> Pair:
     rust_again.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     rust_again.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     rust_again.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    hf = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=rust_again, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=rust_again, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     hf.save_pretrained(path / "hf")
     visible = ("<|channel>", "<|tool_response>")  # as the converter marks them for llama.cpp
     fields = {

@@ -41,7 +41,8 @@ LLAMA = """{{- bos_token }}
         {{- '{"name": "' + tool_call.name + '", ' }}{{- '"parameters": ' }}{{- tool_call.arguments | tojson }}{{- "}" }}
         {{- "<|eot_id|>" }}
     {%- else %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+        {{- message['content'] | trim + '<|eot_id|>' }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
@@ -178,9 +179,7 @@ CHATS: dict[str, list[dict[str, Any]]] = {
 
 def ours(template: str, chat: list[dict[str, Any]], **extra: Any) -> str:
     tools, prompt = extra.pop("tools", None), extra.pop("add_generation_prompt", True)
-    return render_chat(
-        template, chat, tools=tools, add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>", extra=extra
-    )
+    return render_chat(template, chat, tools=tools, add_generation_prompt=prompt, bos_token="<s>", eos_token="</s>", extra=extra)
 
 
 def theirs(template: str, chat: list[dict[str, Any]], **variables: Any) -> str:
@@ -230,7 +229,7 @@ def test_any_json_value_prints_as_in_transformers(value: Any):
         "{{ undefined_name }}{{ eos_token }}",
         "{{ 'ab' * 3 }}{{ 2 ** 10 }}{{ [0] * 2 }}",
         "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}",
-        "{% for x in messages recursive %}{{ x.role }}{% if x.kids %}{{ loop(x.kids) }}{% endif %}{% else %}none{% endfor %}",
+        "{% for x in messages recursive %}{{ x.role }}{% if x.kids %}{{ loop(x.kids) }}{% endif %}{% else %}-{% endfor %}",
         "{% macro m(a, b=2) %}{{ a }}{{ b }}{{ caller() }}{% endmacro %}{% call m(1) %}c{% endcall %}",
     ],
 )
@@ -280,9 +279,7 @@ def test_what_fails_in_a_template_is_our_error(template: str):
         ours(template, CHATS["one"])
 
 
-@pytest.mark.parametrize(
-    "template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ x | nosuchfilter }}", "{{ '" + "a" * 3]
-)
+@pytest.mark.parametrize("template", ["{% if %}", "{{ x", "{% nosuchtag %}", "{{ x | nosuchfilter }}", "{{ '" + "a" * 3])
 def test_a_broken_template_names_its_line(template: str):
     """The user must know that the file is at fault and not the chat."""
     with pytest.raises(SpecError, match="not valid jinja") as caught:
@@ -310,7 +307,8 @@ def test_a_model_without_a_template_points_to_raw_continuation():
         "{{ 10 ** (10 ** 10) }}",
         "{% set ns = namespace(x=7) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
         "{% set ns = namespace(x='abcdefgh') %}{% for i in range(40) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
-        "{% set ns = namespace(x='abcdefgh') %}{% for i in range(40) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
+        "{% set ns = namespace(x='abcdefgh') %}"
+        + "{% for i in range(40) %}{% set ns.x %}{{ ns.x }}{{ ns.x }}{% endset %}{% endfor %}",
         "{% macro m(x) %}{{ x }}{{ x }}{% endmacro %}{% set ns = namespace(x='abcdefgh') %}"
         + "{% for i in range(40) %}{% set ns.x = m(ns.x) %}{% endfor %}",
         "{% for a in range(99999) %}" + "literal " * 1000 + "{% endfor %}",
