@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import BYTE, CONTROL, NORMAL, ODD_TEXTS, UNKNOWN, USER_DEFINED, Pair
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders
 from tokenizers import Tokenizer as Rust
 from tokenizers.models import BPE
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+from vocabularies import BYTE, CONTROL, NORMAL, ODD_TEXTS, UNKNOWN, USER_DEFINED, Pair
 
 from headwise.errors import HeadwiseError, SpecError, UsageError
 from headwise.text.from_gguf import vocabulary_from_gguf
