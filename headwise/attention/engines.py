@@ -24,9 +24,7 @@ _FATTN = "llama.cpp 0c1e57098 (2026-10-01) ggml/src/ggml-cuda/fattn.cu:541-755"
 _CONTEXT = "llama.cpp 0c1e57098 (2026-10-01) src/llama-context.cpp:506-558, 3840-3870"
 _METAL = "llama.cpp 0c1e57098 (2026-10-01) ggml-metal-device.m:1727"
 _VULKAN = "llama.cpp 0c1e57098 (2026-10-01) ggml-vulkan.cpp:15451"
-_VLLM = (
-    "vLLM 0.33.0 model_executor/models/config.py:301-369, v1/attention/backends/fa_utils.py, platforms/cuda.py:160-181"
-)
+_VLLM = "vLLM 0.33.0 model_executor/models/config.py:301-369, v1/attention/backends/fa_utils.py, platforms/cuda.py:160-181"
 _VLLM_19 = "vLLM 0.19.0 model_executor/models/config.py:104"
 
 
@@ -187,9 +185,7 @@ def engine_choice(
     if found.engine != "vllm" and backend_per_kind:
         raise UsageError(f"{found.engine} has no backend per kind of layer", why="vLLM has", do="drop the setting")
     if found.engine != "llama.cpp" and case.k != case.v:
-        raise UsageError(
-            f"{found.engine} has one KV type for K and V", why=f"K {case.k}, V {case.v}", do="give one type"
-        )
+        raise UsageError(f"{found.engine} has one KV type for K and V", why=f"K {case.k}, V {case.v}", do="give one type")
     if found.engine == "llama.cpp":
         choice = _llama_cpp(case, fa)
     elif found.engine == "ollama":
@@ -506,9 +502,7 @@ def _llama_cpp(case: _Case, fa: Fa) -> EngineChoice:
     if fa == "on" or kernel.verdict != "offloaded":
         return _with_auto_note(kernel, case, fa)
     if not case.quantised_v:
-        why = (
-            f"{_PROBE} finds this layer's node on the CPU, and turns flash attention off for every layer ({kernel.why})"
-        )
+        why = f"{_PROBE} finds this layer's node on the CPU, and turns flash attention off for every layer ({kernel.why})"
         return _materialised(why, _CONTEXT)
     if version.has("quantised_v_forces_fa"):
         return _with_auto_note(kernel, case, fa)
@@ -669,7 +663,7 @@ def _probes(version: EngineVersion, fa: Fa, family: str, v: str) -> bool:
         return not (GGML_KV[v.lower()].quantised and version.has("quantised_v_forces_fa"))
     since = OLLAMA_ENGINE_SINCE.get(family)
     runs_own_engine = since is not None and version.at_least(*since) and not version.at_least(0, 30, 0)
-    return version.at_least(0, 13, 4) and not runs_own_engine
+    return not runs_own_engine
 
 
 # --- vLLM -----------------------------------------------------------------------------------------------------------
@@ -768,9 +762,7 @@ _VLLM_MIXED: Sequence[_Rule] = (
 
 def _vllm(case: _Case, fa: Fa, backend_per_kind: Mapping[Kind, str]) -> EngineChoice:
     if fa != "auto":
-        raise UsageError(
-            "vLLM has no switch for flash attention", why="it chooses a backend", do="--attention-backend names one"
-        )
+        raise UsageError("vLLM has no switch for flash attention", why="it chooses a backend", do="--attention-backend names one")
     if case.k not in VLLM_KV:
         raise UsageError(
             f"vLLM has no KV type {case.k!r} that is known here",
@@ -795,9 +787,7 @@ def _vllm_asked(case: _Case, backend: str) -> EngineChoice:
         return EngineChoice(backend=backend, verdict="fused", why="asked for by kind of layer", source=source)
     if nvidia and backend == "FLASH_ATTN":
         if case.cc < (8, 0) or (case.layer.head_dim > 256 and case.cc[0] not in (9, 10, 11)):
-            why = (
-                f"FLASH_ATTN asked for, which {case.gpu.label} cannot run at head size {case.layer.head_dim}: an error"
-            )
+            why = f"FLASH_ATTN asked for, which {case.gpu.label} cannot run at head size {case.layer.head_dim}: an error"
             return _refused(why, source)
         if not _fp8(case) and case.cc[0] in (8, 9):
             return EngineChoice(backend=backend, verdict="fused", why="asked for by kind of layer", source=source)

@@ -33,8 +33,8 @@ GGML_KV: Mapping[str, KVFormat] = {
 OLLAMA_OLD_KV = ("f16", "q8_0", "q4_0")
 # vLLM config/cache.py CacheDType, the formats without scales of their own
 VLLM_KV: Mapping[str, KVFormat] = {
-    **{name: KV_FORMATS["bf16"] for name in ("auto", "f16", "float16", "bf16", "bfloat16")},
-    **{name: KV_FORMATS["fp8"] for name in ("fp8", "fp8_e4m3", "fp8_e5m2")},
+    **dict.fromkeys(("auto", "f16", "float16", "bf16", "bfloat16"), KV_FORMATS["bf16"]),
+    **dict.fromkeys(("fp8", "fp8_e4m3", "fp8_e5m2"), KV_FORMATS["fp8"]),
 }
 
 # llama.cpp's graphs of these families know the window (llama-model.cpp sets swa_type); the others cache every token
@@ -231,9 +231,7 @@ def pad256(n: int) -> int:
 
 def _ggml_kv(name: str, engine: str) -> KVFormat:
     if name not in GGML_KV:
-        raise UsageError(
-            f"{engine} has no KV type {name!r}", why=f"it accepts {', '.join(GGML_KV)}", do="--kv with one of those"
-        )
+        raise UsageError(f"{engine} has no KV type {name!r}", why=f"it accepts {', '.join(GGML_KV)}", do="--kv with one of those")
     return GGML_KV[name]
 
 
@@ -265,10 +263,7 @@ def _llama_cells(ask: _Ask, *, n_ctx: int, unified: bool, ubatch: int, swa_full:
             why=f"a context of {n_ctx} tokens split among them leaves none for each (n_ctx_seq == 0)",
             do=f"--context {ask.slots} at least, or fewer slots",
         )
-    notes = [
-        f"base cache: {base} cells (the context, whole 256s)"
-        + (f" for each of {n_streams} slots" if n_streams > 1 else "")
-    ]
+    notes = [f"base cache: {base} cells (the context, whole 256s)" + (f" for each of {n_streams} slots" if n_streams > 1 else "")]
     window = max((layer.window for layer in ask.spec.layers if layer.window is not None), default=None)
     if window is None:
         return _Cells(base=base, sliding=0, n_streams=n_streams, notes=tuple(notes))
@@ -315,9 +310,7 @@ def _stored_twice(spec: ModelSpec) -> Iterable[str]:
         yield f"{n_shared} layers share another layer's cache and allocate nothing"
 
 
-def _ggml_compute(
-    ask: _Ask, k: KVFormat, v: KVFormat, cells: _Cells, *, ubatch: int, pipeline: bool
-) -> tuple[RivalItem, ...]:
+def _ggml_compute(ask: _Ask, k: KVFormat, v: KVFormat, cells: _Cells, *, ubatch: int, pipeline: bool) -> tuple[RivalItem, ...]:
     """The terms that dominate ggml's compute buffer. Buffers of one layer are reused by the next: the largest counts.
 
     Source: llama.cpp llama-graph.cpp (masks), llama-context.cpp graph_reserve (n_outputs = n_tokens),
@@ -334,9 +327,7 @@ def _ggml_compute(
     item = "f16" if ask.flash_attention else "f32"
     items = [
         RivalItem("attention masks", mask, f"{total_cells} cells * ubatch {ubatch} * {mask_item} ({item}){times}"),
-        RivalItem(
-            "logits", ask.spec.vocab_size * ubatch * 4, f"vocabulary {ask.spec.vocab_size} * ubatch {ubatch} * 4 (f32)"
-        ),
+        RivalItem("logits", ask.spec.vocab_size * ubatch * 4, f"vocabulary {ask.spec.vocab_size} * ubatch {ubatch} * 4 (f32)"),
     ]
     if not ask.flash_attention:
         layer = max(layers, key=lambda layer: layer.n_heads * rows[layer.kind])
@@ -360,9 +351,7 @@ def _ggml_compute(
 
 def _ollama(ask: _Ask) -> RivalPlan:
     _refuse(ask.v != ask.k, "Ollama has one KV type for K and V", "OLLAMA_KV_CACHE_TYPE sets both")
-    _refuse(
-        ask.sliding is not None, "Ollama has no KV type per kind of layer", "OLLAMA_KV_CACHE_TYPE holds for all layers"
-    )
+    _refuse(ask.sliding is not None, "Ollama has no KV type per kind of layer", "OLLAMA_KV_CACHE_TYPE holds for all layers")
     _refuse(
         ask.swa_full,
         "Ollama has no setting for full-size sliding caches",
@@ -459,11 +448,7 @@ def _ollama_engine(ask: _Ask, context: int, k: KVFormat, ubatch: int, notes: tup
             told.append("full-size sliding caches: the context is within what a ring would keep")
         else:
             sliding = -(-(ask.slots * memory + ubatch) // pad) * pad
-            kept = (
-                f"{memory} tokens kept per slot for prefix reuse, not {window}"
-                if memory > window + 1
-                else f"window {window}"
-            )
+            kept = f"{memory} tokens kept per slot for prefix reuse, not {window}" if memory > window + 1 else f"window {window}"
             told.append(f"sliding ring: {sliding} cells = pad{pad}({ask.slots} * {memory} + batch {ubatch}): {kept}")
     cells = _Cells(base=base, sliding=sliding, n_streams=1, notes=tuple(told))
     return _plan(
@@ -512,9 +497,7 @@ def _graph_size(ask: _Ask, context: int, k: KVFormat, batch: int) -> tuple[int, 
     kv = sum(int(total * 2 * layer.head_dim * layer.n_kv_heads * _ollama_item(k.name)) for layer in layers)
     heads = max(layer.n_heads for layer in layers)
     if spec.family in ("llama", "mistral"):
-        graph = max(
-            4 * batch * (1 + 4 * spec.hidden + total * (1 + heads)), 4 * batch * (spec.hidden + spec.vocab_size)
-        )
+        graph = max(4 * batch * (1 + 4 * spec.hidden + total * (1 + heads)), 4 * batch * (spec.hidden + spec.vocab_size))
         words = f"{ask.n_gpus} GPUs * 4 * batch * (1 + 4 * hidden + context * (1 + heads))"
     else:
         gqa = heads // min(layer.n_kv_heads for layer in layers)
@@ -567,9 +550,7 @@ def _vllm(ask: _Ask) -> RivalPlan:
         notes.append(f"{copied} layers have fewer KV heads than GPUs: each GPU holds a copy")
     kv = RivalKv(global_bytes=kinds["global"], sliding_bytes=kinds["sliding"], notes=tuple(notes))
     assumed = (
-        []
-        if ask.ubatch
-        else [f"--max-num-batched-tokens {_VLLM_BATCH}, its config's default; servers on large GPUs raise it"]
+        [] if ask.ubatch else [f"--max-num-batched-tokens {_VLLM_BATCH}, its config's default; servers on large GPUs raise it"]
     )
     if not ask.version.at_least(0, 33, 0):
         assumed.append("these rules were read in 0.33.0; releases before differ in the tokens in flight")

@@ -129,16 +129,14 @@ def test_a_family_whose_window_llamacpp_does_not_know_is_cached_in_full():
     """Mistral 7B v0.1 has a window and llama.cpp's `llama` graph has none: planning a ring is 4x too little at 32k."""
     kv = rival_plan("llama.cpp", windowed_llama(), weights_bytes=0, context=32 * KIB).kv
 
-    assert kv.sliding_bytes == 28 * 8 * 128 * 2 * 2 * 32 * KIB
+    assert kv.sliding_bytes == 32 * 8 * 128 * 2 * 2 * 32 * KIB
     assert any("no window is known" in note for note in kv.notes)
 
 
 def test_every_note_that_a_reader_needs_is_there():
     """A number without how it came about cannot be argued with."""
     text = " ".join(rival_plan("llama.cpp", model("gemma-4-31b"), weights_bytes=0, context=8192, slots=2).kv.notes)
-    full = " ".join(
-        rival_plan("llama.cpp", model("gemma-4-31b"), weights_bytes=0, context=8192, swa_full=True).kv.notes
-    )
+    full = " ".join(rival_plan("llama.cpp", model("gemma-4-31b"), weights_bytes=0, context=8192, swa_full=True).kv.notes)
 
     assert "K and V of the 10 K=V layers are stored twice" in text
     assert "2560 cells = pad256(min(base, 1024 * 2 slots + ubatch 512))" in text
@@ -307,9 +305,7 @@ def test_a_context_within_the_ring_is_cached_in_full():
 def test_cells_came_in_32s_without_flash_attention_before_0_13_2():
     """ml/backend/ggml CacheConfig: padding 32 with FA off, 256 with FA on; both 256 since 0.13.2."""
     cells = [
-        rival_plan(
-            "ollama", model("gpt-oss-20b"), weights_bytes=0, context=1025, version=v, flash_attention=fa
-        ).kv.global_bytes
+        rival_plan("ollama", model("gpt-oss-20b"), weights_bytes=0, context=1025, version=v, flash_attention=fa).kv.global_bytes
         // (12 * 8 * 64 * 4)
         for v, fa in (("0.13.0", False), ("0.13.0", True), ("0.13.2", False))
     ]
@@ -374,9 +370,7 @@ def test_ollamas_prediction_since_0_30(name, gib):
 
 def test_ollamas_prediction_ignores_the_kv_type():
     """31B at 262,144: 42 GB predicted, 6.1 GiB real at q4_0."""
-    f16, q4 = (
-        rival_plan("ollama", model("gemma-4-31b"), weights_bytes=0, context=256 * KIB, kv=k) for k in ("f16", "q4_0")
-    )
+    f16, q4 = (rival_plan("ollama", model("gemma-4-31b"), weights_bytes=0, context=256 * KIB, kv=k) for k in ("f16", "q4_0"))
 
     assert f16.own_estimate_bytes == q4.own_estimate_bytes == 2 * 60 * 4 * (5376 // 32) * 256 * KIB * 2
     assert round((q4.own_estimate_bytes or 0) / GB) == 42
@@ -400,9 +394,7 @@ def test_ollama_before_0_30_drops_a_quantised_type_without_flash_attention():
         flash_attention=False,
         version="0.20.4",
     )
-    f16 = rival_plan(
-        "ollama", model("gemma-4-31b"), weights_bytes=0, context=8192, flash_attention=False, version="0.20.4"
-    )
+    f16 = rival_plan("ollama", model("gemma-4-31b"), weights_bytes=0, context=8192, flash_attention=False, version="0.20.4")
 
     assert plan.kv == f16.kv
     assert any("q8_0 is dropped" in note for note in plan.notes)
@@ -458,9 +450,7 @@ Q4_K_M, Q5_K_M = round(19.3 * GB), round(22.7 * GB)
 
 
 def exaone(weights_bytes, context, *, kv="q8_0", version="0.18.1"):
-    return rival_plan(
-        "ollama", model(EXAONE), weights_bytes=weights_bytes, context=context, kv=kv, n_gpus=2, version=version
-    )
+    return rival_plan("ollama", model(EXAONE), weights_bytes=weights_bytes, context=context, kv=kv, n_gpus=2, version=version)
 
 
 def test_exaone_262144_bytes_per_token_counts_all_64_layers_as_global():
