@@ -18,16 +18,46 @@ from torch import Tensor
 
 from headwise.cache.storage import LayerCache, Segment, carve
 
+SPLIT_BELOW = 2  # KV heads; with fewer the CPU operator would run on one core
+SPLIT_MIN_KEYS = 256
 EMPTY = -1e30  # log-sum-exp of a query that sees no key of a tile; finite, so that merging two of them stays finite
 Partial = tuple[Tensor, Tensor]  # out_HTE, logsumexp_HT
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Partial]
 
 
 def _flash_cpu(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_HTE[None], k_GSE[None], v_GSE[None], 0.0, causal, attn_mask=None if mask is None else mask[None, None], scale=scale
-    )
-    return out[0], lse[0]
+    """The operator reads the keys once per query head; a lone query's heads of a group go as rows of one, so once."""
+    H, T, E = q_HTE.shape
+    G, S, _ = k_GSE.shape
+    if T > 1 or H == G:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_HTE[None], k_GSE[None], v_GSE[None], 0.0, causal, attn_mask=None if mask is None else mask[None, None], scale=scale
+        )
+        return out[0], lse[0]
+    q_GRE = q_HTE.view(G, H // G, E)
+    if mask is not None or G >= SPLIT_BELOW or S < 2 * SPLIT_MIN_KEYS:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_GRE[None], k_GSE[None], v_GSE[None], 0.0, False, attn_mask=mask, scale=scale
+        )
+        return out[0].reshape(H, 1, E), lse[0].reshape(H, 1)
+    return _split_cpu(q_GRE, k_GSE, v_GSE, scale)
+
+
+def _split_cpu(q_GRE: Tensor, k_GSE: Tensor, v_GSE: Tensor, scale: float) -> Partial:
+    """Few KV heads leave cores idle (the operator's threads share heads, not keys): the keys go as a batch of runs."""
+    G, R, E = q_GRE.shape
+    S = k_GSE.shape[1]
+    runs = min(torch.get_num_threads(), S // SPLIT_MIN_KEYS)
+    n = S // runs
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    k_PGNE, v_PGNE = (x[:, : runs * n].unflatten(1, (runs, n)).transpose(0, 1) for x in (k_GSE, v_GSE))
+    out, lse = operator(q_GRE.expand(runs, G, R, E), k_PGNE, v_PGNE, 0.0, False, scale=scale)
+    if runs * n < S:
+        rest, rest_lse = operator(q_GRE[None], k_GSE[None, :, runs * n :], v_GSE[None, :, runs * n :], 0.0, False, scale=scale)
+        out, lse = torch.cat((out, rest)), torch.cat((lse, rest_lse))
+    total = lse.logsumexp(0)
+    out = (out * (lse - total).exp_()[..., None].to(out.dtype)).sum(0)
+    return out.reshape(G * R, 1, E), total.reshape(G * R, 1)
 
 
 def _efficient(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:

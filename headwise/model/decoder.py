@@ -96,24 +96,23 @@ class Decoder:
         H, G, A = layer.n_heads, layer.n_kv_heads, layer.head_dim
         h = x if spec.norms == "post" else rms_norm(x, w["attn_norm"], spec.rms_eps, arena.take("h", *x.shape), arena)
         owns = layer.kv_source is None
-        q_TQ, *kv = self._projections(layer, w, h, arena)
-        q = q_TQ.unflatten(-1, (H, A))
-        if layer.qk_norm:
-            rms_norm(q, w["q_norm"], spec.rms_eps, q, arena)
+        heads, parts = self._projections(layer, w, h, arena)
+        q, *kv = parts
+        if layer.qk_norm:  # q, k and (where it has one) v share one statistic pass; their weights differ
+            n = heads.shape[1] if layer.v_norm or not owns else H + G
+            rms_norm(heads[:, :n], None, spec.rms_eps, heads[:, :n], arena)
+            q.mul_(w["q_norm"])
         self._rotate(q, layer, arena, T)
-        if owns:
-            k, v = (t.unflatten(-1, (G, A)) for t in (kv * 2)[:2])  # K=V: the same projection twice
-            if layer.k_eq_v:
-                self._store_one(layer, w, cache, step, v)
-            else:
-                if layer.qk_norm:
-                    rms_norm(k, w["k_norm"], spec.rms_eps, k, arena)
-                if layer.v_norm:
-                    rms_norm(v, None, spec.rms_eps, v, arena)
-                self._rotate(k, layer, arena, T)
-                cache.write(step.start, k, v, arena.flat("kv.k"))
         if layer.k_eq_v:
+            if owns:
+                self._store_one(layer, w, cache, step, kv[0])
             q = self._query_for_one(layer, w, q, arena)
+        elif owns:
+            k, v = kv
+            if layer.qk_norm:
+                k.mul_(w["k_norm"])
+            self._rotate(k, layer, arena, T)
+            cache.write(step.start, k, v, arena.flat("kv.k"))
         out = arena.take("attn", T, H, A)
         mask = arena.get(f"mask.{layer.window}")
         attend(
@@ -132,25 +131,26 @@ class Decoder:
             y.add_(w["o_bias"])
         self._add_branch(y, w.get("attn_post_norm"), x, arena)
 
-    def _projections(self, layer: LayerSpec, w: Mapping[str, Tensor], h: Tensor, arena: Arena) -> list[Tensor]:
-        """q, then k and v where the layer owns its cache (k alone where K=V), each (T, heads * A)."""
-        names = [n for n in ("q", "k", "v") if n in w]
-        widths = [layer.n_heads * layer.head_dim] + [layer.n_kv_heads * layer.head_dim] * (len(names) - 1)
-        packed = arena.take("qkv", h.shape[0], sum(widths))
+    def _projections(
+        self, layer: LayerSpec, w: Mapping[str, Tensor], h: Tensor, arena: Arena
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All heads side by side, (T, H + 2G, A), and the same as q, k, v; k and v only where the layer owns its cache,
+        k alone where K=V."""
+        counts = [layer.n_heads] + [layer.n_kv_heads] * (("k" in w) + ("v" in w))
+        names = ("q", "k", "v")[: len(counts)]
+        packed = arena.take("qkv", h.shape[0], sum(counts) * layer.head_dim)
         tile = arena.flat("weight.tile")
+        heads = packed.unflatten(-1, (-1, layer.head_dim))
         if "qkv" in w:
             linear(h, w["qkv"], packed, tile)
-            parts = list(packed.split(widths, dim=-1))
         else:  # members of different types stand apart
-            flat, parts, at = arena.flat("qkv"), [], 0
-            for name, width in zip(names, widths, strict=True):
-                part = flat[at : at + h.shape[0] * width].view(h.shape[0], width)
-                parts.append(linear(h, w[name], part, tile))
-                at += part.numel()
+            for name, part in zip(names, packed.split([n * layer.head_dim for n in counts], dim=-1), strict=True):
+                linear(h, w[name], part, tile)
+        parts = heads.split(counts, dim=1)
         if layer.qkv_bias:
             for name, part in zip(names, parts, strict=True):
-                part.add_(w[f"{name}_bias"])
-        return parts
+                part.add_(w[f"{name}_bias"].view(-1, layer.head_dim))
+        return heads, parts
 
     def _rotate(self, x_THA: Tensor, layer: LayerSpec, arena: Arena, T: int) -> None:
         """RoPE in place on the rotated pairs (i, i + A / 2)."""
@@ -168,9 +168,8 @@ class Decoder:
         b.mul_(cos).add_(tmp)
 
     def _store_one(self, layer: LayerSpec, w: Mapping[str, Tensor], cache: LayerCache, step: Step, v: Tensor) -> None:
-        """K=V: V = norm(u) and, beside it, the rotated dims of K = RoPE(w_k * V). `spec.kv` says why this is exact."""
+        """K=V: V = norm(u), given, and beside it the rotated dims of K = RoPE(w_k * V). `spec.kv` says why this is exact."""
         arena, T, A = step.arena, step.n, layer.head_dim
-        rms_norm(v, None, self.spec.rms_eps, v, arena)
         one = arena.take("kv.one", T, layer.n_kv_heads, cache.k.n_values)
         one[..., :A].copy_(v)
         if layer.rope is not None:

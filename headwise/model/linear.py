@@ -14,6 +14,9 @@ from headwise.weights.blocks import Weight, dequantise
 def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, tile: Tensor | None) -> Tensor:
     """out = x @ weight.T. A quantised weight is expanded whole rows at a time into `tile`, a flat buffer of x's dtype."""
     if isinstance(weight, Tensor):
+        if x_TK.shape[0] == 1:  # a matrix-vector product reads the weight as it lies; a product of one row packs it first
+            torch.mv(weight, x_TK[0], out=out_TN[0])
+            return out_TN
         return torch.mm(x_TK, weight.t(), out=out_TN)
     n_rows, columns = weight.shape
     if tile is None or tile.numel() < columns:

@@ -14,6 +14,7 @@ from headwise.errors import SpecError
 
 MAX_INT = 2**31 - 1  # no real size, count or id is larger; a larger one is a damaged file
 MAX_LAYERS = 4096
+MAX_HEAD_DIM = 16_384
 
 
 class Config:

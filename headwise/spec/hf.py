@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import SpecError
-from headwise.spec.config import MAX_LAYERS, Config
+from headwise.spec.config import MAX_HEAD_DIM, MAX_LAYERS, Config
 from headwise.spec.layers import Activation, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Norms, PleSpec
 from headwise.spec.rope import RopeSpec, default_rope, linear_rope, llama3_rope, proportional_rope, yarn_rope
 
@@ -119,7 +119,7 @@ class _Common:
         self.hidden = config.integer("hidden_size")
         self.n_heads = config.integer("num_attention_heads")
         self.n_kv_heads = config.integer("num_key_value_heads", self.n_heads)
-        self.head_dim = config.integer("head_dim", max(1, self.hidden // self.n_heads))
+        self.head_dim = config.integer("head_dim", max(1, self.hidden // self.n_heads), most=MAX_HEAD_DIM)
         self.width = config.integer("intermediate_size")
         self.bias = config.flag("attention_bias", bias)
         self.eps = config.number("rms_norm_eps", 1e-6)
@@ -171,7 +171,7 @@ def checked_layer(layer: LayerSpec, where: str) -> LayerSpec:
 def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_context: int | None = None) -> RopeSpec:
     """One set of rope parameters, in either spelling (`rope_parameters` or the older `rope_scaling`)."""
     kind = str(config.raw("rope_type", config.raw("type", "default")))
-    theta = config.number("rope_theta", theta)
+    theta = config.number("rope_theta", theta, least=2.0)
     original = max_context if kind in ("llama3", "yarn") else None
     if kind == "default":
         rope = default_rope(head_dim, theta)
@@ -241,7 +241,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
     types[-1] = FULL
     window = config.integer("sliding_window", 512)
     k_eq_v = config.flag("attention_k_eq_v")
-    global_dim = config.integer("global_head_dim", 512)
+    global_dim = config.integer("global_head_dim", 512, most=MAX_HEAD_DIM)
     global_kv = config.optional_integer("num_global_key_value_heads")
     heads = {
         SLIDING: (c.head_dim, c.n_kv_heads),
@@ -252,7 +252,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
     for i, kind in enumerate(types):
         own = per_layer.section(str(i))
         dim, n_kv = heads[kind] if "per_layer_config" not in config else (c.head_dim, c.n_kv_heads)
-        overrides.append((own.integer("head_dim", dim), own.integer("num_key_value_heads", n_kv)))
+        overrides.append((own.integer("head_dim", dim, most=MAX_HEAD_DIM), own.integer("num_key_value_heads", n_kv)))
         own.refuse_unread(harmless=())
     per_layer.refuse_unread(harmless=())
     dims = {kind: dim for kind, (dim, _) in zip(types, overrides, strict=True)}
