@@ -68,6 +68,8 @@ def _run_parser(p: argparse.ArgumentParser) -> None:
     _loading(p)
     p.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without any: a module of the standard library")
     p.add_argument("--file", metavar="F", help="a file with the prompt; - is standard input")
+    p.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
+    p.add_argument("--chat-template", metavar="F", help="a jinja file to use in place of the model's own; implies --chat")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the model's own chat template")
     p.add_argument("--max-tokens", type=int, default=128, metavar="N")
     p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
@@ -165,28 +167,35 @@ def _open(args: argparse.Namespace, *, weights: bool = False) -> Any:
 
 
 def _prompt(args: argparse.Namespace) -> str:
+    """The prompt of `run`; `-` alone is no model but standard input."""
+    if args.model == "-":
+        args.model, args.stdin = None, "-"
+    if args.stdin == "-":
+        args.file = "-" if args.file is None else args.file
     if args.prompt is not None and args.file is not None:
-        raise UsageError("-p and --file both give a prompt", why="there is one prompt", do="leave one out")
+        raise UsageError("two prompts are given", why="-p, --file and - each name one", do="leave one out")
     if args.prompt is not None:
         return args.prompt
-    if args.file == "-":
-        return sys.stdin.read()
     if args.file is not None:
-        try:
-            return Path(args.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{args.file} cannot be read", why=str(error), do="--file with a UTF-8 text file") from error
+        return sys.stdin.read() if args.file == "-" else _text_file(args.file)
     from headwise.text.demo import demo_prompt
 
     return demo_prompt()
 
 
-def _chat(source: Any, t: Any, text: str) -> list[int]:
+def _text_file(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{name} cannot be read", why=str(error), do="name a UTF-8 text file") from error
+
+
+def _chat(t: Any, text: str, template: str | None) -> list[int]:
     from headwise.text.template import render_chat
 
     bos = t.token(t.bos_id) if t.bos_id is not None else None
     eos = t.token(min(t.eos_ids)) if t.eos_ids else None
-    rendered = render_chat(t.chat_template, [{"role": "user", "content": text}], bos_token=bos, eos_token=eos, extra={})
+    rendered = render_chat(template or t.chat_template, [{"role": "user", "content": text}], bos_token=bos, eos_token=eos, extra={})
     return t.encode(rendered, parse_special=True)
 
 
@@ -198,7 +207,8 @@ def _run(args: argparse.Namespace) -> int:
 
     console = _stderr()
     tokenizer = tokenizer_of(source)
-    prompt = _chat(source, tokenizer, text) if args.chat else tokenizer.encode(text)
+    template = None if args.chat_template is None else _text_file(args.chat_template)
+    prompt = _chat(tokenizer, text, template) if args.chat or template else tokenizer.encode(text)
     with _progress() as progress:
         llm = LLM(
             source,

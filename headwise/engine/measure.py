@@ -56,6 +56,11 @@ class Peak(TorchDispatchMode):
         self.peak_bytes = 0
         self._known, self._live, self._users = known, 0, dict[int, int]()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled; the default would import torch._dynamo, a second of every start."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for x in tree_leaves(result):

@@ -12,7 +12,7 @@ from headwise.spec.kv import KV_FORMATS
 from headwise.spec.layers import ModelSpec
 
 WEIGHTS = ("bf16", "q8_0", "q4_k_m")  # best first
-KV = ("bf16", "q8_0", "q4_0")
+KV = ("bf16", "q8_0")
 USEFUL_TOKENS = 16_384
 
 

@@ -20,6 +20,7 @@ from headwise.spec.layers import LayerSpec
 
 PAGE_TOKENS = 64  # token slots per page of a global layer
 DRAFT_TOKENS = 8  # most draft tokens that one verify step may append
+TAIL_BLOCK = 32  # the rotated part of a one-tensor layer is padded to whole blocks of every KV format
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ def k_values(layer: LayerSpec) -> int:
     """Values per token and KV head in the first tensor: K, or V with the rotated part of K for a K=V layer."""
     if not layer.k_eq_v:
         return layer.head_dim
-    return layer.head_dim + (layer.rope.rotated_dims if layer.rope else 0)
+    rotated = layer.rope.rotated_dims if layer.rope else 0
+    return layer.head_dim + -(-rotated // TAIL_BLOCK) * TAIL_BLOCK
 
 
 def v_values(layer: LayerSpec) -> int:

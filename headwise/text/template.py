@@ -66,7 +66,7 @@ def render_chat(
         raise SpecError(
             "this model has no chat template",
             why="its files bring none; it is likely a base model, which continues text and knows no turns",
-            do="use raw continuation: the completions endpoint, or `headwise run --raw`",
+            do="use raw continuation: the completions endpoint, or `headwise run` without --chat",
         )
     compiled = _compiled(template)
     special = {"bos_token": bos_token, "eos_token": eos_token}
