@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headwise.attention.capability import CPU, DeviceKind
@@ -105,7 +105,31 @@ def plan(
         dtype=dtype,
         cpu=cpu,
     )
-    return plan_memory(model.spec, stored_weights(model, weights), workload, targets_for(gpus, device))
+    targets = targets_for(gpus, device)
+    p = plan_memory(model.spec, stored_weights(model, weights), workload, targets)
+    return replace(p, notes=(*p.notes, *_what_fits(p, model, targets))) if p.fits is False else p
+
+
+def _what_fits(p: Plan, source: Source, targets: Sequence[Target]) -> Iterator[str]:
+    """What would fit in place of a plan that does not, tried before it is said."""
+    w = p.workload
+    yield "parts of a model on the CPU are not planned for"
+    if p.max_context:
+        yield f"--context {p.max_context} fits"
+    q8 = kv_format("q8_0")
+    for scheme in (None, "q8_0", "q4_k_m"):
+        stored = p.stored if scheme is None else weight_types(source.spec, scheme)
+        for kv in (w.kv, {"global": q8, "sliding": q8}):
+            if scheme is None and kv is w.kv:
+                continue
+            try:
+                other = plan_memory(source.spec, stored, replace(w, kv=kv), targets)
+            except UsageError:  # the type's blocks do not fit these heads
+                continue
+            if other.fits:
+                words = ([f"--weights {scheme}"] if scheme else []) + (["--kv q8_0"] if kv is not w.kv else [])
+                yield f"{' '.join(words)} fits with {w.context:,} tokens"
+                return
 
 
 def plan_json(p: Plan) -> dict[str, object]:

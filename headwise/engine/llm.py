@@ -55,7 +55,7 @@ class Report:
 
     @property
     def decode_tok_s(self) -> float | None:
-        return self.decode_tokens / self.decode_s if self.decode_s else None
+        return self.decode_tokens / self.decode_s if self.decode_tokens else None
 
     def to_json(self) -> dict[str, object]:
         return {

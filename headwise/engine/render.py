@@ -48,15 +48,15 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
 
 
 def checks_view(checks: Sequence[Check]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 1, 0, 0))
     for name in ("backend", "head", "window", "KV", "phase"):
         table.add_column(name, no_wrap=True)
-    for name in ("keys", "error", "correlation", "KV error", ""):
+    for name in ("keys", "error", "corr.", "KV error", ""):
         table.add_column(name, justify="right", no_wrap=True)
     for c in checks:
         table.add_row(
             c.backend, str(c.head_dim), str(c.window or "-"), c.kv, c.phase, f"{c.length:,}", f"{c.error:.1e}",
-            f"{c.correlation:.6f}", f"{c.store_error:.1e}", Text("ok", style="green") if c.ok else Text("WRONG", style="bold red"),
+            f"{c.correlation:.5f}", f"{c.store_error:.1e}", Text("ok", style="green") if c.ok else Text("WRONG", style="bold red"),
         )  # fmt: skip
     note = "error: ||out - reference|| / ||reference||, fp64; KV error: what the KV type itself loses"
     return Group(table, Text(note, style="dim"))

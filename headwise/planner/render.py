@@ -76,8 +76,6 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> Renderable
         verdict = Text("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
         most = plan.max_context or 0
         verdict.append(f"; the largest context that fits is {most:,} of the model's {plan.spec.max_context:,}", style="default not bold")
-        if not most:
-            verdict.append(". Parts of a model on the CPU are not planned for: a smaller weight type or model would fit", style="default not bold")
         rows.append(verdict)
     else:
         rows.append(Text("no GPU given and none detected: --gpu NAME[:GiB] says whether it fits", style="dim"))

@@ -18,10 +18,14 @@ MAX_HEAD_DIM = 16_384
 
 
 class Config:
-    """Typed, bounded reads of `values`; every failure is a SpecError that names the key, its value and `where`."""
+    """Typed, bounded reads of `values`; every failure is a SpecError that names the key, its value and `where`.
 
-    def __init__(self, values: Mapping[str, Any], *, where: str) -> None:
-        self._values, self._unread, self.where = values, set(values), where
+    Args:
+        ignore: keys that may stay unread, here and in every section: what the user gave as --ignore-key.
+    """
+
+    def __init__(self, values: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()) -> None:
+        self._values, self._unread, self.where, self._ignore = values, set(values), where, ignore
 
     def __contains__(self, key: str) -> bool:
         return self._values.get(key) is not None
@@ -75,7 +79,7 @@ class Config:
         value = self.raw(key, default)
         if value is None:
             raise self.missing(key)
-        if value not in options:
+        if not isinstance(value, str) or value not in options:
             raise self._wrong(key, value, f"one of {', '.join(sorted(options))}")
         return value
 
@@ -89,13 +93,13 @@ class Config:
         value = self.raw(key, {})
         if not isinstance(value, Mapping):
             raise self._wrong(key, value, "an object")
-        return Config(value, where=f"{self.where} {key}")
+        return Config(value, where=f"{self.where} {key}", ignore=self._ignore)
 
     def strings(self, key: str, *, options: Collection[str], length: int) -> list[str] | None:
         value = self.raw(key)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != length or any(v not in options for v in value):
+        if not isinstance(value, list) or len(value) != length or any(not isinstance(v, str) or v not in options for v in value):
             raise self._wrong(key, value, f"a list of {length} out of {', '.join(sorted(options))}")
         return value
 
@@ -109,7 +113,8 @@ class Config:
 
     def refuse_unread(self, *, harmless: Collection[str], ignore: Collection[str] = ()) -> None:
         """Raises SpecError for a key that was neither read nor is known to change nothing."""
-        left = sorted(k for k in self._unread if k not in harmless and k not in ignore and self._values[k] is not None)
+        known = {*harmless, *ignore, *self._ignore}
+        left = sorted(k for k in self._unread if k not in known and self._values[k] is not None)
         if left:
             shown = repr(self._values[left[0]])
             raise SpecError(
