@@ -25,15 +25,16 @@ class Config:
     """
 
     def __init__(self, values: Mapping[str, Any], *, where: str, ignore: Collection[str] = ()) -> None:
-        self._values, self._unread, self.where, self._ignore = values, set(values), where, ignore
+        self.values, self.where = values, where
+        self._unread, self._ignore = set(values), ignore
 
     def __contains__(self, key: str) -> bool:
-        return self._values.get(key) is not None
+        return self.values.get(key) is not None
 
     def raw(self, key: str, default: Any = None) -> Any:
         """The value as it stands; null counts as absent."""
         self._unread.discard(key)
-        value = self._values.get(key)
+        value = self.values.get(key)
         return default if value is None else value
 
     def _wrong(self, key: str, value: object, wanted: str) -> SpecError:
@@ -41,7 +42,7 @@ class Config:
         return SpecError(f"{self.where}: {key} = {shown}", why=f"must be {wanted}", do="check the file against its source")
 
     def missing(self, key: str) -> SpecError:
-        near = difflib.get_close_matches(key, self._values, n=1)
+        near = difflib.get_close_matches(key, self.values, n=1)
         hint = f"; the nearest key there is {near[0]!r}" if near else ""
         return SpecError(
             f"{self.where}: {key} is missing", why=f"this family needs it{hint}", do="check the file against its source"
@@ -114,9 +115,9 @@ class Config:
     def refuse_unread(self, *, harmless: Collection[str], ignore: Collection[str] = ()) -> None:
         """Raises SpecError for a key that was neither read nor is known to change nothing."""
         known = {*harmless, *ignore, *self._ignore}
-        left = sorted(k for k in self._unread if k not in known and self._values[k] is not None)
+        left = sorted(k for k in self._unread if k not in known and self.values[k] is not None)
         if left:
-            shown = repr(self._values[left[0]])
+            shown = repr(self.values[left[0]])
             raise SpecError(
                 f"{self.where}: key {left[0]!r} = {shown if len(shown) <= 60 else shown[:57] + '...'} is not known",
                 why="a key that nobody reads may change the maths" + (f"; also {', '.join(left[1:])}" if left[1:] else ""),

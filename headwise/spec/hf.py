@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,18 @@ from headwise.spec.layers import Activation, LayerSpec, MlpSpec, ModelSpec, MoeS
 from headwise.spec.rope import RopeSpec, default_rope, linear_rope, llama3_rope, proportional_rope, yarn_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_LEAST_THETA = 2.0  # 1 would make every frequency the same, and YaRN divide by zero
 
 # Keys that change nothing in a forward pass: training, bookkeeping, generation defaults, other modalities.
 _HARMLESS = frozenset(
     """
     _name_or_path _attn_implementation _sliding_window_pattern add_cross_attention architectures attention_dropout
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward cross_attention_hidden_size
+    auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range
-    is_decoder is_encoder_decoder label2id length_penalty max_length min_length no_repeat_ngram_size num_beam_groups
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
+    initializer_range
+    is_decoder is_encoder_decoder label2id length_penalty loss_type max_length min_length no_repeat_ngram_size num_beam_groups
     num_beams num_return_sequences output_attentions output_hidden_states output_router_logits output_scores
     pad_token_id prefix pretraining_tp problem_type pruned_heads remove_invalid_values repetition_penalty
     resid_pdrop return_dict return_dict_in_generate router_aux_loss_coef sep_token_id suppress_tokens
@@ -37,12 +41,44 @@ _HARMLESS = frozenset(
 _HARMLESS_AROUND = _HARMLESS | frozenset(  # beside text_config: the other modalities, which this runtime skips by name
     """
     audio_config audio_ms_per_token audio_token_id audio_token_index boa_token_id boa_token_index boi_token_id
-    boi_token_index eoa_token_id eoa_token_index eoi_token_id eoi_token_index eos_token_id image_token_id
-    image_token_index mm_tokens_per_image model_type multimodal_projector_bias projector_hidden_act
-    spatial_merge_size tie_word_embeddings video_token_id vision_config vision_feature_layer
+    boi_token_index eoa_token_id eoa_token_index eoi_token_id eoi_token_index image_token_id
+    image_token_index mm_tokens_per_image multimodal_projector_bias projector_hidden_act
+    spatial_merge_size video_token_id vision_config vision_feature_layer
     vision_soft_tokens_per_image vocab_size
     """.split()
 )
+
+
+# What transformers assumes for a key that is absent. A config inside another one leaves out every value that is such a
+# default; one that stands alone writes the sizes (_ALWAYS_WRITTEN) in any case, and is damaged where one is missing.
+_GEMMA: Mapping[str, Any] = {
+    "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh", "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": True, "bos_token_id": 2, "eos_token_id": 1,
+}  # fmt: skip
+_GEMMA4: Mapping[str, Any] = {
+    **_GEMMA, "vocab_size": 262_144, "num_hidden_layers": 30, "sliding_window": 512, "global_head_dim": 512,
+    "hidden_size_per_layer_input": 256, "vocab_size_per_layer_input": 262_144,
+}  # fmt: skip
+_GEMMA4_UNIFIED = {k: v for k, v in _GEMMA4.items() if "per_layer" not in k}  # this family has no per-layer embeddings
+_GEMMA3: Mapping[str, Any] = {
+    **_GEMMA, "vocab_size": 262_208, "num_hidden_layers": 26, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+}  # fmt: skip
+_MISTRAL: Mapping[str, Any] = {
+    "vocab_size": 32_000, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "rms_norm_eps": 1e-6,
+    "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_EXAONE4 = {"num_key_value_heads": 32, "rms_norm_eps": 1e-5, "sliding_window": 4096, "sliding_window_pattern": 4}
+_QWEN3 = {"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096}
+_QWEN3_MOE = {"num_key_value_heads": 4, "sliding_window": 4096}
+_GPT_OSS: Mapping[str, Any] = {
+    "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5, "sliding_window": 128, "attention_bias": True,
+}  # fmt: skip
+_ALWAYS_WRITTEN = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def spec_from_config(
@@ -53,28 +89,35 @@ def spec_from_config(
     Raises:
         SpecError: an unknown model_type, a missing, unknown, negative or huge value; it names the key.
     """
-    config = Config(values, where=where)
-    outer: Config | None = None
-    if isinstance(values.get("text_config"), Mapping):
-        outer = config
-        config = outer.section("text_config")
+    outer = Config(values, where=where, ignore=ignore_keys)
+    inside = "text_config" in outer
+    text = outer.section("text_config").values if inside else values
+    family = outer.raw("model_type")
+    if inside:
+        family = text.get("model_type") or family
         if "quantization_config" in outer:
             _check_stored_format(outer)
-    family = str(config.raw("model_type", outer.raw("model_type") if outer else None))
-    if family not in _FAMILIES:
+    if not isinstance(family, str) or family not in _FAMILIES:
         raise SpecError(
-            f"{where}: model_type {family!r} is not supported",
+            f"{where}: model_type {str(family)[:60]!r} is not supported",
             why="no family here has its maths",
             do=f"families: {', '.join(sorted({f.removesuffix('_text') for f in _FAMILIES}))}",
         )
-    read, harmless = _FAMILIES[family]
-    if outer and "tie_word_embeddings" in outer and "tie_word_embeddings" not in config:
-        config = Config({**values["text_config"], "tie_word_embeddings": outer.raw("tie_word_embeddings")}, where=config.where)
-        config.raw("model_type")
+    read, assumed = _FAMILIES[family]
+    given = {**text}
+    if inside:
+        for key in ("tie_word_embeddings", "vocab_size"):  # some repositories write these beside text_config alone
+            given.setdefault(key, outer.raw(key))
+        given = {key: value for key, value in given.items() if value is not None or key in text}
+    else:
+        assumed = {key: value for key, value in assumed.items() if key not in _ALWAYS_WRITTEN}
+    config = Config({**assumed, **given}, where=f"{where} text_config" if inside else where, ignore=ignore_keys)
+    config.raw("model_type")
     spec = read(config, name)
-    config.refuse_unread(harmless=_HARMLESS | harmless, ignore=ignore_keys)
-    if outer:
-        outer.refuse_unread(harmless=_HARMLESS_AROUND, ignore=ignore_keys)
+    config.refuse_unread(harmless=_HARMLESS)
+    if inside:
+        spec = replace(spec, eos_ids=tuple(dict.fromkeys(spec.eos_ids + outer.ids("eos_token_id"))))
+        outer.refuse_unread(harmless=_HARMLESS_AROUND)
     return spec
 
 
@@ -89,7 +132,7 @@ def read_hf(folder: Path, *, ignore_keys: Collection[str] = ()) -> ModelSpec:
             why="a Hugging Face directory carries one",
             do="give the directory that holds config.json, or a .gguf file",
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # a ValueError also for a number of 5,000 digits
         raise SpecError(f"{path} cannot be read", why=str(error), do="download it again") from error
     if not isinstance(values, dict):
         raise SpecError(f"{path} is not a model config", why="it holds no JSON object", do="download it again")
@@ -111,7 +154,7 @@ def _check_stored_format(config: Config) -> None:
 class _Common:
     """What every family spells alike, read once."""
 
-    def __init__(self, config: Config, *, activation_key: str = "hidden_act", bias: bool = False) -> None:
+    def __init__(self, config: Config, *, activation_key: str = "hidden_act") -> None:
         if "quantization_config" in config:
             _check_stored_format(config)
         self.config = config
@@ -121,7 +164,7 @@ class _Common:
         self.n_kv_heads = config.integer("num_key_value_heads", self.n_heads)
         self.head_dim = config.integer("head_dim", max(1, self.hidden // self.n_heads), most=MAX_HEAD_DIM)
         self.width = config.integer("intermediate_size")
-        self.bias = config.flag("attention_bias", bias)
+        self.bias = config.flag("attention_bias")
         self.eps = config.number("rms_norm_eps", 1e-6)
         config.only(activation_key, "silu", "gelu_pytorch_tanh")
         self.activation: Activation = "gelu_tanh" if config.raw(activation_key) == "gelu_pytorch_tanh" else "silu"
@@ -130,9 +173,7 @@ class _Common:
         listed = self.config.strings("layer_types", options=(FULL, SLIDING), length=self.n_layers)
         return listed or [default(i) for i in range(self.n_layers)]
 
-    def model(
-        self, name: str, family: str, layers: list[LayerSpec], norms: Norms, *, tied: bool = False, **more: Any
-    ) -> ModelSpec:
+    def model(self, name: str, family: str, layers: list[LayerSpec], norms: Norms, **more: Any) -> ModelSpec:
         config = self.config
         bos = config.ids("bos_token_id")
         return ModelSpec(
@@ -144,7 +185,7 @@ class _Common:
             max_context=config.integer("max_position_embeddings"),
             rms_eps=self.eps,
             norms=norms,
-            tied=config.flag("tie_word_embeddings", tied),
+            tied=config.flag("tie_word_embeddings"),
             bos_id=bos[0] if bos else None,
             eos_ids=config.ids("eos_token_id"),
             **more,
@@ -171,7 +212,7 @@ def checked_layer(layer: LayerSpec, where: str) -> LayerSpec:
 def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_context: int | None = None) -> RopeSpec:
     """One set of rope parameters, in either spelling (`rope_parameters` or the older `rope_scaling`)."""
     kind = str(config.raw("rope_type", config.raw("type", "default")))
-    theta = config.number("rope_theta", theta, least=2.0)
+    theta = config.number("rope_theta", theta, least=_LEAST_THETA)
     original = max_context if kind in ("llama3", "yarn") else None
     if kind == "default":
         rope = default_rope(head_dim, theta)
@@ -190,8 +231,12 @@ def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_cont
             original_context=config.integer("original_max_position_embeddings", original),
         )
     elif kind == "yarn":
-        config.only("mscale", 1.0)
-        config.only("mscale_all_dim", 1.0)
+        attention_factor = config.optional_number("attention_factor")
+        if "mscale" in config and "mscale_all_dim" in config:  # two magnitudes of one form, which cancel at 1
+            config.only("mscale", 1.0)
+            config.only("mscale_all_dim", 1.0)
+            attention_factor = attention_factor or 1.0
+        config.raw("mscale"), config.raw("mscale_all_dim")  # one alone changes nothing
         rope = yarn_rope(
             head_dim,
             theta,
@@ -200,7 +245,7 @@ def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_cont
             beta_fast=config.number("beta_fast", 32.0),
             beta_slow=config.number("beta_slow", 1.0),
             truncate=config.flag("truncate", True),
-            attention_factor=config.optional_number("attention_factor"),
+            attention_factor=attention_factor,
         )
     else:
         raise SpecError(
@@ -217,18 +262,30 @@ def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_cont
 def _single_rope(common: _Common, *, default_theta: float = 10_000.0) -> RopeSpec:
     """The rope of a family that has the same one on every layer that has any."""
     config = common.config
-    theta = config.number("rope_theta", default_theta)
+    theta = config.number("rope_theta", default_theta, least=_LEAST_THETA)
     max_context = config.integer("max_position_embeddings")
-    key = "rope_parameters" if "rope_parameters" in config else "rope_scaling"
-    config.raw("rope_parameters"), config.raw("rope_scaling")
+    new, old = config.raw("rope_parameters"), config.raw("rope_scaling")
+    if new is not None and old is not None and new != old:
+        raise _two_ropes(config)
+    key = "rope_scaling" if new is None else "rope_parameters"
     return _rope(config.section(key), common.head_dim, theta=theta, max_context=max_context)
 
 
-def _ropes_by_type(config: Config, head_dims: Mapping[str, int], defaults: Mapping[str, Mapping[str, Any]]) -> dict[str, RopeSpec]:
-    """The ropes of a family with one for sliding and one for full layers."""
+def _two_ropes(config: Config) -> SpecError:
+    return SpecError(
+        f"{config.where}: rope_parameters and rope_scaling contradict each other",
+        why="both describe the rope, and they differ",
+        do="remove the one that is wrong; rope_scaling is the older spelling",
+    )
+
+
+def _ropes_by_type(
+    config: Config, heads: Collection[tuple[str, int]], defaults: Mapping[str, Mapping[str, Any]]
+) -> dict[tuple[str, int], RopeSpec]:
+    """(type of layer, head size) -> rope, of a family with one rope for sliding and one for full layers."""
     given = config.section("rope_parameters") if "rope_parameters" in config else Config(defaults, where=config.where)
     ropes = {
-        kind: _rope(given.section(kind), dim, theta=defaults[kind]["rope_theta"]) for kind, dim in head_dims.items()
+        (kind, dim): _rope(given.section(kind), dim, theta=defaults[kind]["rope_theta"]) for kind, dim in heads
     }
     given.refuse_unread(harmless=(FULL, SLIDING))
     return ropes
@@ -239,7 +296,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
     config.only("use_bidirectional_attention", "vision")  # text tokens stay causal; "all" is another model
     types = c.layer_types(lambda i: FULL if (i + 1) % 6 == 0 else SLIDING)
     types[-1] = FULL
-    window = config.integer("sliding_window", 512)
+    window = config.integer("sliding_window")
     k_eq_v = config.flag("attention_k_eq_v")
     global_dim = config.integer("global_head_dim", 512, most=MAX_HEAD_DIM)
     global_kv = config.optional_integer("num_global_key_value_heads")
@@ -255,10 +312,9 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
         overrides.append((own.integer("head_dim", dim, most=MAX_HEAD_DIM), own.integer("num_key_value_heads", n_kv)))
         own.refuse_unread(harmless=())
     per_layer.refuse_unread(harmless=())
-    dims = {kind: dim for kind, (dim, _) in zip(types, overrides, strict=True)}
     ropes = _ropes_by_type(
         config,
-        dims,
+        {(kind, dim) for kind, (dim, _) in zip(types, overrides, strict=True)},
         {
             SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
             FULL: {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1_000_000.0},
@@ -300,7 +356,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
                 window=window if kind == SLIDING else None,
                 kv_source=owners[kind] if shared else None,
                 k_eq_v=k_eq_v and kind == FULL,
-                rope=ropes[kind],
+                rope=ropes[kind, head_dim],
                 scale=1.0,
                 qk_norm=True,
                 v_norm=True,
@@ -309,14 +365,13 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
                 mlp=MlpSpec(width=c.width * (2 if double_wide and shared else 1), activation=c.activation, moe=moe),
             )
         )
-    ple_dim = config.integer("hidden_size_per_layer_input", 256, least=0)
+    ple_dim = config.integer("hidden_size_per_layer_input", 0, least=0)
     ple_vocab = config.integer("vocab_size_per_layer_input", 262_144)
     return c.model(
         name,
         "gemma4",
         layers,
         "sandwich",
-        tied=True,
         embed_scale=c.hidden**0.5,
         final_softcap=config.optional_number("final_logit_softcapping"),
         ple=PleSpec(dim=ple_dim, vocab_size=ple_vocab) if ple_dim else None,
@@ -329,17 +384,18 @@ def _gemma3(config: Config, name: str) -> ModelSpec:
     config.only("use_bidirectional_attention", False)
     pattern = config.integer("sliding_window_pattern", 6)
     types = c.layer_types(lambda i: FULL if (i + 1) % pattern == 0 else SLIDING)
-    window = config.integer("sliding_window", 4096)
-    local = config.number("rope_local_base_freq", 10_000.0)
-    theta = config.number("rope_theta", 1_000_000.0)
-    scaling = config.section("rope_scaling")
+    window = config.integer("sliding_window")
+    local = config.number("rope_local_base_freq", 10_000.0, least=_LEAST_THETA)
+    theta = config.number("rope_theta", 1_000_000.0, least=_LEAST_THETA)
+    kinds = {(kind, c.head_dim) for kind in (SLIDING, FULL)}
     if "rope_parameters" in config:
-        config.raw("rope_parameters")
-        defaults = {SLIDING: {"rope_theta": local}, FULL: {"rope_theta": theta}}
-        ropes = _ropes_by_type(config, {kind: c.head_dim for kind in (SLIDING, FULL)}, defaults)
+        if config.raw("rope_scaling") is not None:
+            raise _two_ropes(config)
+        ropes = _ropes_by_type(config, kinds, {SLIDING: {"rope_theta": local}, FULL: {"rope_theta": theta}})
     else:
-        ropes = {SLIDING: default_rope(c.head_dim, local), FULL: _rope(scaling, c.head_dim, theta=theta)}
-    scale = config.number("query_pre_attn_scalar", 256) ** -0.5
+        scaled = _rope(config.section("rope_scaling"), c.head_dim, theta=theta)
+        ropes = {(SLIDING, c.head_dim): default_rope(c.head_dim, local), (FULL, c.head_dim): scaled}
+    scale = config.number("query_pre_attn_scalar") ** -0.5
     softcap = config.optional_number("attn_logit_softcapping")
     layers = [
         LayerSpec(
@@ -350,7 +406,7 @@ def _gemma3(config: Config, name: str) -> ModelSpec:
             window=window if kind == SLIDING else None,
             kv_source=None,
             k_eq_v=False,
-            rope=ropes[kind],
+            rope=ropes[kind, c.head_dim],
             scale=scale,
             softcap=softcap,
             qk_norm=True,
@@ -365,7 +421,6 @@ def _gemma3(config: Config, name: str) -> ModelSpec:
         "gemma3",
         layers,
         "sandwich",
-        tied=True,
         embed_scale=c.hidden**0.5,
         final_softcap=config.optional_number("final_logit_softcapping"),
     )
@@ -374,14 +429,19 @@ def _gemma3(config: Config, name: str) -> ModelSpec:
 def _exaone4(config: Config, name: str) -> ModelSpec:
     c = _Common(config)
     window = config.optional_integer("sliding_window")
-    pattern = config.raw("sliding_window_pattern")
-    if isinstance(pattern, int) and pattern > 0:
-        types = c.layer_types(lambda i: FULL if window is None or (i + 1) % pattern == 0 else SLIDING)
+    pattern = config.raw("sliding_window_pattern", 4)
+    if isinstance(pattern, str):  # "LLLG": local and global layers in turn, and the last is global
+        if not pattern or set(pattern) - {"L", "G"}:
+            raise SpecError(
+                f"{config.where}: sliding_window_pattern = {pattern[:60]!r}",
+                why="it must be letters L (local) and G (global), or a whole number",
+                do="check the file against its source",
+            )
+        full = {i for i in range(c.n_layers) if pattern[i % len(pattern)] == "G"} | {c.n_layers - 1}
     else:
-        text = pattern if isinstance(pattern, str) and pattern else "G"
-        types = c.layer_types(lambda i: FULL if window is None or text[i % len(text)] == "G" else SLIDING)
-        if window is not None and "layer_types" not in config:
-            types[-1] = FULL
+        period = config.integer("sliding_window_pattern", 4, least=0 if window is None else 1, most=MAX_LAYERS)
+        full = {i for i in range(c.n_layers) if period and (i + 1) % period == 0}
+    types = c.layer_types(lambda i: FULL if window is None or i in full else SLIDING)
     rope = _single_rope(c)
     layers = [
         LayerSpec(
@@ -402,9 +462,15 @@ def _exaone4(config: Config, name: str) -> ModelSpec:
     return c.model(name, "exaone4", layers, "post")
 
 
+def _window_if_used(config: Config) -> int | None:
+    """Qwen writes a window into every config and says beside it whether it is used."""
+    window = config.optional_integer("sliding_window")
+    return window if config.flag("use_sliding_window") else None
+
+
 def _qwen3(config: Config, name: str) -> ModelSpec:
     c = _Common(config)
-    window = config.optional_integer("sliding_window") if config.flag("use_sliding_window") else None
+    window = _window_if_used(config)
     first = config.integer("max_window_layers", 28, least=0)
     types = c.layer_types(lambda i: SLIDING if window and i >= first else FULL)
     mlp = MlpSpec(width=c.width, activation=c.activation)
@@ -414,7 +480,7 @@ def _qwen3(config: Config, name: str) -> ModelSpec:
 
 def _qwen3_moe(config: Config, name: str) -> ModelSpec:
     c = _Common(config)
-    window = config.optional_integer("sliding_window") if config.flag("use_sliding_window") else None
+    window = _window_if_used(config)
     config.raw("max_window_layers")
     n_experts = config.integer("num_experts", config.raw("num_local_experts"))
     moe = MoeSpec(
@@ -450,11 +516,11 @@ def _mistral(config: Config, name: str) -> ModelSpec:
 
 
 def _gpt_oss(config: Config, name: str) -> ModelSpec:
-    c = _Common(config, bias=True)
+    c = _Common(config)
     config.only("swiglu_limit", 7.0)
     config.only("swiglu_alpha", 1.702)
     config.raw("initial_context_length")  # the older spelling of rope's original context, which rope carries too
-    window = config.integer("sliding_window", 128)
+    window = config.optional_integer("sliding_window")
     types = c.layer_types(lambda i: FULL if i % 2 else SLIDING)
     n_experts = config.integer("num_local_experts", config.raw("num_experts"))
     active = config.raw("experts_per_token")
@@ -505,16 +571,17 @@ def _plain_layers(
     ]
 
 
-_FAMILIES: Mapping[str, tuple[Callable[[Config, str], ModelSpec], frozenset[str]]] = {
-    "gemma4": (_gemma4, frozenset()),
-    "gemma4_text": (_gemma4, frozenset()),
-    "gemma4_unified_text": (_gemma4, frozenset({"suppress_tokens"})),
-    "gemma3_text": (_gemma3, frozenset()),
-    "gemma3": (_gemma3, frozenset()),
-    "exaone4": (_exaone4, frozenset()),
-    "qwen3": (_qwen3, frozenset()),
-    "qwen3_moe": (_qwen3_moe, frozenset()),
-    "llama": (_llama, frozenset()),
-    "mistral": (_mistral, frozenset()),
-    "gpt_oss": (_gpt_oss, frozenset()),
+_FAMILIES: Mapping[str, tuple[Callable[[Config, str], ModelSpec], Mapping[str, Any]]] = {  # reader, absent values
+    "gemma4": (_gemma4, _GEMMA4),
+    "gemma4_text": (_gemma4, _GEMMA4),
+    "gemma4_unified": (_gemma4, _GEMMA4_UNIFIED),
+    "gemma4_unified_text": (_gemma4, _GEMMA4_UNIFIED),
+    "gemma3_text": (_gemma3, _GEMMA3),
+    "gemma3": (_gemma3, _GEMMA3),
+    "exaone4": (_exaone4, _EXAONE4),
+    "qwen3": (_qwen3, _QWEN3),
+    "qwen3_moe": (_qwen3_moe, _QWEN3_MOE),
+    "llama": (_llama, {}),
+    "mistral": (_mistral, _MISTRAL),
+    "gpt_oss": (_gpt_oss, _GPT_OSS),
 }
