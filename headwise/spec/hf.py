@@ -236,7 +236,8 @@ def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_cont
             config.only("mscale", 1.0)
             config.only("mscale_all_dim", 1.0)
             attention_factor = attention_factor or 1.0
-        config.raw("mscale"), config.raw("mscale_all_dim")  # one alone changes nothing
+        for key in ("mscale", "mscale_all_dim"):  # one alone changes nothing
+            config.raw(key)
         rope = yarn_rope(
             head_dim,
             theta,
