@@ -19,7 +19,7 @@ from torch import Tensor
 from headwise.cache.storage import LayerCache, Segment, carve
 
 SPLIT_BELOW = 2  # KV heads; with fewer the CPU operator would run on one core
-SPLIT_MIN_KEYS = 256
+SPLIT_MIN_KEYS = 1024  # per run: splitting costs about ten small operators
 EMPTY = -1e30  # log-sum-exp of a query that sees no key of a tile; finite, so that merging two of them stays finite
 Partial = tuple[Tensor, Tensor]  # out_HTE, logsumexp_HT
 Operator = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float], Partial]

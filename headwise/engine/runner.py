@@ -51,7 +51,9 @@ class Runner:
             for layer in self.spec.layers
         ]
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk)
-        for i, rope in enumerate(ropes(self.spec)):
+        self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]
+        self.arena.eps.fill_(self.spec.rms_eps)
+        for i, (rope, _) in enumerate(self.ropes):
             live = [f for f in rope.inv_freq if f != 0.0]
             self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
         self.position = 0
@@ -103,12 +105,11 @@ class Runner:
     def _fill_tables(self, n: int) -> None:
         """Rope tables and ring masks of this step, shared by all layers."""
         positions = torch.arange(self.position, self.position + n, device=self.device)
-        for i, rope in enumerate(ropes(self.spec)):
-            pairs = rope.rotated_dims // 2
+        for i, (rope, pairs) in enumerate(self.ropes):
             cos, sin = (self.arena.take(f"rope.{i}.{t}", n, 1, pairs) for t in ("cos", "sin"))
             angles = positions[:, None, None] * self.arena.take(f"rope.{i}.freq", pairs)
-            sin.copy_(angles.sin())
-            cos.copy_(angles.cos_())
+            torch.sin(angles, out=sin)
+            torch.cos(angles, out=cos)
             if rope.magnitude != 1.0:
                 cos.mul_(rope.magnitude)
                 sin.mul_(rope.magnitude)

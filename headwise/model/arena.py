@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from math import prod
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from headwise.planner.workspace import Buffer, arena_bytes, offsets
 
+T = TypeVar("T")
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64}
 
 
@@ -26,6 +28,8 @@ class Arena:
         }
         self._shaped = {b.name: self._flat[b.name].view(b.shape) for b in buffers if not b.reserved}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
+        self._kept: dict[object, Any] = {}
+        self.eps = self._flat["eps"]
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The first elements of `name` in `shape`. Views are kept: a decode step asks for the same ones every time."""
@@ -36,6 +40,15 @@ class Arena:
                 self._views.clear()
             view = self._views[key] = self._flat[name][: prod(shape)].view(shape)
         return view
+
+    def keep(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Whatever views `make` builds of the buffers, built once per key: a decode step asks for the same every time."""
+        kept = self._kept.get(key)
+        if kept is None:
+            if len(self._kept) > 4096:
+                self._kept.clear()
+            kept = self._kept[key] = make()
+        return kept
 
     def flat(self, name: str) -> Tensor | None:
         """A buffer as one row of elements; None where this model needs none."""

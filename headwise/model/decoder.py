@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,18 @@ class Step:
         return self.ids_T.shape[0]
 
 
+class HeadViews(NamedTuple):
+    """The projected heads of one layer in their buffer, from every side that the layer looks at them."""
+
+    packed: Tensor  # (T, all heads * A)
+    flat: dict[str, Tensor]  # q, k, v as (T, heads * A)
+    normed: Tensor  # (T, heads that are normed, A)
+    q: Tensor  # (T, H, A)
+    k: Tensor  # (T, G, A); of a layer that owns no cache: not its own, and not read
+    v: Tensor | None
+    rotated: tuple[Tensor, Tensor] | None  # both halves of the pairs of q, and of k where it is rotated here
+
+
 class Decoder:
     """Weights and the order of operations; the state of a sequence lives in its caches.
 
@@ -58,6 +71,9 @@ class Decoder:
             for i in range(len(spec.layers))
         ]
         self.rope_index = {rope: i for i, rope in enumerate(ropes(spec))}
+        self.pairs = [layer.rope.rotated_dims // 2 if layer.rope else 0 for layer in spec.layers]
+        self.key_dims = [k_values(layer) for layer in spec.layers]
+        self.mask_names = [f"mask.{layer.window}" for layer in spec.layers]
 
     def forward(self, step: Step, caches: Sequence[LayerCache]) -> Tensor:
         """The hidden state of every token of the step, (T, D), after the last layer and before the final norm."""
@@ -80,7 +96,7 @@ class Decoder:
     def logits(self, x_TD: Tensor, arena: Arena, out: Tensor | None = None) -> Tensor:
         """Logits of the given hidden states, (T, vocab)."""
         spec = self.spec
-        h = rms_norm(x_TD, self.w["norm"], spec.rms_eps, arena.take("h", *x_TD.shape), arena)
+        h = rms_norm(x_TD, self.w["norm"], arena.take("h", *x_TD.shape), arena)
         if out is None:
             out = arena.take("logits", x_TD.shape[0], spec.vocab_size)
         linear(h, self.w["embed" if spec.tied else "head"], out, arena.flat("weight.tile"))
@@ -94,27 +110,25 @@ class Decoder:
         """x += o(attention(norm(x))), with the norms where the family has them."""
         spec, arena, T = self.spec, step.arena, step.n
         H, G, A = layer.n_heads, layer.n_kv_heads, layer.head_dim
-        h = x if spec.norms == "post" else rms_norm(x, w["attn_norm"], spec.rms_eps, arena.take("h", *x.shape), arena)
+        h = x if spec.norms == "post" else rms_norm(x, w["attn_norm"], arena.take("h", *x.shape), arena)
         owns = layer.kv_source is None
-        heads, parts = self._projections(layer, w, h, arena)
-        q, *kv = parts
+        views = self._project(layer, w, h, arena)
         if layer.qk_norm:  # q, k and (where it has one) v share one statistic pass; their weights differ
-            n = heads.shape[1] if layer.v_norm or not owns else H + G
-            rms_norm(heads[:, :n], None, spec.rms_eps, heads[:, :n], arena)
-            q.mul_(w["q_norm"])
-        self._rotate(q, layer, arena, T)
+            rms_norm(views.normed, None, views.normed, arena)
+            views.q.mul_(w["q_norm"])
+            if owns and not layer.k_eq_v:
+                views.k.mul_(w["k_norm"])
+        if views.rotated is not None:
+            self._rotate(*views.rotated, layer, arena, T)
+        q = views.q
         if layer.k_eq_v:
             if owns:
-                self._store_one(layer, w, cache, step, kv[0])
+                self._store_one(layer, w, cache, step, views.k)
             q = self._query_for_one(layer, w, q, arena)
         elif owns:
-            k, v = kv
-            if layer.qk_norm:
-                k.mul_(w["k_norm"])
-            self._rotate(k, layer, arena, T)
-            cache.write(step.start, k, v, arena.flat("kv.k"))
+            cache.write(step.start, views.k, views.v, arena.flat("kv.k"))
         out = arena.take("attn", T, H, A)
-        mask = arena.get(f"mask.{layer.window}")
+        mask = arena.get(self.mask_names[layer.index]) if T > 1 else None
         attend(
             q,
             cache,
@@ -131,41 +145,48 @@ class Decoder:
             y.add_(w["o_bias"])
         self._add_branch(y, w.get("attn_post_norm"), x, arena)
 
-    def _projections(
-        self, layer: LayerSpec, w: Mapping[str, Tensor], h: Tensor, arena: Arena
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All heads side by side, (T, H + 2G, A), and the same as q, k, v; k and v only where the layer owns its cache,
-        k alone where K=V."""
-        counts = [layer.n_heads] + [layer.n_kv_heads] * (("k" in w) + ("v" in w))
-        names = ("q", "k", "v")[: len(counts)]
-        packed = arena.take("qkv", h.shape[0], sum(counts) * layer.head_dim)
+    def _project(self, layer: LayerSpec, w: Mapping[str, Tensor], h: Tensor, arena: Arena) -> HeadViews:
+        """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""
+        T = h.shape[0]
+        views = arena.keep(("heads", T, layer.index), lambda: self._head_views(layer, "k" in w, "v" in w, T, arena))
         tile = arena.flat("weight.tile")
-        heads = packed.unflatten(-1, (-1, layer.head_dim))
         if "qkv" in w:
-            linear(h, w["qkv"], packed, tile)
+            linear(h, w["qkv"], views.packed, tile)
         else:  # members of different types stand apart
-            for name, part in zip(names, packed.split([n * layer.head_dim for n in counts], dim=-1), strict=True):
+            for name, part in views.flat.items():
                 linear(h, w[name], part, tile)
-        parts = heads.split(counts, dim=1)
         if layer.qkv_bias:
-            for name, part in zip(names, parts, strict=True):
-                part.add_(w[f"{name}_bias"].view(-1, layer.head_dim))
-        return heads, parts
+            for name, part in views.flat.items():
+                part.add_(w[f"{name}_bias"])
+        return views
 
-    def _rotate(self, x_THA: Tensor, layer: LayerSpec, arena: Arena, T: int) -> None:
-        """RoPE in place on the rotated pairs (i, i + A / 2)."""
-        if layer.rope is None:
-            return
-        half, pairs = layer.head_dim // 2, layer.rope.rotated_dims // 2
-        self._rotate_pairs(x_THA[..., :pairs], x_THA[..., half : half + pairs], layer, arena, T)
+    def _head_views(self, layer: LayerSpec, has_k: bool, has_v: bool, T: int, arena: Arena) -> HeadViews:
+        H, G, A = layer.n_heads, layer.n_kv_heads, layer.head_dim
+        counts = {"q": H} | ({"k": G} if has_k else {}) | ({"v": G} if has_v else {})
+        packed = arena.take("qkv", T, sum(counts.values()) * A)
+        heads = packed.unflatten(-1, (-1, A))
+        parts = dict(zip(counts, heads.split(list(counts.values()), dim=1), strict=True))
+        flat = dict(zip(counts, packed.split([n * A for n in counts.values()], dim=-1), strict=True))
+        n_normed = heads.shape[1] if layer.v_norm or not has_v else H + G
+        rotated = None
+        if layer.rope is not None:  # K of a K=V layer is rotated where it is stored
+            half, pairs = A // 2, self.pairs[layer.index]
+            turning = heads[:, : H + (G if has_k and not layer.k_eq_v else 0)]
+            rotated = (turning[..., :pairs], turning[..., half : half + pairs])
+        return HeadViews(packed, flat, heads[:, :n_normed], parts["q"], parts.get("k", heads), parts.get("v"), rotated)
 
-    def _rotate_pairs(self, a: Tensor, b: Tensor, layer: LayerSpec, arena: Arena, T: int) -> None:
-        assert layer.rope is not None
-        i = self.rope_index[layer.rope]
-        cos, sin = (arena.take(f"rope.{i}.{t}", T, 1, a.shape[-1]) for t in ("cos", "sin"))
+    def _rotate(self, a: Tensor, b: Tensor, layer: LayerSpec, arena: Arena, T: int) -> None:
+        """RoPE in place: a holds the first, b the second dims of the rotating pairs (i, i + A / 2)."""
+        cos, sin = arena.keep(("rope", T, layer.index), lambda: self._tables(layer, arena, T))
         tmp = torch.mul(a, sin, out=arena.take("rope.tmp", *a.shape))
         a.mul_(cos).addcmul_(b, sin, value=-1.0)
         b.mul_(cos).add_(tmp)
+
+    def _tables(self, layer: LayerSpec, arena: Arena, T: int) -> tuple[Tensor, Tensor]:
+        assert layer.rope is not None
+        names = (f"rope.{self.rope_index[layer.rope]}.{t}" for t in ("cos", "sin"))
+        cos, sin = (arena.take(name, T, 1, self.pairs[layer.index]) for name in names)
+        return cos, sin
 
     def _store_one(self, layer: LayerSpec, w: Mapping[str, Tensor], cache: LayerCache, step: Step, v: Tensor) -> None:
         """K=V: V = norm(u), given, and beside it the rotated dims of K = RoPE(w_k * V). `spec.kv` says why this is exact."""
@@ -173,19 +194,19 @@ class Decoder:
         one = arena.take("kv.one", T, layer.n_kv_heads, cache.k.n_values)
         one[..., :A].copy_(v)
         if layer.rope is not None:
-            half, pairs = A // 2, layer.rope.rotated_dims // 2
+            half, pairs = A // 2, self.pairs[layer.index]
             a, b = one[..., A : A + pairs], one[..., A + pairs : A + 2 * pairs]
             torch.mul(v[..., :pairs], w["k_norm"][:pairs], out=a)
             torch.mul(v[..., half : half + pairs], w["k_norm"][half : half + pairs], out=b)
-            self._rotate_pairs(a, b, layer, arena, T)
+            self._rotate(a, b, layer, arena, T)
             one[..., A + 2 * pairs :].zero_()  # padding, see spec.kv
         cache.write(step.start, one, None, arena.flat("kv.k"))
 
     def _query_for_one(self, layer: LayerSpec, w: Mapping[str, Tensor], q: Tensor, arena: Arena) -> Tensor:
         """The query against [V, rotated K]: w_k folded into the dims that do not rotate, the rotated ones moved."""
         T, H, A = q.shape
-        half, pairs = A // 2, layer.rope.rotated_dims // 2 if layer.rope else 0
-        out = arena.take("q.one", T, H, k_values(layer))
+        half, pairs = A // 2, self.pairs[layer.index]
+        out = arena.take("q.one", T, H, self.key_dims[layer.index])
         torch.mul(q, w["k_norm"], out=out[..., :A])
         if pairs:
             out[..., :pairs].zero_()
@@ -198,10 +219,10 @@ class Decoder:
     def _mlp(self, layer: LayerSpec, w: Mapping[str, Tensor], step: Step, x: Tensor) -> None:
         """x += mlp(norm(x)): dense, routed experts, or Gemma 4's both."""
         spec, arena, moe = self.spec, step.arena, layer.mlp.moe
-        h = x if spec.norms == "post" else rms_norm(x, w["mlp_norm"], spec.rms_eps, arena.take("h", *x.shape), arena)
+        h = x if spec.norms == "post" else rms_norm(x, w["mlp_norm"], arena.take("h", *x.shape), arena)
         y = arena.take("y", *x.shape)
         if moe and moe.beside_dense:
-            experts_beside_dense(layer.mlp, w, x, h, y, arena, spec.rms_eps)
+            experts_beside_dense(layer.mlp, w, x, h, y, arena)
         elif moe:
             routed_experts(moe, w, h, h, y, arena)
         else:
@@ -210,7 +231,7 @@ class Decoder:
 
     def _add_branch(self, y: Tensor, post_norm: Tensor | None, x: Tensor, arena: Arena) -> None:
         if post_norm is not None:
-            rms_norm(y, post_norm, self.spec.rms_eps, y, arena)
+            rms_norm(y, post_norm, y, arena)
         x.add_(y)
 
     def _per_layer_embeddings(self, step: Step, x: Tensor) -> Tensor:
@@ -221,7 +242,7 @@ class Decoder:
         token = rows(self.w["ple.embed"], step.ids_T, arena.take("ple.rows", T, L * P)).mul_(P**0.5)
         ple = linear(x, self.w["ple.proj"], arena.take("ple", T, L * P), arena.flat("weight.tile")).mul_(spec.hidden**-0.5)
         ple_TLP = ple.unflatten(-1, (L, P))
-        rms_norm(ple_TLP, self.w["ple.norm"], spec.rms_eps, ple_TLP, arena)
+        rms_norm(ple_TLP, self.w["ple.norm"], ple_TLP, arena)
         ple.add_(token).mul_(2**-0.5)
         return ple_TLP
 

@@ -36,11 +36,13 @@ def _activate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
 def dense(mlp: MlpSpec, w: Mapping[str, Tensor], h: Tensor, out: Tensor, arena: Arena) -> Tensor:
     """out = down(act(gate(h)) * up(h))."""
     T, W, tile = h.shape[0], mlp.width, arena.flat("weight.tile")
+    both = arena.take("gate_up", T, 2 * W)
+    gate, up = arena.keep(("gate_up", T, W), lambda: both.split(W, dim=-1))
     if "gate_up" in w:
-        gate, up = linear(h, w["gate_up"], arena.take("gate_up", T, 2 * W), tile).split(W, dim=-1)
+        linear(h, w["gate_up"], both, tile)
     else:
-        both = arena.take("gate_up", 2, T, W)
-        gate, up = linear(h, w["gate"], both[0], tile), linear(h, w["up"], both[1], tile)
+        linear(h, w["gate"], gate, tile)
+        linear(h, w["up"], up, tile)
     if mlp.bias:
         gate.add_(w["gate_bias"])
         up.add_(w["up_bias"])
@@ -85,7 +87,7 @@ def routed_experts(
 
 
 def experts_beside_dense(
-    mlp: MlpSpec, w: Mapping[str, Tensor], x: Tensor, h: Tensor, out: Tensor, arena: Arena, eps: float
+    mlp: MlpSpec, w: Mapping[str, Tensor], x: Tensor, h: Tensor, out: Tensor, arena: Arena
 ) -> Tensor:
     """Gemma 4 26B-A4B: norm(dense(h)) + norm(experts(norm(x))); the router reads the raw residual x, normed and scaled.
 
@@ -93,10 +95,10 @@ def experts_beside_dense(
     """
     assert mlp.moe is not None
     dense(mlp, w, h, out, arena)
-    rms_norm(out, w["mlp_post_norm_1"], eps, out, arena)
-    routed_by = rms_norm(x, w["router_scale"], eps, arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
-    rms_norm(x, w["experts_norm"], eps, h, arena)
+    rms_norm(out, w["mlp_post_norm_1"], out, arena)
+    routed_by = rms_norm(x, w["router_scale"], arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
+    rms_norm(x, w["experts_norm"], h, arena)
     total = arena.take("expert.total", *x.shape)
     routed_experts(mlp.moe, w, routed_by, h, total, arena)
-    rms_norm(total, w["experts_post_norm"], eps, total, arena)
+    rms_norm(total, w["experts_post_norm"], total, arena)
     return out.add_(total)

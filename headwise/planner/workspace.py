@@ -78,6 +78,7 @@ def workspace(
 
     n_heads = max(x.n_heads for x in layers)
     add("ids", "always", C, kind="i64")
+    add("eps", "always", 1, kind="f32")
     for name in ("x", "h", "y"):
         add(name, "always", C, D)
     heads_all = max([len(layers) if spec.ple else 1, *(x.n_heads + 2 * x.n_kv_heads for x in layers)])
@@ -96,7 +97,7 @@ def workspace(
 
     q_width = max(x.n_heads * x.head_dim for x in layers)
     add("qkv", "attention", C, max(x.n_heads * x.head_dim + 2 * x.n_kv_heads * x.head_dim for x in layers))
-    add("rope.tmp", "attention", C, max([0, *(x.n_heads * x.rope.rotated_dims // 2 for x in layers if x.rope)]))
+    add("rope.tmp", "attention", C, max([0, *((x.n_heads + x.n_kv_heads) * x.rope.rotated_dims // 2 for x in layers if x.rope)]))
     add("attn", "attention", C, q_width)
     add("q.one", "attention", C, max([0, *(x.n_heads * k_values(x) for x in layers if x.k_eq_v)]))
     add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
