@@ -1,0 +1,262 @@
+"""Bytes on disk -> tensors in memory, as `names.match` says.
+
+Every destination is allocated once, at its final place and type, and filled tile by tile from a memory map: beside the
+weights themselves the host holds one tile. Pages of the file are given back as soon as they are copied.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.errors import SpecError
+from headwise.spec.layers import ModelSpec
+from headwise.spec.tensors import TensorSpec, weight_tensors
+from headwise.weights.blocks import BLOCK_TYPES, BlockTensor, Weight, dequantise, repack_mxfp4, row_bytes
+from headwise.weights.listing import Listing, StoredTensor, list_checkpoint
+from headwise.weights.names import Part, match, row_axis
+
+TILE_BYTES = 64 << 20  # of the largest form a tile takes on its way, fp32 included
+FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
+
+Progress = Callable[[int, int], None]
+
+
+def load_weights(
+    spec: ModelSpec,
+    checkpoint: Path,
+    *,
+    resident: Mapping[str, str],
+    device: torch.device | str,
+    groups: Mapping[str, tuple[str, ...]] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Weight]:
+    """Every tensor of `weight_tensors(spec)` on `device`, and one more per group.
+
+    Args:
+        resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in.
+        groups: group name -> members of one resident type, whose rows then lie one after another in one allocation;
+            the result holds the whole under the group's name and the members as views of it.
+        progress: called with (bytes filled, bytes in all) after each tile.
+    Raises:
+        SpecError: the checkpoint does not hold this model.
+        ValueError: a resident type that a tensor cannot be kept in (the planner's bug).
+    """
+    listing = list_checkpoint(checkpoint)
+    matched = match(spec, listing)
+    device = torch.device(device)
+    specs = {t.name: t for t in weight_tensors(spec)}
+    for name, stored in matched.types.items():
+        if resident[name] not in FLOATS and (resident[name] != stored or stored not in BLOCK_TYPES):
+            raise ValueError(f"{name} is stored as {stored} and cannot be kept as {resident[name]}")
+    weights = _allocate(specs, resident, groups or {}, device)
+    total = sum(_n_bytes(weights[name]) for name in specs)
+    done = 0
+    files = _Files(listing)
+    for name, ours in specs.items():
+        for part in matched.parts[name]:
+            for n_bytes in _fill(_region(weights[name], part), files, part, ours):
+                done += n_bytes
+                if progress:
+                    progress(done, total)
+    return weights
+
+
+def _allocate(
+    specs: Mapping[str, TensorSpec],
+    resident: Mapping[str, str],
+    groups: Mapping[str, tuple[str, ...]],
+    device: torch.device,
+) -> dict[str, Weight]:
+    """Empty weights in the order of `specs`, members of a group as views of one allocation."""
+    weights: dict[str, Weight] = {}
+    group_of = {member: group for group, members in groups.items() for member in members}
+    for name in specs:
+        group = group_of.get(name)
+        if group is None:
+            weights[name] = _empty(specs[name].shape, resident[name], device)
+        elif group not in weights:
+            members = groups[group]
+            types = {resident[member] for member in members}
+            if len(types) > 1:
+                raise ValueError(f"the members of {group} are kept as {' and '.join(sorted(types))}")
+            axis = row_axis(specs[members[0]])
+            shape = list(specs[members[0]].shape)
+            shape[axis] = sum(specs[member].shape[axis] for member in members)
+            whole = _empty(tuple(shape), types.pop(), device)
+            weights[group] = whole
+            start = 0
+            for member in members:
+                n_rows = specs[member].shape[axis]
+                weights[member] = _narrow(whole, axis, start, n_rows)
+                start += n_rows
+    return weights
+
+
+def _empty(shape: tuple[int, ...], type_name: str, device: torch.device) -> Weight:
+    if type_name in FLOATS:
+        return torch.empty(shape, dtype=FLOATS[type_name], device=device)
+    data = torch.empty((*shape[:-1], row_bytes(type_name, shape[-1])), dtype=torch.uint8, device=device)
+    return BlockTensor(data, type_name, shape)
+
+
+def _narrow(whole: Weight, axis: int, start: int, length: int) -> Weight:
+    if isinstance(whole, Tensor):
+        return whole.narrow(axis, start, length)
+    shape = list(whole.shape)
+    shape[axis] = length
+    return BlockTensor(whole.data.narrow(axis, start, length), whole.type, tuple(shape))
+
+
+def _data(weight: Weight) -> Tensor:
+    return weight if isinstance(weight, Tensor) else weight.data
+
+
+def _n_bytes(weight: Weight) -> int:
+    return _data(weight).numel() * _data(weight).element_size()
+
+
+def _region(weight: Weight, part: Part) -> Tensor:
+    """What one part fills: all of a weight, or one expert of it."""
+    return _data(weight) if part.expert is None else _data(weight)[part.expert]
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """One stored tensor as views into the file, rows by rows of our tensor; `type` is a float type or a block type."""
+
+    tensor: Tensor  # (..., rows, elements), or (..., rows, bytes) of blocks
+    type: str
+    scales: Tensor | None = None  # of safetensors MXFP4, where `tensor` is (..., rows, blocks, 16)
+
+    def tile(self, index: tuple[slice, ...]) -> Tensor:
+        if self.scales is not None:
+            return repack_mxfp4(self.tensor[index], self.scales[index])
+        return self.tensor[index]
+
+
+def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator[int]:
+    """Copies one part into its place; yields the bytes each tile filled."""
+    stored = files.listing.tensors[part.stored]
+    scales = files.listing.tensors[part.scales] if part.scales else None
+    tensor = _rows(files.view(stored), part, scales is not None)
+    if scales:
+        source = _Source(tensor, "mxfp4", _rows(files.view(scales), part, False, has_columns=True))
+    else:
+        source = _Source(tensor, stored.type)
+    if part.copy_at is not None:
+        _check_copy(files, stored, part, ours)
+    if part.axis == -1:
+        dest = dest.unsqueeze(-1)
+    if part.pairs_of:
+        dest = dest.unflatten(-2, (part.pairs_of, 2, -1))
+    # The widest form of a row decides the tile: fp32, unless blocks stay blocks.
+    columns = 1 if part.axis == -1 else ours.shape[-1]
+    wide = dest.shape[-1] if dest.dtype == torch.uint8 else 4 * columns
+    for index in _tiles(tuple(dest.shape[:-1]), max(1, TILE_BYTES // wide)):
+        into, tile = dest[index], source.tile(index)
+        if source.type in FLOATS:
+            into.copy_(tile.float() + part.add if part.add else tile)
+        elif dest.dtype == torch.uint8:
+            into.copy_(tile)
+        elif source.type in BLOCK_TYPES:
+            dequantise(tile.to(dest.device), source.type, into.dtype, out=into)
+        else:
+            into.copy_(_dequantise_by_gguf(tile, stored))
+        files.forget(stored)
+        yield into.numel() * into.element_size()
+
+
+def _rows(tensor: Tensor, part: Part, blocks: bool, *, has_columns: bool = False) -> Tensor:
+    """The rows of a stored tensor that a part names, as a view (..., rows, columns)."""
+    if part.transposed:
+        tensor = tensor.transpose(-1, -2)
+    if part.axis == -1:
+        tensor = tensor.unsqueeze(-1)
+    axis = -3 if blocks else -2
+    stop = part.first + (part.rows - 1) * part.step + 1
+    tensor = tensor[(..., slice(part.first, stop, part.step), *(slice(None),) * (-1 - axis))]
+    if part.pairs_of:  # stored (heads, half, 2): row 2i of a head is our row i, row 2i + 1 our row half + i
+        tensor = tensor.unflatten(axis, (part.pairs_of, -1, 2)).transpose(axis - 1, axis)
+    return tensor
+
+
+def _tiles(shape: tuple[int, ...], n_rows: int) -> Iterator[tuple[slice, ...]]:
+    """Index tuples that cover `shape` (all axes but the last) in pieces of at most `n_rows` rows."""
+    if not shape:
+        yield ()
+        return
+    inner = math.prod(shape[1:])
+    if inner <= n_rows:
+        step = n_rows // max(1, inner)
+        for start in range(0, shape[0], step):
+            yield (slice(start, min(start + step, shape[0])),)
+        return
+    for i in range(shape[0]):
+        for rest in _tiles(shape[1:], n_rows):
+            yield (slice(i, i + 1), *rest)
+
+
+def _check_copy(files: _Files, stored: StoredTensor, part: Part, ours: TensorSpec) -> None:
+    """A K=V layer stored with a V of its own must repeat K there, or it is no K=V layer."""
+    assert part.copy_at is not None
+    tensor = files.view(stored)
+    keys, values = (tensor[start : start + part.rows] for start in (part.first, part.copy_at))
+    if not torch.equal(keys.reshape(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8)):
+        raise SpecError(
+            f"{files.listing.where}: the V rows of {stored.name} differ from its K rows",
+            why=f"{ours.name} of a K=V layer feeds both, so one of them would be lost",
+            do="check the file against its source",
+        )
+
+
+def _dequantise_by_gguf(tile: Tensor, stored: StoredTensor) -> Tensor:
+    """The types that nothing here multiplies (IQ, TQ, NVFP4): to fp32, by gguf's own numpy code."""
+    import gguf
+
+    kind = gguf.GGMLQuantizationType.__members__.get(stored.type.upper())
+    try:
+        if kind is None:
+            raise NotImplementedError(stored.type)
+        return torch.from_numpy(gguf.dequantize(np.ascontiguousarray(tile.numpy()), kind))
+    except NotImplementedError:
+        raise SpecError(
+            f"{stored.path}: {stored.name} is stored as {stored.type}",
+            why="nothing here, nor the gguf package, turns that type into floats",
+            do="use a file quantised to Q4_K, Q6_K, Q8_0 or MXFP4",
+        ) from None
+
+
+class _Files:
+    """Memory maps of a checkpoint's files, opened once each."""
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self.maps: dict[Path, mmap.mmap] = {}  # each is unmapped when the last view of it goes
+
+    def view(self, stored: StoredTensor) -> Tensor:
+        """The stored tensor in its own type, or as uint8 (..., bytes of a row) where it is blocks; not to be written."""
+        if not stored.n_bytes:
+            raise SpecError(f"{stored.path}: {stored.name} is empty", do="check the file against its source")
+        if stored.path not in self.maps:
+            with stored.path.open("rb") as file:  # a private copy, never written: torch warns of read-only buffers
+                self.maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        dtype = FLOATS.get(stored.type, torch.uint8)
+        count = stored.n_bytes // dtype.itemsize
+        flat = torch.frombuffer(self.maps[stored.path], dtype=dtype, count=count, offset=stored.offset)
+        if stored.block > 1:
+            return flat.view(*stored.shape[:-1], stored.shape[-1] // stored.block * stored.block_bytes)
+        return flat.view(stored.shape)
+
+    def forget(self, stored: StoredTensor) -> None:
+        """Gives the tensor's pages back to the system, which may keep them cached; a next read maps them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            start = stored.offset // mmap.PAGESIZE * mmap.PAGESIZE
+            self.maps[stored.path].madvise(mmap.MADV_DONTNEED, start, stored.offset + stored.n_bytes - start)
