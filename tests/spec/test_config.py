@@ -51,7 +51,7 @@ def test_a_missing_key_points_at_the_nearest_one() -> None:
 
 
 @pytest.mark.parametrize("read", [Config.integer, Config.number])
-def test_a_missing_key_without_a_default_is_an_error(read) -> None:  # noqa: ANN001
+def test_a_missing_key_without_a_default_is_an_error(read) -> None:
     """A default that nobody chose is a wrong model."""
     with pytest.raises(SpecError, match="width is missing"):
         read(config(), "width")
@@ -138,5 +138,5 @@ def test_an_ignored_key_is_ignored_in_sections_too() -> None:
 
     outer.section("rope").refuse_unread(harmless=())
 
-    with pytest.raises(SpecError, match="config.json rope: key 'x'"):
+    with pytest.raises(SpecError, match=r"config\.json rope: key 'x'"):
         config(rope={"x": 1}).section("rope").refuse_unread(harmless=())

@@ -684,7 +684,7 @@ def test_a_damaged_config_file_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_a_folder_without_a_config_says_what_one_would_hold(tmp_path: Path) -> None:
     """A folder of GGUF files was called damaged."""
-    with pytest.raises(SpecError, match="has no config.json"):
+    with pytest.raises(SpecError, match=r"has no config\.json"):
         read_hf(tmp_path)
 
 
