@@ -59,7 +59,11 @@ def gemma_from(llm: LLM) -> Any:
     }  # fmt: skip
     state = {"model.embed_tokens.weight": w["embed"], "model.norm.weight": w["norm"], "lm_head.weight": w["embed"]}
     for i in range(len(spec.layers)):
-        state |= {f"model.layers.{i}.{theirs}.weight": w[f"layers.{i}.{ours}"] for ours, theirs in names.items() if f"layers.{i}.{ours}" in w}
+        state |= {
+            f"model.layers.{i}.{theirs}.weight": w[f"layers.{i}.{ours}"]
+            for ours, theirs in names.items()
+            if f"layers.{i}.{ours}" in w
+        }
         state[f"model.layers.{i}.layer_scalar"] = w[f"layers.{i}.layer_scalar"]
     left = net.load_state_dict(state, strict=False)
     missing = [k for k in left.missing_keys if "v_proj" not in k and "rotary" not in k and "embed_scale" not in k]
@@ -136,7 +140,9 @@ def main() -> None:
     ids = llm.tokenize(demo_prompt())[: args.prompt]
     engines: dict[str, Callable[[], Any] | Any] = {"headwise": Headwise(llm), "transformers": Transformers(gemma_from(llm))}
     try:
-        engines["llama.cpp"] = LlamaCpp(str(resources.files("headwise").joinpath("data/tiny-hybrid.gguf")), args.prompt + args.tokens + 8)
+        engines["llama.cpp"] = LlamaCpp(
+            str(resources.files("headwise").joinpath("data/tiny-hybrid.gguf")), args.prompt + args.tokens + 8
+        )
     except ImportError:
         print("llama-cpp-python is not installed: left out")
     first = {name: run(engine, ids, args.tokens)[0] for name, engine in engines.items()}

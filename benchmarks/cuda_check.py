@@ -36,7 +36,9 @@ def families() -> list[dict[str, object]]:
                 llm = LLM(Path(folder), context=128, chunk=96, device="cuda", dtype="f32")
                 errors = {c: float((llm.logits(ids, chunk=c) - want).abs().max()) for c in (83, 7, 31, 1)}
                 report = llm.report()
-                rows.append({"family": name, "max_abs_error": errors, "planned": report.planned_bytes, "allocated": report.allocated_bytes})
+                rows.append(
+                    {"family": name, "max_abs_error": errors, "planned": report.planned_bytes, "allocated": report.allocated_bytes}
+                )
             except Exception as error:  # a table of what failed is the point of this script
                 rows.append({"family": name, "error": f"{type(error).__name__}: {error}"})
         print(rows[-1], flush=True)

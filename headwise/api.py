@@ -44,16 +44,18 @@ def targets_for(gpus: Sequence[str], device: str | None) -> list[Target]:
     """The devices to plan for: those named, the CPU, or what this machine has; memory held by others is counted as theirs."""
     if device == "cpu":
         if gpus:
-            raise UsageError("--device cpu and --gpu name different devices", why="a plan is for one or the other", do="leave one out")
+            raise UsageError(
+                "--device cpu and --gpu name different devices", why="a plan is for one or the other", do="leave one out"
+            )
         total, available = cpu_memory()
-        return [Target(name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES)]
+        return [
+            Target(name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES)
+        ]
     if gpus:
         found = [find_gpu(g) for g in gpus]
         return [Target(name=g.label, gpu=g, total_bytes=g.memory_bytes) for g in found]
     return [
-        Target(name=d.seen, gpu=d.gpu, total_bytes=d.total_bytes, others_bytes=d.used_bytes or 0)
-        for d in detect()
-        if d.total_bytes
+        Target(name=d.seen, gpu=d.gpu, total_bytes=d.total_bytes, others_bytes=d.used_bytes or 0) for d in detect() if d.total_bytes
     ]
 
 
@@ -234,7 +236,9 @@ def plan_rival(
         most = low
     answer = at(context)
     fits = answer.total_bytes <= usable if targets else None
-    return RivalAnswer(answer, source.spec, context, slots, ubatch, {"global": kv, "sliding": kv_sliding or kv}, n_weights, targets, fits, most)
+    return RivalAnswer(
+        answer, source.spec, context, slots, ubatch, {"global": kv, "sliding": kv_sliding or kv}, n_weights, targets, fits, most
+    )
 
 
 def rival_json(r: RivalAnswer) -> dict[str, object]:

@@ -46,7 +46,9 @@ def _common(p: argparse.ArgumentParser, *, optional_model: bool) -> None:
         "model",
         nargs="?" if optional_model else None,
         help="a directory, a .gguf file, ollama:NAME, hf:ORG/NAME, or a catalogue name (plan, explain); "
-        "without it: the embedded tiny-hybrid" if optional_model else "a model",
+        "without it: the embedded tiny-hybrid"
+        if optional_model
+        else "a model",
     )
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
     p.add_argument("--kv", metavar=KV_TYPES, help="KV type of all layers")
@@ -227,12 +229,12 @@ def _run(args: argparse.Namespace) -> int:
     if not all(c.fused for c in llm.choices):
         slow = [str(i) for i, c in enumerate(llm.choices) if not c.fused]
         console.print(f"warning: layers {', '.join(slow)} do not run fused (--allow-fallback)", style="yellow")
-    settings = dict(
-        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k, seed=args.seed
-    )
+    settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
     if args.json:
         result = llm.generate(prompt, **settings)
-        print(json.dumps({"text": result.text, "tokens": result.tokens, "finish": result.finish, "report": result.report.to_json()}))
+        print(
+            json.dumps({"text": result.text, "tokens": result.tokens, "finish": result.finish, "report": result.report.to_json()})
+        )
         return 0
     if args.prompt is None and args.file is None:
         shown = text[-1500:]

@@ -43,9 +43,7 @@ def choose(need: Need, backends: Sequence[Capability] = BACKENDS) -> Choice:
     raise ValueError(f"no backend takes {need}, not even the reference")
 
 
-def choose_layers(
-    spec: ModelSpec, *, kv: Mapping[Kind, KVFormat], dtype: str, device: DeviceKind
-) -> tuple[Choice, ...]:
+def choose_layers(spec: ModelSpec, *, kv: Mapping[Kind, KVFormat], dtype: str, device: DeviceKind) -> tuple[Choice, ...]:
     """One choice per layer of `spec` on `device`."""
     return tuple(choose(need_for(layer, kv=kv[layer.kind], dtype=dtype, device=device)) for layer in spec.layers)
 
@@ -58,8 +56,7 @@ def require_fused(spec: ModelSpec, choices: Sequence[Choice], *, allow_fallback:
     choice = choices[slow[0].index]
     raise BackendError(
         f"{len(slow)} of {len(spec.layers)} layers of {spec.name} would not run fused on {device.label}",
-        why=f"layer {slow[0].index} ({describe(slow[0])}): "
-        + "; ".join(f"{r.backend}: {r.reason}" for r in choice.refusals),
+        why=f"layer {slow[0].index} ({describe(slow[0])}): " + "; ".join(f"{r.backend}: {r.reason}" for r in choice.refusals),
         do="--allow-fallback accepts the slow reference for these layers",
     )
 

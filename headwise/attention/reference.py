@@ -69,7 +69,5 @@ def attend_cache(
         values.append(k if cache.v is None else cache.v.read(s.start, s.stop, q_THE.new_empty(*shape, cache.v.n_values)))
         open_TS = torch.ones(q_THE.shape[0], shape[0], dtype=torch.bool, device=q_THE.device)
         seen.append(open_TS.tril() if s.causal else open_TS if s.mask_TS is None else s.mask_TS == 0)
-    out, _ = attend(
-        q_THE, torch.cat(keys), torch.cat(values), torch.cat(seen, 1), scale=scale, softcap=softcap, sinks_H=sinks_H
-    )
+    out, _ = attend(q_THE, torch.cat(keys), torch.cat(values), torch.cat(seen, 1), scale=scale, softcap=softcap, sinks_H=sinks_H)
     out_THD.copy_(out[..., : out_THD.shape[-1]])

@@ -56,8 +56,14 @@ def explain_view(spec: ModelSpec, choices: Sequence[Choice], groups: Sequence[La
     names = [c.backend.name for c in choices]
     fused = [c.fused for c in choices]
     n = sum(fused)
-    head = Text.assemble((f"{spec.name} on {device}: ", "bold"), (f"{n}/{len(fused)} layers fused", "bold green" if n == len(fused) else "bold red"))
-    rows: list[RenderableType] = [head, layer_map(spec, names, fused), Text("     █ global  ▄ sliding  • shares a cache", style="dim")]
+    head = Text.assemble(
+        (f"{spec.name} on {device}: ", "bold"), (f"{n}/{len(fused)} layers fused", "bold green" if n == len(fused) else "bold red")
+    )
+    rows: list[RenderableType] = [
+        head,
+        layer_map(spec, names, fused),
+        Text("     █ global  ▄ sliding  • shares a cache", style="dim"),
+    ]
     colour = colours(names, fused)
     for group in groups:
         rows.append(Text(f"\n{len(group.layers)} x {kind_words(group.example)}, KV {group.kv}", style="bold"))
@@ -70,7 +76,10 @@ def engine_view(spec: ModelSpec, engine: str, card: str, answer: EngineExplanati
     """What another engine would do; the groups are the layers for which it does the same."""
     names = [c.backend for c in answer.choices]
     fused = [c.verdict == "fused" for c in answer.choices]
-    head = Text.assemble((f"{spec.name} in {engine} on {card}: ", "bold"), (f"{sum(fused)}/{len(fused)} layers fused", "bold green" if all(fused) else "bold red"))
+    head = Text.assemble(
+        (f"{spec.name} in {engine} on {card}: ", "bold"),
+        (f"{sum(fused)}/{len(fused)} layers fused", "bold green" if all(fused) else "bold red"),
+    )
     rows: list[RenderableType] = [head, layer_map(spec, names, fused)]
     seen: dict[tuple[object, ...], list[int]] = {}
     for layer, choice in zip(spec.layers, answer.choices, strict=True):

@@ -15,6 +15,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,7 +74,9 @@ def check_group(
 
     k = random(total, layer.n_kv_heads, k_values(layer))
     v = random(total, layer.n_kv_heads, v_values(layer)) if v_values(layer) else None
-    scratch = tuple(torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer))))
+    scratch = tuple(
+        torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer)))
+    )
     seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
     store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)
     sinks = random(layer.n_heads).float() if layer.sinks else None
@@ -217,7 +220,16 @@ def check_all(
 def _key(group: LayerGroup, chunk: int, dtype: torch.dtype, device: torch.device) -> str:
     """Hardware, driver, library versions, the source of the code under test, and the case."""
     layer = group.example
-    case = (group.choice.backend.name, layer.head_dim, k_values(layer), layer.window, layer.n_heads, layer.n_kv_heads, layer.sinks, group.kv)
+    case = (
+        group.choice.backend.name,
+        layer.head_dim,
+        k_values(layer),
+        layer.window,
+        layer.n_heads,
+        layer.n_kv_heads,
+        layer.sinks,
+        group.kv,
+    )
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         machine = f"{properties.name} {properties.major}.{properties.minor} {torch.version.cuda} {torch.backends.cudnn.version()}"
@@ -238,7 +250,7 @@ def default_cache_file(env: Mapping[str, str]) -> Path:
     return base / "headwise" / "checks.json"
 
 
-def _read(path: Path | None) -> dict[str, list[dict[str, object]]]:
+def _read(path: Path | None) -> dict[str, list[dict[str, Any]]]:
     """What was checked before; a missing or damaged file means nothing was."""
     if path is None:
         return {}

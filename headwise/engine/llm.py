@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import Choice, LayerGroup, choose_layers, group_layers, require_fused
+from headwise.attention.choose import LayerGroup, choose_layers, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.runner import Runner, attend_functions
 from headwise.engine.sample import Sampler, Sampling
@@ -21,8 +21,8 @@ from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, plan
 from headwise.planner.render import gib
 from headwise.planner.residence import groups
-from headwise.spec.kv import kv_format
-from headwise.spec.layers import ModelSpec
+from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.read import Source, open_model
 from headwise.text.tokenizer import Tokenizer, read_tokenizer
 from headwise.weights.listing import list_checkpoint
@@ -138,16 +138,27 @@ class LLM:
         progress: Progress | None = None,
         on_warning: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.source = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ, weights=True)
+        self.source = (
+            source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ, weights=True)
+        )
         if self.source.path is None:
-            raise UsageError(f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH")
+            raise UsageError(
+                f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH"
+            )
         self.spec = self.source.spec
         self.device = pick_device(device)
         dtype = dtype or default_dtype(self.device)
         if dtype not in DTYPES:
             raise UsageError(f"unknown dtype {dtype!r}", why="activations are floats", do=f"one of: {', '.join(DTYPES)}")
         names = {"global": kv, "sliding": kv} if kv is None or isinstance(kv, str) else dict(kv)
-        self.kv = {kind: kv_format(names.get(kind) or dtype) for kind in ("global", "sliding")}
+        if unknown := set(names) - {"global", "sliding"}:
+            raise UsageError(
+                f"kv names {sorted(unknown)[0]!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}'
+            )
+        self.kv: dict[Kind, KVFormat] = {
+            "global": kv_format(names.get("global") or dtype),
+            "sliding": kv_format(names.get("sliding") or dtype),
+        }
         kind = device_kind(self.device)
         self.choices = choose_layers(self.spec, kv=self.kv, dtype=dtype, device=kind)
         require_fused(self.spec, self.choices, allow_fallback=allow_fallback, device=kind)
@@ -222,7 +233,9 @@ class LLM:
         ids = self._checked(token_ids, room=0)
         step = self.plan.workload.chunk if chunk is None else chunk
         if not 1 <= step <= self.plan.workload.chunk:
-            raise UsageError(f"chunk {step} makes no sense", why=f"1..{self.plan.workload.chunk} is planned", do="LLM(..., chunk=N)")
+            raise UsageError(
+                f"chunk {step} makes no sense", why=f"1..{self.plan.workload.chunk} is planned", do="LLM(..., chunk=N)"
+            )
         out = torch.empty(len(ids), self.spec.vocab_size)
         self.runner.reset()
         for start in range(0, len(ids), step):
@@ -245,7 +258,9 @@ class LLM:
         """Continues `prompt` token by token; ends at an end token, at `max_tokens`, or where the context ends."""
         sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
         if max_tokens < 1:
-            raise UsageError(f"--max-tokens {max_tokens} makes no sense", why="at least one token is generated", do="--max-tokens 1")
+            raise UsageError(
+                f"--max-tokens {max_tokens} makes no sense", why="at least one token is generated", do="--max-tokens 1"
+            )
         ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt, room=1)
         tokenizer = self.tokenizer if isinstance(prompt, str) else self._tokenizer_or_none()
         return self._generate(ids, sampler, max_tokens, tokenizer, progress)
@@ -307,7 +322,9 @@ class LLM:
             raise UsageError("the prompt is empty", why="there is nothing to continue", do="-p TEXT")
         if (worst := max(ids)) >= self.spec.vocab_size or min(ids) < 0:
             bad = worst if worst >= self.spec.vocab_size else min(ids)
-            raise UsageError(f"token id {bad} does not exist", why=f"the vocabulary has {self.spec.vocab_size}", do="check the tokenizer")
+            raise UsageError(
+                f"token id {bad} does not exist", why=f"the vocabulary has {self.spec.vocab_size}", do="check the tokenizer"
+            )
         if len(ids) + room > self.plan.workload.context:
             raise prompt_too_long(len(ids), self.plan.workload.context, self.spec.max_context)
         return ids
@@ -320,7 +337,9 @@ def run_context(spec: ModelSpec, n_prompt: int, max_tokens: int) -> int:
 
 def prompt_too_long(n: int, context: int, most: int) -> HeadwiseError:
     do = f"--context {min(most, n + 256)}" if n < most else "a shorter prompt"
-    return PlanError(f"the prompt has {n} tokens", why=f"the context is {context} of at most {most}, and an answer needs room", do=do)
+    return PlanError(
+        f"the prompt has {n} tokens", why=f"the context is {context} of at most {most}, and an answer needs room", do=do
+    )
 
 
 def require_fit(p: Plan) -> None:
@@ -373,6 +392,8 @@ def device_kind(device: torch.device) -> DeviceKind:
 def _target(device: torch.device) -> Target:
     if device.type == "cpu":
         total, available = cpu_memory()
-        return Target(name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES)
+        return Target(
+            name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES
+        )
     free, total = torch.cuda.mem_get_info(device)
     return Target(name=torch.cuda.get_device_name(device), gpu=None, total_bytes=total, others_bytes=total - free)

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from headwise.attention.render import kind_words, layer_map
 from headwise.attention.verify import Check
-from headwise.planner.render import bar, gib, legend, parts_of
+from headwise.planner.render import bar, legend, parts_of
 
 if TYPE_CHECKING:
     from headwise.engine.llm import LLM
@@ -21,7 +21,10 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
     r, p = llm.report(), llm.plan
     whole = r.layers_fused == r.layers
     rows: list[RenderableType] = [
-        Text.assemble((f"\n{r.layers_fused}/{r.layers} layers fused", "bold green" if whole else "bold red"), f"  {llm.spec.name} on {llm.device}"),
+        Text.assemble(
+            (f"\n{r.layers_fused}/{r.layers} layers fused", "bold green" if whole else "bold red"),
+            f"  {llm.spec.name} on {llm.device}",
+        ),
         layer_map(llm.spec, [c.backend.name for c in llm.choices], [c.fused for c in llm.choices]),
     ]
     for g in r.backends:
@@ -37,7 +40,9 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
     if llm.checks:
         worst = max(c.error for c in llm.checks)
         when = "checked before on this machine" if llm.checks_cached else "checked now"
-        rows.append(Text(f"{len(llm.checks)} self-checks against the reference, worst relative error {worst:.1e}, {when}", style="dim"))
+        rows.append(
+            Text(f"{len(llm.checks)} self-checks against the reference, worst relative error {worst:.1e}, {when}", style="dim")
+        )
     speed = f"ready in {ready_s:.1f} s; prefill {r.prefill_tokens:,} tokens"
     if r.prefill_tok_s:
         speed += f" at {r.prefill_tok_s:,.0f} tok/s"

@@ -20,7 +20,7 @@ from headwise.errors import PlanError
 from headwise.model.arena import TORCH, Arena
 from headwise.model.decoder import Decoder, Step
 from headwise.planner.memory import Plan
-from headwise.planner.workspace import ropes
+from headwise.planner.workspace import ring_slots, ropes
 from headwise.weights.blocks import Weight
 
 Progress = Callable[[int, int], None]
@@ -44,13 +44,12 @@ class Runner:
         self.spec, self.context = plan.spec, w.context
         self.dtype = TORCH[w.dtype]
         self.arena = Arena(plan.buffers, device)
-        self.caches: list[LayerCache | None] = [
-            LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
-            if layer.kv_source is None
-            else None
-            for layer in self.spec.layers
-        ]
+        self.caches = {
+            layer.index: LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
+            for layer in self.spec.kv_layers
+        }
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk)
+        self.rings = ring_slots(self.spec, n_tokens=w.context, chunk=w.chunk)
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]
         self.arena.eps.fill_(self.spec.rms_eps)
         for i, (rope, _) in enumerate(self.ropes):
@@ -115,14 +114,11 @@ class Runner:
                 sin.mul_(rope.magnitude)
         if n == 1:
             return
-        for cache, layer in zip(self.caches, self.spec.layers, strict=True):
-            if cache is not None and layer.window is not None:
-                mask = self.arena.get(f"mask.{layer.window}")
-                if mask is not None:
-                    held = slot_positions(cache.n_slots, self.position + n, self.device)
-                    seen = visible(positions, held, layer.window)
-                    mask[:n].zero_().masked_fill_(~seen, float("-inf"))
-                    break  # one window per model; `planner.workspace` has one mask per window
+        for window, n_slots in self.rings.items():
+            mask = self.arena.get(f"mask.{window}")
+            if mask is not None:
+                held = slot_positions(n_slots, self.position + n, self.device)
+                mask[:n].zero_().masked_fill_(~visible(positions, held, window), float("-inf"))
 
     @property
     def allocated_bytes(self) -> int:

@@ -26,7 +26,11 @@ class Sampling:
             ("top-k", self.top_k, 0, 2**31),
         ):
             if not least <= value <= most:
-                raise UsageError(f"--{name} {value} makes no sense", why=f"it must lie from {least} to {most}", do=f"--{name} {most if name == 'top-p' else 0}")
+                raise UsageError(
+                    f"--{name} {value} makes no sense",
+                    why=f"it must lie from {least} to {most}",
+                    do=f"--{name} {most if name == 'top-p' else 0}",
+                )
 
 
 class Sampler:

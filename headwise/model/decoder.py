@@ -11,22 +11,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from headwise.cache.storage import LayerCache
 from headwise.model.arena import Arena
+from headwise.model.linear import linear, rows
 from headwise.model.mlp import dense, experts_beside_dense, gelu_tanh_, routed_experts
 from headwise.model.norm import rms_norm
 from headwise.planner.workspace import ropes
 from headwise.spec.kv import k_values
 from headwise.spec.layers import LayerSpec, ModelSpec
 from headwise.weights.blocks import Weight
-from headwise.model.linear import linear, rows
 
 Weights = Mapping[str, Weight]
+LayerWeights = Mapping[str, Any]  # our short name -> a Tensor, or for a matrix that stays quantised a BlockTensor
 Attend = Callable[..., None]
 
 
@@ -65,8 +66,8 @@ class Decoder:
 
     def __init__(self, spec: ModelSpec, weights: Weights, attends: Sequence[Attend], tile_tokens: int) -> None:
         self.spec, self.attends, self.tile_tokens = spec, attends, tile_tokens
-        self.w = weights
-        self.per_layer = [
+        self.w: LayerWeights = weights
+        self.per_layer: list[LayerWeights] = [
             {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{i}.")}
             for i in range(len(spec.layers))
         ]
@@ -75,8 +76,12 @@ class Decoder:
         self.key_dims = [k_values(layer) for layer in spec.layers]
         self.mask_names = [f"mask.{layer.window}" for layer in spec.layers]
 
-    def forward(self, step: Step, caches: Sequence[LayerCache]) -> Tensor:
-        """The hidden state of every token of the step, (T, D), after the last layer and before the final norm."""
+    def forward(self, step: Step, caches: Mapping[int, LayerCache]) -> Tensor:
+        """The hidden state of every token of the step, (T, D), after the last layer and before the final norm.
+
+        Args:
+            caches: by the index of the layer that owns it.
+        """
         spec, arena = self.spec, step.arena
         x = arena.take("x", step.n, spec.hidden)
         rows(self.w["embed"], step.ids_T, x)
@@ -104,12 +109,10 @@ class Decoder:
             out.div_(spec.final_softcap).tanh_().mul_(spec.final_softcap)
         return out
 
-    def _attention(
-        self, layer: LayerSpec, w: Mapping[str, Tensor], attend: Attend, cache: LayerCache, step: Step, x: Tensor
-    ) -> None:
+    def _attention(self, layer: LayerSpec, w: LayerWeights, attend: Attend, cache: LayerCache, step: Step, x: Tensor) -> None:
         """x += o(attention(norm(x))), with the norms where the family has them."""
         spec, arena, T = self.spec, step.arena, step.n
-        H, G, A = layer.n_heads, layer.n_kv_heads, layer.head_dim
+        H, A = layer.n_heads, layer.head_dim
         h = x if spec.norms == "post" else rms_norm(x, w["attn_norm"], arena.take("h", *x.shape), arena)
         owns = layer.kv_source is None
         views = self._project(layer, w, h, arena)
@@ -145,7 +148,7 @@ class Decoder:
             y.add_(w["o_bias"])
         self._add_branch(y, w.get("attn_post_norm"), x, arena)
 
-    def _project(self, layer: LayerSpec, w: Mapping[str, Tensor], h: Tensor, arena: Arena) -> HeadViews:
+    def _project(self, layer: LayerSpec, w: LayerWeights, h: Tensor, arena: Arena) -> HeadViews:
         """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""
         T = h.shape[0]
         views = arena.keep(("heads", T, layer.index), lambda: self._head_views(layer, "k" in w, "v" in w, T, arena))
@@ -188,7 +191,7 @@ class Decoder:
         cos, sin = (arena.take(name, T, 1, self.pairs[layer.index]) for name in names)
         return cos, sin
 
-    def _store_one(self, layer: LayerSpec, w: Mapping[str, Tensor], cache: LayerCache, step: Step, v: Tensor) -> None:
+    def _store_one(self, layer: LayerSpec, w: LayerWeights, cache: LayerCache, step: Step, v: Tensor) -> None:
         """K=V: V = norm(u), given, and beside it the rotated dims of K = RoPE(w_k * V). `spec.kv` says why this is exact."""
         arena, T, A = step.arena, step.n, layer.head_dim
         one = arena.take("kv.one", T, layer.n_kv_heads, cache.k.n_values)
@@ -202,7 +205,7 @@ class Decoder:
             one[..., A + 2 * pairs :].zero_()  # padding, see spec.kv
         cache.write(step.start, one, None, arena.flat("kv.k"))
 
-    def _query_for_one(self, layer: LayerSpec, w: Mapping[str, Tensor], q: Tensor, arena: Arena) -> Tensor:
+    def _query_for_one(self, layer: LayerSpec, w: LayerWeights, q: Tensor, arena: Arena) -> Tensor:
         """The query against [V, rotated K]: w_k folded into the dims that do not rotate, the rotated ones moved."""
         T, H, A = q.shape
         half, pairs = A // 2, self.pairs[layer.index]
@@ -216,7 +219,7 @@ class Decoder:
             out[..., A + 2 * pairs :].zero_()
         return out
 
-    def _mlp(self, layer: LayerSpec, w: Mapping[str, Tensor], step: Step, x: Tensor) -> None:
+    def _mlp(self, layer: LayerSpec, w: LayerWeights, step: Step, x: Tensor) -> None:
         """x += mlp(norm(x)): dense, routed experts, or Gemma 4's both."""
         spec, arena, moe = self.spec, step.arena, layer.mlp.moe
         h = x if spec.norms == "post" else rms_norm(x, w["mlp_norm"], arena.take("h", *x.shape), arena)
@@ -246,7 +249,7 @@ class Decoder:
         ple.add_(token).mul_(2**-0.5)
         return ple_TLP
 
-    def _add_ple(self, w: Mapping[str, Tensor], step: Step, x: Tensor, ple_TP: Tensor) -> None:
+    def _add_ple(self, w: LayerWeights, step: Step, x: Tensor, ple_TP: Tensor) -> None:
         arena = step.arena
         gate = linear(x, w["ple_gate"], arena.take("ple.gate", step.n, ple_TP.shape[-1]), arena.flat("weight.tile"))
         gelu_tanh_(gate).mul_(ple_TP)

@@ -6,14 +6,15 @@ Legend: T tokens, D hidden size, W width, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from headwise.model.arena import Arena
+from headwise.model.linear import linear
 from headwise.model.norm import rms_norm
 from headwise.spec.layers import Activation, MlpSpec, MoeSpec
-from headwise.model.linear import linear
 
 SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss; transformers 5.23 GptOssConfig
 
@@ -33,7 +34,7 @@ def _activate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
     return gate.mul_(up)
 
 
-def dense(mlp: MlpSpec, w: Mapping[str, Tensor], h: Tensor, out: Tensor, arena: Arena) -> Tensor:
+def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Arena) -> Tensor:
     """out = down(act(gate(h)) * up(h))."""
     T, W, tile = h.shape[0], mlp.width, arena.flat("weight.tile")
     both = arena.take("gate_up", T, 2 * W)
@@ -50,9 +51,7 @@ def dense(mlp: MlpSpec, w: Mapping[str, Tensor], h: Tensor, out: Tensor, arena: 
     return out.add_(w["down_bias"]) if mlp.bias else out
 
 
-def routed_experts(
-    moe: MoeSpec, w: Mapping[str, Tensor], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena
-) -> Tensor:
+def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena) -> Tensor:
     """out = the chosen experts' MLPs of `h`, weighted; the router looks at `routed_by`."""
     T, E, K, W = h.shape[0], moe.n_experts, moe.n_active, moe.width
     tile = arena.flat("weight.tile")
@@ -86,9 +85,7 @@ def routed_experts(
     return out
 
 
-def experts_beside_dense(
-    mlp: MlpSpec, w: Mapping[str, Tensor], x: Tensor, h: Tensor, out: Tensor, arena: Arena
-) -> Tensor:
+def experts_beside_dense(mlp: MlpSpec, w: Mapping[str, Any], x: Tensor, h: Tensor, out: Tensor, arena: Arena) -> Tensor:
     """Gemma 4 26B-A4B: norm(dense(h)) + norm(experts(norm(x))); the router reads the raw residual x, normed and scaled.
 
     Source: transformers 5.23 models/gemma4/modeling_gemma4.py `Gemma4TextDecoderLayer`, `Gemma4TextRouter`.

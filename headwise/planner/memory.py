@@ -7,7 +7,7 @@ are allocated bytes. All arithmetic is on exact integers; nothing is allocated t
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
@@ -99,7 +99,9 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
     """
     for name, value, most in (("context", w.context, MAX_TOKENS), ("slots", w.slots, 2**31), ("ubatch", w.chunk, 2**31)):
         if not 1 <= value <= most:
-            raise UsageError(f"--{name} {value} makes no sense", why=f"it must lie from 1 to {most}", do=f"--{name} {min(4096, most)}")
+            raise UsageError(
+                f"--{name} {value} makes no sense", why=f"it must lie from 1 to {most}", do=f"--{name} {min(4096, most)}"
+            )
     if limit and w.context > spec.max_context:
         raise PlanError(
             f"{w.context} tokens are more than {spec.name} can attend to",
@@ -130,7 +132,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     sizes = weight_bytes(spec, resident)
     buffers = _buffers(spec, w, resident)
     shares, notes = _split(spec, sizes, w, resident, targets)
-    result = Plan(
+    return Plan(
         spec=spec,
         workload=w,
         stored=stored,
@@ -145,7 +147,6 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
         max_context=max_context(spec, sizes, w, resident, targets) if targets else None,
         notes=notes,
     )
-    return result
 
 
 def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple[Buffer, ...]:
@@ -164,8 +165,6 @@ def max_context(
     spec: ModelSpec, sizes: Mapping[str, int], w: Workload, resident: Mapping[str, str], targets: Sequence[Target]
 ) -> int:
     """The largest context, up to the model's own, that fits `targets`; 0 where not even one token does."""
-    from dataclasses import replace
-
     def fits(context: int) -> bool:
         shares, _ = _split(spec, sizes, replace(w, context=context), resident, targets)
         return all(s.fits for s in shares)
@@ -212,9 +211,7 @@ def _split(
         else:
             high = middle
     placed = _place(runs, layer_bytes, fixed, targets, high) or _place(runs, layer_bytes, fixed, targets, None) or []
-    shares = tuple(
-        Share(t, fixed[i] + sum(layer_bytes[n] for n in placed[i]), tuple(placed[i])) for i, t in enumerate(targets)
-    )
+    shares = tuple(Share(t, fixed[i] + sum(layer_bytes[n] for n in placed[i]), tuple(placed[i])) for i, t in enumerate(targets))
     return shares, ("several cards are planned here; `headwise run` uses one card until running over several is built",)
 
 

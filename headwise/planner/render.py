@@ -13,7 +13,14 @@ from headwise.planner.memory import Plan, Share
 from headwise.planner.rank import Fit
 from headwise.planner.rivals import RivalPlan
 
-COLOURS = {"weights": "blue", "KV global": "magenta", "KV sliding": "cyan", "compute": "yellow", "others": "red", "margin": "bright_black"}
+COLOURS = {
+    "weights": "blue",
+    "KV global": "magenta",
+    "KV sliding": "cyan",
+    "compute": "yellow",
+    "others": "red",
+    "margin": "bright_black",
+}
 
 
 def gib(n: int) -> str:
@@ -61,7 +68,11 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> Renderable
     head = Text(f"{plan.spec.name}: {w.context:,} tokens", style="bold")
     if w.slots > 1:
         head.append(f" x {w.slots} slots")
-    kv = w.kv["global"].name if w.kv["global"] == w.kv["sliding"] else f"{w.kv['global'].name} global, {w.kv['sliding'].name} sliding"
+    kv = (
+        w.kv["global"].name
+        if w.kv["global"] == w.kv["sliding"]
+        else f"{w.kv['global'].name} global, {w.kv['sliding'].name} sliding"
+    )
     head.append(f", KV {kv}, prefill chunk {w.chunk}", style="dim")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
@@ -75,7 +86,9 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> Renderable
     if plan.shares:
         verdict = Text("fits" if plan.fits else "does not fit", style="bold green" if plan.fits else "bold red")
         most = plan.max_context or 0
-        verdict.append(f"; the largest context that fits is {most:,} of the model's {plan.spec.max_context:,}", style="default not bold")
+        verdict.append(
+            f"; the largest context that fits is {most:,} of the model's {plan.spec.max_context:,}", style="default not bold"
+        )
         rows.append(verdict)
     else:
         rows.append(Text("no GPU given and none detected: --gpu NAME[:GiB] says whether it fits", style="dim"))
@@ -89,7 +102,9 @@ def _share_view(plan: Plan, share: Share, ceiling: Ceiling | None) -> Renderable
     first, last = (share.layers[0], share.layers[-1]) if share.layers else (0, -1)
     layers = f"layers {first}-{last}" if share.layers else "no layers"
     state = Text("fits" if share.fits else "too large", style="green" if share.fits else "red")
-    lines.append(Text.assemble(("\n" + t.name, "bold"), f"  {layers}  {gib(share.planned_bytes)} of {gib(t.usable_bytes)} usable  ", state))
+    lines.append(
+        Text.assemble(("\n" + t.name, "bold"), f"  {layers}  {gib(share.planned_bytes)} of {gib(t.usable_bytes)} usable  ", state)
+    )
     parts = parts_of(plan) if len(plan.shares) == 1 else [("weights", share.planned_bytes)]
     parts = [("others", t.others_bytes), *parts, ("margin", t.margin_bytes)]
     lines += [bar(parts, t.total_bytes), legend(parts)]

@@ -44,11 +44,7 @@ def ropes(spec: ModelSpec) -> tuple[RopeSpec, ...]:
 
 def ring_slots(spec: ModelSpec, *, n_tokens: int, chunk: int) -> dict[int, int]:
     """Slots of the ring of each distinct window."""
-    return {
-        layer.window: kv_slots(layer, n_tokens=n_tokens, chunk=chunk)
-        for layer in spec.kv_layers
-        if layer.window is not None
-    }
+    return {layer.window: kv_slots(layer, n_tokens=n_tokens, chunk=chunk) for layer in spec.kv_layers if layer.window is not None}
 
 
 def workspace(

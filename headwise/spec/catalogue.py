@@ -57,7 +57,9 @@ def spec(name: str, *, ignore_keys: tuple[str, ...] = ()) -> ModelSpec:
     """
     canonical = find(name)
     if canonical is None:
-        near = difflib.get_close_matches(name.lower(), [*names(), *(o for e in _entries().values() for o in e["ollama"])], n=3, cutoff=0.4)
+        near = difflib.get_close_matches(
+            name.lower(), [*names(), *(o for e in _entries().values() for o in e["ollama"])], n=3, cutoff=0.4
+        )
         raise SpecError(
             f"no model {name!r}",
             why="it is no path and not in the catalogue" + (f"; the nearest names are {', '.join(near)}" if near else ""),

@@ -52,14 +52,20 @@ def fetch(name: str, *, weights: bool) -> Path:
             do="connect, or give a local directory or .gguf file; a catalogue name plans without any download",
         ) from error
     except HfHubHTTPError as error:
-        raise SpecError(f"the Hub refused {repository}", why=str(error).splitlines()[0], do="set HF_TOKEN if it is gated; else try later") from error
+        raise SpecError(
+            f"the Hub refused {repository}", why=str(error).splitlines()[0], do="set HF_TOKEN if it is gated; else try later"
+        ) from error
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise SpecError(
-                f"no room on disk for {repository}", why=str(error), do="free some, or set HF_HOME to another disk; what came is kept"
+                f"no room on disk for {repository}",
+                why=str(error),
+                do="free some, or set HF_HOME to another disk; what came is kept",
             ) from error
         raise SpecError(
-            f"{repository} cannot be fetched", why=str(error).splitlines()[0] or type(error).__name__, do="check the connection, or give a local path"
+            f"{repository} cannot be fetched",
+            why=str(error).splitlines()[0] or type(error).__name__,
+            do="check the connection, or give a local path",
         ) from error
 
 
