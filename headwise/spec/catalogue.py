@@ -1,8 +1,8 @@
 """The models everyone asks about, known offline: `headwise plan gemma-4-31b` needs no download.
 
 `data/catalogue.json` holds one Hugging Face config per model, with its sources; `layer_types` is written as one letter per
-layer (S sliding, F full). It goes through the same door as any config.json. Three configs were not found verbatim
-(E4B, EXAONE 4.0 32B, and maxima of Qwen3 and Llama): their entries are assembled from the sources they name.
+layer (S sliding, F full). It goes through the same door as any config.json. Not found verbatim, and assembled from the
+sources they name: the configs of gemma-4-e4b and exaone-4.0-32b, the longest context of Qwen3, the rope scaling of Llama.
 """
 
 from __future__ import annotations
@@ -30,16 +30,17 @@ def names() -> tuple[str, ...]:
 
 
 def _key(name: str) -> str:
-    """Spellings that mean the same model: case, -it and -instruct endings, dashes and underscores, an organisation."""
-    plain = name.strip().lower().rsplit("/", 1)[-1].replace("_", "-")
-    return re.sub(r"-(it|instruct)(-\d{4})?$", "", plain).replace("-", "")
+    """One form for all spellings of a name: `Gemma-4-31B-it` and `gemma4:31b` are both gemma4-31b."""
+    plain = name.strip().lower().removesuffix(":latest").replace("_", "-").replace(":", "-")
+    return re.sub(r"(?<=[a-z])-(?=\d)", "", re.sub(r"-(it|instruct)(-\d{4})?$", "", plain))
 
 
 @functools.cache
 def _spellings() -> Mapping[str, str]:
     known: dict[str, str] = {}
     for name, entry in _entries().items():
-        for spelling in (name, entry["repository"], *entry["ollama"]):
+        repository = entry["repository"]
+        for spelling in (name, repository, repository.split("/")[1], *entry["ollama"]):
             known.setdefault(_key(spelling), name)
     return known
 
@@ -57,18 +58,24 @@ def spec(name: str, *, ignore_keys: tuple[str, ...] = ()) -> ModelSpec:
     """
     canonical = find(name)
     if canonical is None:
-        near = difflib.get_close_matches(
-            name.lower(), [*names(), *(o for e in _entries().values() for o in e["ollama"])], n=3, cutoff=0.4
-        )
-        raise SpecError(
-            f"no model {name!r}",
-            why="it is no path and not in the catalogue" + (f"; the nearest names are {', '.join(near)}" if near else ""),
-            do="a directory, a .gguf file, ollama:NAME or hf:ORG/NAME; the catalogue has: " + ", ".join(names()),
-        )
+        raise _unknown(name)
     config = dict(_entries()[canonical]["config"])
     if isinstance(config.get("layer_types"), str):
         config["layer_types"] = [SLIDING if letter == "S" else FULL for letter in config["layer_types"]]
     return spec_from_config(config, name=canonical, where=f"catalogue entry {canonical}", ignore_keys=ignore_keys)
+
+
+def _unknown(name: str) -> SpecError:
+    """Another organisation's copy is another model: it may have been trained on, or quantised."""
+    shown = name if len(name) <= 80 else name[:77] + "..."
+    last = name.rsplit("/", 1)[-1][:80]
+    near = dict.fromkeys(_spellings()[k] for k in difflib.get_close_matches(_key(last), _spellings(), n=5, cutoff=0.6))
+    why = "it is no path and not in the catalogue"
+    if near:
+        why += f"; the nearest names are {', '.join(list(near)[:3])}"
+    elsewhere = f"hf:{shown} reads it from the Hub; " if name.count("/") == 1 and name.isascii() else ""
+    do = elsewhere + "a directory, a .gguf file, ollama:NAME or hf:ORG/NAME; the catalogue has: " + ", ".join(names())
+    return SpecError(f"no model {shown!r}", why=why, do=do)
 
 
 def repository(name: str) -> str | None:
