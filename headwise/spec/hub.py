@@ -1,15 +1,22 @@
-"""Files of a Hub repository, through huggingface_hub and its cache; nothing is downloaded twice."""
+"""Files of a Hub repository, through huggingface_hub: its cache, its progress bars, its credentials.
+
+A plan needs config.json alone; nothing is downloaded twice, and what is in the cache needs no network.
+"""
 
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
 from headwise.errors import SpecError, UsageError
 
-_SMALL = ["config.json", "*.json", "*.jinja", "*.model"]  # everything a plan reads
-_WEIGHTS = ["*.safetensors"]
+_PLAN = ["config.json"]
+_RUN = ["*.json", "*.jinja", "*.model", "*.safetensors"]
+_SECOND_COPIES = ["*/*", "consolidated*"]  # the same weights for other programs: original/, metal/, Mistral's own
+_PART = re.compile(r"(?P<stem>.*)-\d{5}-of-\d{5}\.gguf", re.IGNORECASE | re.DOTALL)
+_TYPE = re.compile(r"[-_.]((?:I?Q|TQ)\d\w*|BF16|F16|F32|MXFP4\w*)$", re.IGNORECASE)
 
 
 def fetch(name: str, *, weights: bool) -> Path:
@@ -19,68 +26,141 @@ def fetch(name: str, *, weights: bool) -> Path:
         name: `org/name`, or `org/name:TYPE` for one GGUF of the repository.
         weights: download the weights too; a GGUF is one file, so its header needs the download either way.
     Raises:
+        UsageError: `name` names no repository.
         SpecError: no such repository, no access, no network and nothing cached, or no room on disk.
     """
-    repository, _, kind = name.partition(":")
-    if repository.count("/") != 1 or not all(repository.split("/")):
-        raise UsageError(f"hf:{name} names no repository", why="it is not of the form hf:ORG/NAME", do="hf:google/gemma-4-31B-it")
+    repository, colon, kind = name.partition(":")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) or (colon and not kind):
+        raise _malformed(name)
     try:
         import huggingface_hub
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+        )
     except ImportError as error:
         raise SpecError(
             f"hf:{name} needs the package huggingface_hub",
             why=f"it is not installed ({error})",
             do="pip install 'headwise[engine]', or give a local path",
         ) from error
+    clients = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    unreachable: tuple[type[Exception], ...] = (OSError, *clients)  # the HTTP client's own errors, whichever it is
     try:
         if kind:
-            return _gguf(huggingface_hub, repository, kind)
-        patterns = _SMALL + (_WEIGHTS if weights else [])
-        folder = Path(huggingface_hub.snapshot_download(repository, allow_patterns=patterns))
-        return folder if (folder / "config.json").exists() else _gguf(huggingface_hub, repository, None)
+            return _gguf(huggingface_hub, repository, kind, unreachable)
+        return _any(huggingface_hub, repository, weights, unreachable)
+    except HFValidationError as error:
+        raise _malformed(name) from error
+    except GatedRepoError as error:
+        raise SpecError(
+            f"{repository} is gated",
+            why=_line(error),
+            do=f"accept its licence on https://huggingface.co/{repository}, then set HF_TOKEN or run `hf auth login`",
+        ) from error
     except RepositoryNotFoundError as error:
         raise SpecError(
-            f"the Hub has no repository {repository}, or it needs a login",
-            why=str(error).splitlines()[0],
-            do="check the name; for a gated model accept its licence there and set HF_TOKEN",
+            f"the Hub has no repository {repository}, or it is private",
+            why=_line(error),
+            do="check the name; for a private one set HF_TOKEN or run `hf auth login`",
         ) from error
     except LocalEntryNotFoundError as error:
-        raise SpecError(
-            f"{repository} is not in the cache, and the Hub cannot be reached",
-            why=str(error).splitlines()[0],
-            do="connect, or give a local directory or .gguf file; a catalogue name plans without any download",
-        ) from error
+        raise _offline(repository, error) from error
     except HfHubHTTPError as error:
-        raise SpecError(
-            f"the Hub refused {repository}", why=str(error).splitlines()[0], do="set HF_TOKEN if it is gated; else try later"
-        ) from error
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
+        raise SpecError(f"the Hub refused {repository}", why=_line(error), do="try again later") from error
+    except unreachable as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpecError(
                 f"no room on disk for {repository}",
-                why=str(error),
+                why=_line(error),
                 do="free some, or set HF_HOME to another disk; what came is kept",
             ) from error
-        raise SpecError(
-            f"{repository} cannot be fetched",
-            why=str(error).splitlines()[0] or type(error).__name__,
-            do="check the connection, or give a local path",
-        ) from error
+        if isinstance(error, PermissionError):
+            raise SpecError(
+                f"{repository} cannot be stored", why=_line(error), do="set HF_HOME to a directory that you may write"
+            ) from error
+        raise _offline(repository, error) from error
 
 
-def _gguf(hub: Any, repository: str, kind: str | None) -> Path:
-    """The one GGUF of a repository, or the one whose name carries the type asked for; split files come whole."""
-    files = sorted(f for f in hub.list_repo_files(repository) if f.lower().endswith(".gguf") and "mmproj" not in f.lower())
-    chosen = [f for f in files if kind is None or kind.lower() in f.lower()]
-    whole = [f for f in chosen if "-of-" not in f or "-00001-of-" in f]
-    if len(whole) != 1:
-        what = f"{len(whole)} GGUF files" if whole else "no GGUF file"
+def _malformed(name: str) -> UsageError:
+    return UsageError(
+        f"hf:{name[:120]} names no repository",
+        why="it is not of the form hf:ORG/NAME or hf:ORG/NAME:TYPE",
+        do="hf:google/gemma-4-31B-it, or hf:ggml-org/gemma-4-31B-it-GGUF:Q4_K_M",
+    )
+
+
+def _offline(repository: str, error: Exception) -> SpecError:
+    return SpecError(
+        f"{repository} is not in the cache, and the Hub cannot be reached",
+        why=_line(error),
+        do="connect, or give a local directory or .gguf file; a catalogue name plans without any download",
+    )
+
+
+def _line(error: Exception) -> str:
+    """The first line of a message that may have none."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _any(hub: Any, repository: str, weights: bool, unreachable: tuple[type[Exception], ...]) -> Path:
+    patterns = _RUN if weights else _PLAN
+    folder = Path(hub.snapshot_download(repository, allow_patterns=patterns, ignore_patterns=_SECOND_COPIES))
+    if not (folder / "config.json").exists():
+        return _gguf(hub, repository, "", unreachable)
+    if weights and not any(folder.glob("*.safetensors")):
         raise SpecError(
-            f"{repository} has {what}{f' of type {kind}' if kind else ' and no config.json' if not files else ''}",
-            why=", ".join(files[:12]) or "it holds none",
-            do=f"hf:{repository}:TYPE with a part of one file's name",
+            f"{repository} has no safetensors",
+            why="weights are read from safetensors or GGUF",
+            do="look for a repository of the same model whose name ends in -GGUF: hf:ORG/NAME-GGUF:Q4_K_M",
         )
-    parts = chosen if "-of-" in whole[0] else whole
-    paths = [Path(hub.hf_hub_download(repository, f)) for f in parts if f.split("-00")[0] == whole[0].split("-00")[0]]
+    return folder
+
+
+def _gguf(hub: Any, repository: str, kind: str, unreachable: tuple[type[Exception], ...]) -> Path:
+    """The GGUF of a repository whose type is `kind`, or the only one there is; a split file comes whole.
+
+    A type has to match as a whole first: F16 is no BF16, and Q4_K no Q4_K_M.
+    """
+    files: dict[str, list[str]] = {}  # a file's name without part and ending -> its parts
+    for file in sorted(_listed(hub, repository, unreachable)):
+        if file.lower().endswith(".gguf") and "mmproj" not in file.lower():
+            part = _PART.fullmatch(file)
+            files.setdefault(part["stem"] if part else file[: -len(".gguf")], []).append(file)
+    types = {stem: found[1] for stem in files if (found := _TYPE.search(stem))}
+    chosen = [stem for stem in files if types.get(stem, "").lower() == kind.lower()] if kind else list(files)
+    chosen = chosen or [stem for stem in files if kind.lower() in stem.lower()]
+    if len(chosen) != 1:
+        wanted = f" of type {kind}" if kind else ""
+        how_many = f"{len(chosen)} GGUF files{wanted}" if chosen else f"no GGUF file{wanted}"
+        offered = chosen or list(files)
+        raise SpecError(
+            f"{repository} has {how_many}" + ("" if files else " and no config.json"),
+            why=f"it holds {', '.join(offered[:12])}" + (" ..." if len(offered) > 12 else "") if offered else "it holds no model",
+            do=f"hf:{repository}:{types.get(offered[0], offered[0])}" if offered else "check the name",
+        )
+    paths = [Path(hub.hf_hub_download(repository, file)) for file in files[chosen[0]]]
     return paths[0]
+
+
+def _listed(hub: Any, repository: str, unreachable: tuple[type[Exception], ...]) -> list[str]:
+    """The files of a repository; without a network, those in the cache."""
+    from huggingface_hub.errors import CacheNotFound, HfHubHTTPError
+
+    try:
+        return hub.list_repo_files(repository)
+    except HfHubHTTPError:
+        raise
+    except unreachable:
+        try:
+            cached = [r for r in hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("model", repository)]
+        except CacheNotFound:
+            cached = []
+        revisions = [revision for repo in cached for revision in repo.revisions]
+        files = {f.file_path.relative_to(r.snapshot_path).as_posix() for r in revisions for f in r.files}
+        if not files:
+            raise
+        return sorted(files)
