@@ -52,12 +52,12 @@ def embedded() -> list[dict[str, object]]:
             start = time.perf_counter()
             llm = LLM(device="cuda", dtype=dtype, kv=kv)
             ready = time.perf_counter() - start
-            llm.generate(demo_prompt(), max_tokens=4)
+            llm.generate(demo_prompt(), max_tokens=4)  # first launches load kernels
             result = llm.generate(demo_prompt(), max_tokens=65)
             r = result.report
             rows.append(
                 {
-                    "dtype": dtype, "kv": kv, "ready_s": ready, "checks": len(llm.checks), "worst_error": max(c.error for c in llm.checks),
+                    "compute": llm.plan.compute_bytes, "dtype": dtype, "kv": kv, "ready_s": ready, "checks": len(llm.checks), "worst_error": max(c.error for c in llm.checks),
                     "planned": r.planned_bytes, "allocated": r.allocated_bytes, "peak": r.peak_bytes,
                     "prefill_tok_s": r.prefill_tok_s, "decode_tok_s": r.decode_tok_s, "text": result.text[:160],
                 }
@@ -65,6 +65,8 @@ def embedded() -> list[dict[str, object]]:
         except Exception as error:
             rows.append({"dtype": dtype, "kv": kv, "error": f"{type(error).__name__}: {error}"})
         print(rows[-1], flush=True)
+        llm = None
+        torch.cuda.empty_cache()
     return rows
 
 

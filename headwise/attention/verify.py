@@ -77,6 +77,7 @@ def check_group(
     scratch = tuple(
         torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer)))
     )
+    writing = torch.empty(chunk * layer.n_kv_heads * k_values(layer), dtype=torch.float32, device=device)
     seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
     store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)
     sinks = random(layer.n_heads).float() if layer.sinks else None
@@ -87,7 +88,7 @@ def check_group(
         while written < stop:
             n = min(chunk, stop - written)
             part = slice(written, written + n)
-            cache.write(written, k[part], None if v is None else v[part], scratch[0])
+            cache.write(written, k[part], None if v is None else v[part], writing)
             written += n
 
     def query(n: int, phase: str) -> None:
@@ -158,9 +159,8 @@ def _stored(x: Tensor, kv: str, device: torch.device, dtype: torch.dtype) -> Ten
     from headwise.cache.storage import Values
 
     values = Values(x.shape[0], x.shape[1], x.shape[2], KV_FORMATS[kv], device)
-    scratch = torch.empty_like(x)
-    values.write(0, x, scratch)
-    return values.read(0, x.shape[0], None if values.native(dtype) else scratch).clone()
+    values.write(0, x, torch.empty_like(x, dtype=torch.float32))
+    return values.read(0, x.shape[0], None if values.native(dtype) else torch.empty_like(x)).clone()
 
 
 def _relative(a: Tensor, b: Tensor) -> float:

@@ -52,15 +52,18 @@ class Values:
         return self.data_SGD.dtype == dtype
 
     def write(self, start: int, x_TGD: Tensor, scratch_TGD: Tensor | None) -> None:
-        """Stores `x_TGD` in slots [start, start + T); a quantised or fp8 format needs a float scratch of its shape."""
+        """Stores `x_TGD` in slots [start, start + T).
+
+        A quantised or fp8 format needs an fp32 scratch of its shape: in bf16 127.4 / 127 rounds to 128, which no int8 holds.
+        """
         stop = start + x_TGD.shape[0]
         dest = self.data_SGD[start:stop]
         if self.fmt.name == "fp8":
-            dest.copy_(torch.clamp(x_TGD, -FP8_MAX, FP8_MAX, out=scratch_TGD))
+            dest.copy_(_scratch(scratch_TGD).copy_(x_TGD).clamp_(-FP8_MAX, FP8_MAX))
         elif self.scales_SGB is None:
             dest.copy_(x_TGD)
-        elif scratch_TGD is not None:
-            blocks = scratch_TGD.copy_(x_TGD).unflatten(-1, (-1, self.fmt.block))
+        else:
+            blocks = _scratch(scratch_TGD).copy_(x_TGD).unflatten(-1, (-1, self.fmt.block))
             quantise = _quantise_q8_0 if self.fmt.name == "q8_0" else _quantise_q4_0
             quantise(blocks, dest, self.scales_SGB[start:stop])
 
@@ -82,6 +85,12 @@ class Values:
             blocks[..., 16:].copy_(packed >> 4).sub_(8)
         blocks.mul_(scales)
         return out
+
+
+def _scratch(given: Tensor | None) -> Tensor:
+    if given is None or given.dtype != torch.float32:
+        raise ValueError(f"storing blocks or fp8 needs an fp32 scratch, got {None if given is None else given.dtype}")
+    return given
 
 
 def _quantise_q8_0(blocks: Tensor, dest: Tensor, scales: Tensor) -> None:

@@ -173,8 +173,7 @@ class LLM:
         )
         self.plan = plan(self.spec, stored, replace(workload, chunk=min(chunk, max(1, workload.context))), [_target(self.device)])
         require_fit(self.plan)
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        before_bytes = _before_loading(self.device)
         self.weights = load_weights(
             self.spec,
             self.source.path,
@@ -183,7 +182,7 @@ class LLM:
             groups=groups(self.spec, self.plan.resident),
             progress=None if progress is None else lambda done, total: progress("weights", done, total),
         )
-        self.runner = Runner(self.plan, self.choices, self.weights, self.device)
+        self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes)
         self.groups = group_layers(self.spec, self.choices, self.kv)
         self.checks: list[Check] = []
         self.checks_cached = False
@@ -387,6 +386,19 @@ def device_kind(device: torch.device) -> DeviceKind:
     if device.type == "cpu":
         return CPU
     return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+
+
+def _before_loading(device: torch.device) -> int:
+    """Bytes this process holds on a GPU already, cuBLAS's workspaces included (the plan's margin covers them)."""
+    if device.type != "cuda":
+        return 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(8, 8, dtype=dtype, device=device)
+        torch.mm(x, x)
+        torch.mv(x, x[0])
+    del x
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
 
 
 def _target(device: torch.device) -> Target:

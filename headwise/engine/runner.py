@@ -36,9 +36,21 @@ def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
 
 
 class Runner:
-    """The state of one sequence and the forward passes over it."""
+    """The state of one sequence and the forward passes over it.
 
-    def __init__(self, plan: Plan, choices: Sequence[Choice], weights: Mapping[str, Weight], device: torch.device) -> None:
+    Args:
+        before_bytes: what the process had allocated on a GPU before the weights were loaded.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        choices: Sequence[Choice],
+        weights: Mapping[str, Weight],
+        device: torch.device,
+        *,
+        before_bytes: int = 0,
+    ) -> None:
         w = plan.workload
         self.plan, self.device, self.chunk = plan, device, w.chunk
         self.spec, self.context = plan.spec, w.context
@@ -56,6 +68,7 @@ class Runner:
             live = [f for f in rope.inv_freq if f != 0.0]
             self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
         self.position = 0
+        self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
         self._known = storages(self)
 
@@ -83,22 +96,22 @@ class Runner:
             ids_T.fill_(ids[0])
         else:
             ids_T.copy_(torch.tensor(ids))
-        if n == 1 or self.device.type != "cpu":
-            return self._forward(ids_T, n)
-        with Peak(self._known) as peak:
-            x = self._forward(ids_T, n)
+        with torch.inference_mode(), self.arena.lent():
+            if n == 1 or self.device.type != "cpu":  # one token never needs more than a chunk; a GPU counts by itself
+                return self._forward(ids_T, n)
+            with Peak(self._known) as peak:
+                x = self._forward(ids_T, n)
         self.transient_bytes = max(self.transient_bytes, peak.peak_bytes)
         return x
 
     def _forward(self, ids_T: Tensor, n: int) -> Tensor:
         self._fill_tables(n)
-        with torch.inference_mode():
-            x = self.decoder.forward(Step(ids_T, self.position, self.arena), self.caches)
+        x = self.decoder.forward(Step(ids_T, self.position, self.arena), self.caches)
         self.position += n
         return x
 
     def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
-        with torch.inference_mode():
+        with torch.inference_mode(), self.arena.lent():
             return self.decoder.logits(x_TD, self.arena, out)
 
     def _fill_tables(self, n: int) -> None:
@@ -126,11 +139,11 @@ class Runner:
 
     @property
     def peak_bytes(self) -> int:
-        """The most memory that weights, caches, arena and transient results held at once."""
+        """The most memory that weights, caches, arena and operators' results held at once."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device)
-        reserved = sum(b.n_bytes for b in self.plan.buffers if b.reserved)
-        return self.allocated_bytes - reserved + self.transient_bytes
+            return torch.cuda.max_memory_allocated(self.device) - self.before_bytes
+        reserve = self.arena.reserve
+        return self.allocated_bytes - (0 if reserve is None else reserve.nbytes) + self.transient_bytes
 
     def prefill(self, ids: Sequence[int], *, progress: Progress | None = None, chunk: int | None = None) -> Tensor:
         """Runs a whole prompt in chunks; the hidden state of its last token, (1, D)."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from math import prod
 from typing import Any, TypeVar
 
@@ -19,7 +20,9 @@ class Arena:
     """Named flat buffers in one storage; `take` gives the first elements of one in the shape asked for."""
 
     def __init__(self, buffers: Sequence[Buffer], device: torch.device) -> None:
-        self.storage = torch.empty(arena_bytes(buffers), dtype=torch.uint8, device=device)
+        self._reserved_bytes = sum(b.n_bytes for b in buffers if b.reserved)
+        self.storage = torch.empty(arena_bytes(buffers) - self._reserved_bytes, dtype=torch.uint8, device=device)
+        self.reserve: Tensor | None = self._hold()
         starts = offsets(buffers)
         self._flat = {
             b.name: self.storage[starts[b.name] :][: prod(b.shape) * TORCH[b.dtype].itemsize].view(TORCH[b.dtype])
@@ -30,6 +33,18 @@ class Arena:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._kept: dict[object, Any] = {}
         self.eps = self._flat["eps"]
+
+    def _hold(self) -> Tensor:
+        return torch.empty(self._reserved_bytes, dtype=torch.uint8, device=self.storage.device)
+
+    @contextmanager
+    def lent(self) -> Iterator[None]:
+        """The planned room for what operators allocate themselves is held between steps and free during one."""
+        self.reserve = None
+        try:
+            yield
+        finally:
+            self.reserve = self._hold()
 
     def take(self, name: str, *shape: int) -> Tensor:
         """The first elements of `name` in `shape`. Views are kept: a decode step asks for the same ones every time."""

@@ -129,7 +129,7 @@ class Decoder:
                 self._store_one(layer, w, cache, step, views.k)
             q = self._query_for_one(layer, w, q, arena)
         elif owns:
-            cache.write(step.start, views.k, views.v, arena.flat("kv.k"))
+            cache.write(step.start, views.k, views.v, arena.flat("kv.write"))
         out = arena.take("attn", T, H, A)
         mask = arena.get(self.mask_names[layer.index]) if T > 1 else None
         attend(
@@ -203,7 +203,7 @@ class Decoder:
             torch.mul(v[..., half : half + pairs], w["k_norm"][half : half + pairs], out=b)
             self._rotate(a, b, layer, arena, T)
             one[..., A + 2 * pairs :].zero_()  # padding, see spec.kv
-        cache.write(step.start, one, None, arena.flat("kv.k"))
+        cache.write(step.start, one, None, arena.flat("kv.write"))
 
     def _query_for_one(self, layer: LayerSpec, w: LayerWeights, q: Tensor, arena: Arena) -> Tensor:
         """The query against [V, rotated K]: w_k folded into the dims that do not rotate, the rotated ones moved."""

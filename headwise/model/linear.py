@@ -26,7 +26,7 @@ def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, tile: Tensor | None) ->
         stop = min(start + step, n_rows)
         part = tile[: (stop - start) * columns].view(stop - start, columns)
         dequantise(weight.data[start:stop], weight.type, x_TK.dtype, out=part)
-        out_TN[:, start:stop] = x_TK @ part.t()
+        torch.mm(x_TK, part.t(), out=out_TN[:, start:stop])
     return out_TN
 
 

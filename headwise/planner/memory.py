@@ -156,6 +156,7 @@ def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple
         chunk=w.chunk,
         dtype=w.dtype,
         kv=w.kv,
+        cpu=w.cpu,
         block_weights=any(t not in ("f32", "f16", "bf16") for t in resident.values()),
         scores=w.fallback,
     )

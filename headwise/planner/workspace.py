@@ -18,7 +18,8 @@ from headwise.spec.rope import RopeSpec
 
 ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8}
 ALIGN = 64  # bytes; every buffer starts on a cache line
-DEQUANT_TILE_VALUES = 8 * 2**20  # weights of a quantised matrix expanded at a time
+DEQUANT_TILE_VALUES = 2 * 2**20  # weights of a quantised matrix expanded at a time
+DEQUANT_TEMP_BYTES = 16  # per value, most of all block types: what `weights.blocks.dequantise` holds on the way
 Phase = Literal["always", "attention", "mlp", "head"]
 
 
@@ -54,6 +55,7 @@ def workspace(
     chunk: int,
     dtype: str,
     kv: Mapping[Kind, KVFormat],
+    cpu: bool,
     block_weights: bool = False,
     scores: bool = False,
 ) -> tuple[Buffer, ...]:
@@ -100,8 +102,13 @@ def workspace(
     loose = [x for x in spec.kv_layers if kv[x.kind].name != dtype]
     add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
     add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
-    # one result and, per query and head, a few log-sum-exps of partial results
-    add("attention result", "always", C, max(x.n_heads * (k_values(x) + 8) for x in layers), reserved=True)
+    add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
+    # one result and, per query and head, a few log-sum-exps; CUDA's operator runs one head of each group at a time, with
+    # an fp32 accumulator beside its part of the result
+    result = max(x.n_heads * (k_values(x) + 8) for x in layers)
+    if not cpu:
+        result += max(x.n_kv_heads * k_values(x) for x in layers) * (1 + 4 // ITEM_BYTES[dtype])
+    add("attention result", "always", C, result, reserved=True)
     if scores:
         add("scores", "always", 3 * C, n_heads, n_tokens, kind="f32", reserved=True)
 
@@ -118,6 +125,7 @@ def workspace(
     add("logits", "head", 1, spec.vocab_size)
     if block_weights:
         add("weight.tile", "always", DEQUANT_TILE_VALUES)
+        add("weight.tile on the way", "always", DEQUANT_TILE_VALUES * DEQUANT_TEMP_BYTES // 4, kind="f32", reserved=True)
     return tuple(out)
 
 

@@ -32,7 +32,7 @@ def names() -> tuple[str, ...]:
 def _key(name: str) -> str:
     """One form for all spellings of a name: `Gemma-4-31B-it` and `gemma4:31b` are both gemma4-31b."""
     plain = name.strip().lower().removesuffix(":latest").replace("_", "-").replace(":", "-")
-    return re.sub(r"(?<=[a-z])-(?=\d)", "", re.sub(r"-(it|instruct)(-\d{4})?$", "", plain))
+    return re.sub(r"(?<=[a-z])-(?=\d)", "", re.sub(r"-(it|instruct)$", "", plain))
 
 
 @functools.cache

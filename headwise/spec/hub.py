@@ -147,13 +147,11 @@ def _gguf(hub: Any, repository: str, kind: str, unreachable: tuple[type[Exceptio
 
 
 def _listed(hub: Any, repository: str, unreachable: tuple[type[Exception], ...]) -> list[str]:
-    """The files of a repository; without a network, those in the cache."""
-    from huggingface_hub.errors import CacheNotFound, HfHubHTTPError
+    """The files of a repository; where the Hub does not answer or refuses, those in the cache."""
+    from huggingface_hub.errors import CacheNotFound
 
     try:
         return hub.list_repo_files(repository)
-    except HfHubHTTPError:
-        raise
     except unreachable:
         try:
             cached = [r for r in hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("model", repository)]
