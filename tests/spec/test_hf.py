@@ -323,6 +323,16 @@ def test_a_bad_rope_names_its_key(rope: dict[str, Any]) -> None:
     assert "rope_scaling" in caught.value.what
 
 
+@pytest.mark.parametrize("name", ["gemma4", "gemma3"])
+def test_a_rope_for_a_third_kind_of_layer_is_refused(name: str) -> None:
+    """Nobody would have read it."""
+    ropes = GEMMA4_ROPES if name == "gemma4" else {FULL: {"rope_type": "default"}}
+    config = without(CONFIGS[name], "rope_scaling") | {"rope_parameters": ropes | {"chunked_attention": {"rope_theta": 5.0}}}
+
+    with pytest.raises(SpecError, match="chunked_attention"):
+        read(config)
+
+
 def test_a_partial_rope_at_the_top_is_refused() -> None:
     """partial_rotary_factor beside rope_theta (Phi, GLM) is no key of the families here."""
     with pytest.raises(SpecError, match="partial_rotary_factor"):
