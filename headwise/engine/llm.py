@@ -18,6 +18,7 @@ from headwise.engine.runner import Runner, attend_functions
 from headwise.engine.sample import Sampler, Sampling
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.hardware.probe import cpu_memory
+from headwise.model.arena import TORCH
 from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, plan
 from headwise.planner.render import gib
 from headwise.planner.residence import groups
@@ -173,6 +174,11 @@ class LLM:
         )
         self.plan = plan(self.spec, stored, replace(workload, chunk=min(chunk, max(1, workload.context))), [_target(self.device)])
         require_fit(self.plan)
+        self.groups = group_layers(self.spec, self.choices, self.kv)
+        self.checks: list[Check] = []
+        self.checks_cached = False
+        if check:  # before the weights: a wrong kernel is found before a long load, and the two never hold memory at once
+            self.check(cache_file=default_cache_file(os.environ), on_warning=on_warning)
         before_bytes = _before_loading(self.device)
         self.weights = load_weights(
             self.spec,
@@ -183,11 +189,6 @@ class LLM:
             progress=None if progress is None else lambda done, total: progress("weights", done, total),
         )
         self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes)
-        self.groups = group_layers(self.spec, self.choices, self.kv)
-        self.checks: list[Check] = []
-        self.checks_cached = False
-        if check:
-            self.check(cache_file=default_cache_file(os.environ), on_warning=on_warning)
         self._tokenizer = tokenizer
         self._timing = _Timing()
 
@@ -198,7 +199,7 @@ class LLM:
             self.groups,
             {g.layers[0]: functions[g.layers[0]] for g in self.groups},
             chunk=self.plan.workload.chunk,
-            dtype=self.runner.dtype,
+            dtype=TORCH[self.plan.workload.dtype],
             device=self.device,
             cache_file=cache_file,
             on_warning=on_warning,
@@ -397,6 +398,7 @@ def _before_loading(device: torch.device) -> int:
         torch.mm(x, x)
         torch.mv(x, x[0])
     del x
+    torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
     return torch.cuda.memory_allocated(device)
 
