@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from export import read_state
 from model import Config, TinyHybrid
-from tokenizer import BOS
+from tokenizer import BOS, render_chat
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -30,6 +30,15 @@ SCORED = 256  # last tokens of an input in the context figures
 LOCAL = 2560  # tokens kept when the distant part goes: more than 8 sliding layers can pass on (8 * 255 + 256)
 NEAR = 512  # scored tokens and one window
 DOCUMENTS = 32
+PROMPT_TOKENS = 3000
+PROMPTS = (  # (package, file, text the prompt ends with)
+    ("stdlib-heldout", "calendar.py", "def weekday(year, month, day):\n"),
+    ("stdlib-heldout", "calendar.py", "    def formatmonth(self, theyear, themonth, w=0, l=0):\n"),
+    ("stdlib-heldout", "statistics.py", "def median_low(data):\n"),
+    ("stdlib-heldout", "shlex.py", "def quote(s):\n"),
+    ("tornado", "tornado/web.py", "    def set_cookie(\n"),
+    ("networkx", "networkx/algorithms/centrality/betweenness.py", "def _accumulate_basic(betweenness, S, P, sigma, s):\n"),
+)
 
 
 class Scorer:
@@ -130,21 +139,23 @@ def check(gguf: pathlib.Path, streams: dict[str, np.ndarray]) -> None:
 
 
 @torch.no_grad()
-def samples(gguf: pathlib.Path, tokenizer: Tokenizer, streams: dict[str, np.ndarray], n_new: int = 96) -> list[dict]:
-    """Continuations of held-out files, greedy and at temperature 0.6, from about the 600th token of a file."""
+def samples(gguf: pathlib.Path, tokenizer: Tokenizer, heldout: pathlib.Path, n_new: int = 128) -> list[dict]:
+    """Continuations of PROMPTS, greedy and at temperature 0.6 (seed 4), and one chat."""
     model = open_in_transformers(gguf)
+    files = {(d["package"], d["path"]): d["text"] for d in map(json.loads, heldout.open())}
+    prompts = {f"{path}: {mark.strip()}": files[package, path].partition(mark)[0] + mark for package, path, mark in PROMPTS}
+    ask = "Write the Python function `add(a, b)`: Return the sum of two numbers."
+    prompts["chat"] = render_chat([{"role": "user", "content": ask}], add_generation_prompt=True).removeprefix("<bos>")
     found = []
-    for name, stream in streams.items():
-        prompt = stream[:600].astype(np.int64)
-        prompt = prompt[prompt != BOS]
+    for name, prompt in prompts.items():
+        ids = [BOS, *tokenizer.encode(prompt, add_special_tokens=False).ids[-PROMPT_TOKENS:]]
         for temperature in (0.0, 0.6):
             torch.manual_seed(4)
-            options = {"do_sample": True, "temperature": temperature, "top_p": 0.95} if temperature else {"do_sample": False}
-            out = model.generate(torch.tensor([[BOS, *prompt]]), max_new_tokens=n_new, top_k=64, **options)[0].tolist()
-            n = len(prompt) + 1
-            found.append({"package": name, "temperature": temperature, "prompt_end": tokenizer.decode(out[n - 80 : n]),
-                          "continuation": tokenizer.decode(out[n:]),
-                          "original": tokenizer.decode(stream[600 : 600 + n_new].tolist())})  # fmt: skip
+            sampled = {"do_sample": True, "temperature": temperature, "top_p": 0.95, "top_k": 64}
+            how = sampled if temperature else {"do_sample": False}
+            out = model.generate(torch.tensor([ids]), max_new_tokens=n_new, **how)[0].tolist()
+            found.append({"prompt": name, "prompt_tokens": len(ids), "prompt_end": prompt[-240:], "temperature": temperature,
+                          "continuation": tokenizer.decode(out[len(ids) :])})  # fmt: skip
     return found
 
 
@@ -162,7 +173,7 @@ def main() -> None:
     if args.check:
         check(args.gguf, streams)
     if args.samples:
-        print(json.dumps(samples(args.gguf, tokenizer, streams), indent=1))
+        print(json.dumps(samples(args.gguf, tokenizer, args.data / "heldout.jsonl"), indent=1))
     if args.out:
         score = Scorer(args.gguf, tokenizer, "cuda" if torch.cuda.is_available() else "cpu")
         longest = max(streams.values(), key=len)

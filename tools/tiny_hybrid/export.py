@@ -56,7 +56,7 @@ def add_hyperparameters(w: gguf.GGUFWriter, c: Config) -> None:
     w.add_description("Gemma 4's architecture in small, trained on permissively licensed Python source")
     w.add_languages(["en"])
     w.add_tags(["text-generation", "code"])
-    w.add_sampling_temp(0.6)
+    w.add_sampling_temp(0.8)
     w.add_sampling_top_p(0.95)
     w.add_sampling_top_k(64)
     w.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)

@@ -23,7 +23,7 @@ from tokenizer import BOS, EOS, render_chat
 from tokenizers import Tokenizer
 
 REPEATS = {"python-stdlib": 3, "chat": 3}
-BATCH = 256  # files handed to a process at a time: threads of one process wait for each other in the regex library
+BATCH = 256  # files handed to a process at a time
 
 
 def _encode(tokenizer_path: str, lines: list[str]) -> list[tuple[str, str, np.ndarray]]:
