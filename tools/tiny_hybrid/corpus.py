@@ -251,7 +251,7 @@ def main() -> None:
         files = [(path, text) for path, text in kept[name] if copies.keep(text)]
         dropped[name]["copy"] = len(kept[name]) - len(files)
         if is_held_out or name == "python-stdlib":
-            first = second = under_cap(files, MAX_HELD_OUT_BYTES) if is_held_out else files
+            first = second = under_cap(files, MAX_HELD_OUT_BYTES if is_held_out else MAX_PACKAGE_BYTES)
         else:
             pool = under_cap(files, MAX_PACKAGE_BYTES)
             first = under_cap(pool, PART_1_BYTES)
