@@ -74,8 +74,8 @@ def _run_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--chat-template", metavar="F", help="a jinja file to use in place of the model's own; implies --chat")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the model's own chat template")
     p.add_argument("--max-tokens", type=int, default=128, metavar="N")
-    p.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    p.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy; without any prompt 0.8")
+    p.add_argument("--top-p", type=float, metavar="P", help="default 1.0; without any prompt 0.95")
     p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
     p.add_argument("--seed", type=int, metavar="S")
     p.add_argument("--no-check", action="store_true", help="skip the start-up self-check")
@@ -203,6 +203,7 @@ def _chat(t: Any, text: str, template: str | None) -> list[int]:
 
 def _run(args: argparse.Namespace) -> int:
     text = _prompt(args)
+    demo = args.prompt is None and args.file is None
     start = time.perf_counter()
     source = _open(args, weights=True)
     from headwise.engine.llm import LLM, run_context, tokenizer_of
@@ -229,14 +230,19 @@ def _run(args: argparse.Namespace) -> int:
     if not all(c.fused for c in llm.choices):
         slow = [str(i) for i, c in enumerate(llm.choices) if not c.fused]
         console.print(f"warning: layers {', '.join(slow)} do not run fused (--allow-fallback)", style="yellow")
-    settings = {name: getattr(args, name) for name in ("max_tokens", "temperature", "top_p", "top_k", "seed")}
+    if demo:  # a small model repeats itself when greedy: its own suggested sampling, with a seed so that it repeats
+        settings = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+    else:
+        settings = {}
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    settings |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.json:
         result = llm.generate(prompt, **settings)
         print(
             json.dumps({"text": result.text, "tokens": result.tokens, "finish": result.finish, "report": result.report.to_json()})
         )
         return 0
-    if args.prompt is None and args.file is None:
+    if demo:
         shown = text[-1500:]
         console.print(f"[dim]... {len(prompt):,} tokens of {_demo_name()}, of which the end:[/]")
         console.print(shown, style="dim", markup=False, highlight=False, end="")

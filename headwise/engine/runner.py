@@ -70,7 +70,8 @@ class Runner:
         self.position = 0
         self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
-        self._known = storages(self)
+        with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
+            self._known = storages(self)
 
     def reset(self) -> None:
         """Forgets the sequence; its slots are written again before anything reads them."""

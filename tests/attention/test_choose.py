@@ -1,0 +1,95 @@
+"""Choosing is a pure function over rows, and every refusal quotes both numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from headwise.attention.capability import BACKENDS, CPU, DeviceKind, need_for
+from headwise.attention.choose import choose, choose_layers, group_layers, require_fused
+from headwise.attention.torch_fused import OPERATORS
+from headwise.errors import BackendError
+from headwise.hardware.gpus import find_gpu
+from headwise.spec import catalogue
+from headwise.spec.kv import KV_FORMATS
+
+BF16 = {"global": KV_FORMATS["bf16"], "sliding": KV_FORMATS["bf16"]}
+LAYER = catalogue.spec("gemma-4-31b").layers[5]
+NEED = need_for(LAYER, kv=KV_FORMATS["bf16"], dtype="bf16", device=DeviceKind("cuda", (9, 0), "H200"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "head_dim 512 not in 8..256, multiples of 8"),
+        ({"head_dim": 128, "key_dim": 128, "window": 128}, "window 128: it takes no window"),
+        ({"capability": (7, 5)}, "compute capability 7.5, needs at least 8.0"),
+        ({"capability": None}, "compute capability unknown, needs at least 8.0"),
+        ({"api": "metal"}, "runs on cuda, not on metal"),
+        ({"head_dim": 128, "key_dim": 128, "softcap": 20.0}, "softcap 20: it has none"),
+        ({"head_dim": 128, "key_dim": 128, "dtype": "f32"}, "activations in f32, takes f16, bf16"),
+        ({"head_dim": 128, "key_dim": 320}, "one-tensor key size 320 not in 8..256"),
+    ],
+)
+def test_flash_attn_2_refuses_with_the_numbers(changes: dict[str, object], reason: str) -> None:
+    refusal = BACKENDS[0].refusal(replace(NEED, **changes))  # type: ignore[arg-type]
+
+    assert refusal is not None
+    assert reason in refusal
+
+
+@pytest.mark.parametrize(
+    ("gpu", "model", "backend"),
+    [
+        ("h200", "qwen3-8b", "flash-attn-2"),
+        ("rtx3090", "gemma-4-31b", "torch-efficient"),
+        ("t4", "llama-3.2-3b", "torch-efficient"),
+    ],
+)
+def test_cards_get_the_first_row_that_refuses_nothing(gpu: str, model: str, backend: str) -> None:
+    choices = choose_layers(catalogue.spec(model), kv=BF16, dtype="bf16", device=DeviceKind.of(find_gpu(gpu)))
+
+    assert {c.backend.name for c in choices} == {backend}
+    assert all(c.fused for c in choices)
+
+
+def test_a_card_without_a_fused_backend_is_refused_with_what_would_help() -> None:
+    spec = catalogue.spec("gemma-4-e2b")
+    device = DeviceKind.of(find_gpu("rx7900xtx"))
+    choices = choose_layers(spec, kv=BF16, dtype="bf16", device=device)
+
+    with pytest.raises(BackendError) as caught:
+        require_fused(spec, choices, allow_fallback=False, device=device)
+    assert "35 of 35 layers" in caught.value.what
+    assert "runs on cuda, not on rocm" in caught.value.why
+    assert "--allow-fallback" in caught.value.do
+    require_fused(spec, choices, allow_fallback=True, device=device)
+
+
+def test_groups_hold_every_layer_once() -> None:
+    spec = catalogue.spec("gemma-4-e2b")
+    choices = choose_layers(spec, kv=BF16, dtype="bf16", device=CPU)
+    groups = group_layers(spec, choices, BF16)
+
+    assert sorted(i for g in groups for i in g.layers) == list(range(35))
+    assert [len(g.layers) for g in groups] == [28, 7]
+
+
+def test_the_last_row_takes_everything() -> None:
+    assert choose(replace(NEED, api="sycl", capability=None, softcap=30.0)).backend.name == "reference"
+
+
+@pytest.mark.parametrize("dim", [2, 3, 80, 511, 512, 640, 1024])
+def test_the_cpu_row_runs_at_the_edges_it_claims(dim: int) -> None:
+    """A claimed head size that the operator gets wrong would be chosen and never doubted."""
+    row = next(b for b in BACKENDS if b.name == "torch-flash-cpu")
+    assert dim in row.head_dims
+    g = torch.Generator().manual_seed(dim)
+    q, k, v = (torch.randn(n, s, dim, generator=g) for n, s in ((4, 5), (2, 9), (2, 9)))
+    out, lse = OPERATORS[row.name](q, k, v, None, False, 0.2)
+    scores = (q.double() @ k.repeat_interleave(2, 0).double().transpose(1, 2)) * 0.2
+
+    assert (out - scores.softmax(-1) @ v.repeat_interleave(2, 0).double()).abs().max() < 1e-4
+    assert (lse - scores.logsumexp(-1)).abs().max() < 1e-4
