@@ -28,7 +28,13 @@ def test_slot_positions_say_what_a_ring_holds(n_slots: int, end: int) -> None:
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.integers(1, 30), st.integers(1, 12), st.lists(st.integers(1, 12), min_size=1, max_size=12), st.sampled_from(["f32", "q8_0"]), st.integers(0, 99))
+@given(
+    st.integers(1, 30),
+    st.integers(1, 12),
+    st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    st.sampled_from(["f32", "q8_0"]),
+    st.integers(0, 99),
+)
 def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int, steps: list[int], kv: str, seed: int) -> None:
     """Windows, chunks and steps of any size: the ring, its masks, its wrap and its tiles against one big matrix."""
     layer = replace(GLOBAL, window=window)
@@ -48,14 +54,18 @@ def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int,
         seen = reference.visible(positions, slot_positions(cache.n_slots, at + n, CPU), window)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, : min(cache.n_slots, at + n)]
         out = torch.full((n, 4, 32), float("nan"))
-        torch_fused.attend("torch-flash-cpu", q, cache, cache.segments(at, n, mask), scale=0.3, scratch=scratch, tile_tokens=chunk, out_THD=out)
+        torch_fused.attend(
+            "torch-flash-cpu", q, cache, cache.segments(at, n, mask), scale=0.3, scratch=scratch, tile_tokens=chunk, out_THD=out
+        )
         at += n
         floats = [x.read(0, at, torch.empty(at, 2, 32) if kv != "f32" else None).double() for x in (flat.k, flat.v) if x]
         want, _ = reference.attend(q.double(), *floats, reference.visible(positions, torch.arange(at), window), scale=0.3)
         assert (out - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize(("kv", "most"), [("f32", 0.0), ("f16", 6e-4), ("bf16", 4e-3), ("fp8", 0.04), ("q8_0", 0.008), ("q4_0", 0.12)])
+@pytest.mark.parametrize(
+    ("kv", "most"), [("f32", 0.0), ("f16", 6e-4), ("bf16", 4e-3), ("fp8", 0.04), ("q8_0", 0.008), ("q4_0", 0.12)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_come_back_within_what_their_type_can_hold(kv: str, most: float, dtype: torch.dtype) -> None:
     """In bf16 the largest of a block rounded to 128, which int8 turned into -128."""

@@ -119,7 +119,9 @@ def test_bad_requests_are_refused_in_words(call: object, error: type[HeadwiseErr
         ({"device": "tpu"}, UsageError),
     ],
 )
-def test_bad_settings_are_refused_before_loading(settings: dict[str, object], error: type[HeadwiseError], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_settings_are_refused_before_loading(
+    settings: dict[str, object], error: type[HeadwiseError], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("headwise.engine.llm.load_weights", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(error):
         load("llama", **settings)

@@ -1,0 +1,176 @@
+"""The plan's numbers by arithmetic, its limits, and its answers to absurd questions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from headwise import api
+from headwise.errors import HeadwiseError, PlanError, UsageError
+from headwise.hardware.gpus import find_gpu
+from headwise.planner.ceiling import ceiling
+from headwise.planner.memory import Target, Workload, plan
+from headwise.planner.quantise import weight_types
+from headwise.planner.rank import rank
+from headwise.planner.workspace import arena_bytes, offsets, workspace
+from headwise.spec import catalogue
+from headwise.spec.kv import KV_FORMATS
+
+GIB = 2**30
+BF16 = {"global": KV_FORMATS["bf16"], "sliding": KV_FORMATS["bf16"]}
+G31 = catalogue.spec("gemma-4-31b")
+Q4 = weight_types(G31, "q4_k_m")
+
+
+def workload(context: int, **more: object) -> Workload:
+    return Workload(**({"context": context, "kv": BF16, "dtype": "bf16"} | more))  # type: ignore[arg-type]
+
+
+def card(gib: float, *, others: int = 0) -> Target:
+    return Target(name=f"{gib} GiB", gpu=None, total_bytes=int(gib * GIB), others_bytes=others)
+
+
+def test_gemma_4_31b_by_hand() -> None:
+    """10 global layers of 4 heads x (512 + 128 rotated) in one tensor; 50 rings of 1024 + 512 + 8 slots, K and V of 256."""
+    p = plan(G31, Q4, workload(131_072))
+
+    assert p.kv_global_bytes == 10 * 131_072 * 4 * (512 + 128) * 2
+    assert p.kv_sliding_bytes == 50 * (1024 + 512 + 8) * 16 * (256 + 256) * 2
+    assert p.total_bytes == p.weights_bytes + p.kv_bytes + p.compute_bytes
+    assert p.fits is None
+    assert p.max_context is None
+
+
+def test_a_quantised_file_stays_quantised_on_a_gpu() -> None:
+    """A Q4_K_M plan that counted bf16 would be 3.3 times too large; the norms are fp32."""
+    p = plan(G31, Q4, workload(4096))
+
+    assert p.resident["layers.0.q"] == "q4_k"
+    assert p.resident["embed"] == "q6_k"
+    assert 17.3 * GIB < p.weights_bytes < 17.5 * GIB
+
+
+def test_layers_that_share_a_cache_cost_none() -> None:
+    """Gemma 4 E2B: 35 layers, of which 3 global and 12 sliding own a cache."""
+    spec = catalogue.spec("gemma-4-e2b")
+    p = plan(spec, weight_types(spec, "bf16"), workload(8192))
+
+    assert p.kv_global_bytes == 3 * 8192 * 1 * 2 * 512 * 2
+    assert p.kv_sliding_bytes == 12 * (512 + 512 + 8) * 1 * 2 * 256 * 2
+
+
+def test_the_largest_context_is_the_boundary() -> None:
+    most = plan(G31, Q4, workload(4096), [card(24)]).max_context
+    assert most is not None
+    assert plan(G31, Q4, workload(most), [card(24)]).fits
+    assert not plan(G31, Q4, workload(most + 1), [card(24)]).fits
+
+
+def test_memory_of_other_processes_is_theirs() -> None:
+    free = plan(G31, Q4, workload(4096), [card(24)]).max_context
+    used = plan(G31, Q4, workload(4096), [card(24, others=2 * GIB)]).max_context
+
+    assert free is not None
+    assert used is not None
+    # a token costs 10 layers x 4 heads x 640 values x 2 bytes, and a column of nothing else
+    assert abs((free - used) - 2 * GIB / (10 * 4 * 640 * 2)) < 512
+
+
+def test_uneven_cards_get_uneven_shares_of_whole_layers() -> None:
+    p = api.plan("gemma-4-31b", context=65_536, kv="q8_0", weights="q4_k_m", gpus=["rtx3060:12", "rtx3090:24"])
+    first, second = p.shares
+
+    assert p.fits
+    assert first.layers + second.layers == tuple(range(60))
+    assert 0.35 < len(first.layers) / len(second.layers) < 0.6
+    fill = [s.planned_bytes / s.target.usable_bytes for s in p.shares]
+    assert abs(fill[0] - fill[1]) < 0.08
+    assert "one card" in p.notes[0]
+
+
+def test_a_layer_stays_with_the_cache_it_reads() -> None:
+    """E2B's last 20 layers read caches of layers 13 and 14: no card may hold one without the other."""
+    p = api.plan("gemma-4-e2b", context=8192, gpus=["rtx3060:12", "rtx3090:24"])
+    for share in p.shares:
+        for i in share.layers:
+            source = p.spec.layers[i].kv_source
+            assert source is None or source in share.layers
+
+
+def test_a_plan_that_does_not_fit_names_what_does() -> None:
+    p = api.plan("gemma-4-31b", context=32_768, gpus=["rtx4090"])
+
+    assert p.fits is False
+    assert any("CPU are not planned for" in n for n in p.notes)
+    named = next(n for n in p.notes if n.startswith("--weights"))
+    assert "q4_k_m" in named
+    assert api.plan("gemma-4-31b", context=32_768, gpus=["rtx4090"], weights="q4_k_m").fits
+
+
+@pytest.mark.parametrize("context", [10**12, 2**63, 2**64, 0, -1, -(2**63)])
+def test_absurd_contexts_are_refused_in_words(context: int) -> None:
+    with pytest.raises(HeadwiseError, match=str(context)):
+        api.plan("gemma-4-31b", context=context)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2**63 - 1), st.integers(1, 2**31), st.integers(1, 2**31), st.sampled_from(sorted(KV_FORMATS)))
+def test_any_legal_number_is_answered_exactly(context: int, slots: int, chunk: int, kv: str) -> None:
+    """No overflow, no float, nothing allocated: bytes are linear in tokens however many there are."""
+    spec = replace(G31, max_context=2**63)
+    fmt = KV_FORMATS[kv]
+    p = plan(spec, Q4, workload(context, slots=slots, chunk=chunk, kv={"global": fmt, "sliding": fmt}))
+    pages = -(-context // 64) * 64
+
+    assert p.kv_global_bytes == slots * 10 * pages * 4 * fmt.row_bytes(640)
+    assert p.kv_sliding_bytes == slots * 50 * min(1024 + chunk + 8, pages) * 16 * 2 * fmt.row_bytes(256)
+
+
+@pytest.mark.parametrize(("name", "value"), [("slots", 0), ("slots", -1), ("chunk", 0), ("chunk", 2**40)])
+def test_counts_that_make_no_sense_are_usage_errors(name: str, value: int) -> None:
+    with pytest.raises(UsageError):
+        plan(G31, Q4, workload(4096, **{name: value}))
+
+
+def test_a_context_beyond_the_models_own_says_the_maximum() -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(G31, Q4, workload(262_145))
+    assert caught.value.do == "--context 262144"
+
+
+def test_buffers_of_one_phase_never_overlap_and_stay_inside() -> None:
+    buffers = workspace(
+        catalogue.spec("gemma-4-26b-a4b"), n_tokens=4096, chunk=96, dtype="bf16", kv=BF16, cpu=False, block_weights=True
+    )
+    where = offsets(buffers)
+    spans = [(where[b.name], where[b.name] + b.n_bytes, b.phase, b.name) for b in buffers if not b.reserved]
+    end = arena_bytes(buffers) - sum(b.n_bytes for b in buffers if b.reserved)
+
+    assert max(stop for _, stop, _, _ in spans) <= end
+    for a_start, a_stop, a_phase, a in spans:
+        for b_start, b_stop, b_phase, b in spans:
+            if a < b and (a_phase == b_phase or "always" in (a_phase, b_phase)):
+                assert a_stop <= b_start or b_stop <= a_start, (a, b)
+
+
+def test_the_ceiling_is_bytes_over_bandwidth() -> None:
+    """Qwen3 8B in bf16 at 4,096 tokens: all weights but the untied table, and 36 layers of cache, over 936 GB/s."""
+    spec = catalogue.spec("qwen3-8b")
+    p = api.plan("qwen3-8b", context=4096, gpus=["rtx3090:24"])
+    table = 151_936 * 4096 * 2
+    read = p.weights_bytes - table + table / 151_936 + 36 * 4096 * 8 * 2 * 128 * 2
+
+    assert ceiling(p, find_gpu("rtx3090:24")).decode_tok_s == pytest.approx(936e9 / read, rel=0.01)
+    assert spec.tied is False
+
+
+def test_ranking_leaves_out_what_does_not_fit_and_prefers_better_weights() -> None:
+    fits = {f.model: f for f in rank(catalogue.specs(), [card(24)])}
+
+    assert fits["gemma-4-e4b"].weights == "bf16"
+    assert fits["gemma-4-31b"].weights == "q4_k_m"
+    assert "qwen3-32b" in fits
+    assert rank(catalogue.specs(), [card(0.9)]) == []

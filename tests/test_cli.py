@@ -1,0 +1,212 @@
+"""The command line: documented keys, exit codes, no torch where none is needed, errors without tracebacks."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkpoints import folder
+
+from headwise.cli import main
+
+
+def run(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str, str]:
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_plan_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "gemma-4-31b", "--context", "4096", "--gpu", "rtx4090", "--weights", "q4_k_m", "--json")
+    p = json.loads(out)
+
+    assert code == 0
+    assert p.keys() >= {
+        "model",
+        "engine",
+        "context",
+        "slots",
+        "kv",
+        "weights_bytes",
+        "compute_bytes",
+        "total_bytes",
+        "fits",
+        "max_context",
+        "gpus",
+    }
+    assert p["kv"].keys() == {"format", "global_bytes", "sliding_bytes", "total_bytes"}
+    assert p["kv"]["format"] == {"global": "bf16", "sliding": "bf16"}
+    assert p["gpus"][0].keys() >= {"name", "usable_bytes", "planned_bytes", "layers"}
+    assert p["gpus"][0]["layers"] == list(range(60))
+    assert p["fits"] is True
+
+
+def test_a_plan_that_does_not_fit_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "gemma-4-31b", "--gpu", "gtx1080", "--json")
+
+    assert code == 1
+    assert json.loads(out)["fits"] is False
+
+
+def test_without_a_card_fits_is_null(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.api.detect", tuple)
+    code, out, _ = run(capsys, "plan", "gemma4:26b", "--json")
+
+    assert code == 0
+    assert json.loads(out)["fits"] is None
+    assert json.loads(out)["gpus"] == []
+
+
+def test_llama_cpp_plans_to_the_mib(capsys: pytest.CaptureFixture[str]) -> None:
+    """2560 + 1200 MiB: the figure its server logs for Gemma 4 31B at 32,768 tokens, f16, one slot."""
+    code, out, _ = run(capsys, "plan", "gemma-4-31b", "--engine", "llama.cpp", "--kv", "f16", "--context", "32768", "--json")
+    kv = json.loads(out)["kv"]
+
+    assert code == 0
+    assert (kv["global_bytes"], kv["sliding_bytes"]) == (2560 * 2**20, 1200 * 2**20)
+
+
+def test_explain_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", "gemma-4-e2b", "--gpu", "rtx4090", "--json")
+    layers = json.loads(out)["layers"]
+
+    assert code == 0
+    assert len(layers) == 35
+    assert layers[4].keys() >= {"index", "kind", "head_dim", "window", "kv_source", "k_eq_v", "backend", "refusals"}
+    assert (layers[4]["kind"], layers[4]["head_dim"], layers[4]["window"], layers[4]["kv_source"]) == ("global", 512, None, None)
+    assert layers[34]["kv_source"] == 14
+    assert {"backend": "flash-attn-2", "reason": "head_dim 512 not in 8..256, multiples of 8"} in layers[4]["refusals"]
+
+
+def test_a_card_without_a_backend_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "explain", "gemma-4-e2b", "--gpu", "rx7900xtx")
+
+    assert code == 1
+    assert "0/35 layers fused" in out
+
+
+def test_run_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "run", "-p", "import os\n", "--max-tokens", "3", "--json", "--device", "cpu", "--context", "512", "--no-check"
+    )
+    answer = json.loads(out)
+
+    assert code == 0
+    assert answer.keys() >= {"text", "tokens", "report"}
+    report = answer["report"]
+    assert report.keys() >= {
+        "layers", "layers_fused", "backends", "planned_bytes", "allocated_bytes", "peak_bytes", "prefill_tokens", "prefill_tok_s", "decode_tok_s",
+    }  # fmt: skip
+    assert report["planned_bytes"] == report["allocated_bytes"]
+    assert report["layers_fused"] == report["layers"] == 10
+    assert report["backends"][0].keys() == {"layers", "backend", "head_dim", "window", "kv"}
+    assert all(isinstance(t, int) for t in answer["tokens"])
+
+
+def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture[str]) -> None:
+    """One arithmetic: the number told before is the number counted after."""
+    _, planned, _ = run(capsys, "plan", "tiny-hybrid", "--device", "cpu", "--context", "512", "--json")
+    _, ran, _ = run(capsys, "run", "-p", "x", "--max-tokens", "1", "--json", "--device", "cpu", "--context", "512", "--no-check")
+
+    assert json.loads(planned)["total_bytes"] == json.loads(ran)["report"]["allocated_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "words"),
+    [
+        (("run", "nosuch-model"), 2, "no model 'nosuch-model'"),
+        (("run", "./missing.gguf"), 2, "does not exist"),
+        (("run", "gemma-4-31b"), 2, "holds no weights"),
+        (("run", "ollama:nothing-here"), 2, "nothing-here"),
+        (("run", "-p", "a", "--file", "b"), 2, "two prompts"),
+        (("run", "--file", "/nonexistent/prompt.txt"), 2, "cannot be read"),
+        (("run", "-p", "x", "--device", "cpu", "--context", "70000"), 1, "65536"),
+        (("run", "-p", "x" * 3000, "--device", "cpu", "--context", "64"), 1, "the prompt has"),
+        (("run", "-p", "x", "--kv", "q3_x"), 2, "unknown KV type"),
+        (("plan", "gemma-4-31b", "--gpu", "rtx9999"), 2, "rtx9999"),
+        (("plan", "gemma-4-31b", "--context", "99999999"), 1, "262144"),
+        (("plan", "gemma-4-31b", "--weights", "q1"), 2, "unknown weight type"),
+        (("plan", "gemma-4-31b", "--engine", "lmdeploy"), 2, "lmdeploy"),
+        (("plan", "--nonsense"), 2, "nonsense"),
+        (("frobnicate",), 2, "frobnicate"),
+    ],
+)
+def test_mistakes_are_explained(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...], code: int, words: str) -> None:
+    got, _, err = run(capsys, *argv)
+
+    assert got == code
+    assert words in " ".join(err.split())
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"GGUF",
+        b"GGUF\x03\0\0\0" + b"\xff" * 16,
+        b"PK\x03\x04 a zip",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        b"<html>",
+    ],
+)
+def test_damaged_files_are_explained(capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    code, _, err = run(capsys, "run", str(file), "-p", "x")
+
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_a_directory_without_a_tokenizer_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = run(capsys, "run", str(folder("llama")), "-p", "x", "--device", "cpu")
+
+    assert code == 2
+    assert "tokenizer" in err
+
+
+def test_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(capsys, "plan", "nosuch-model", "--json")
+
+    assert code == 2
+    assert json.loads(out)["error"].keys() == {"what", "why", "do"}
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["plan", "gemma-4-31b", "--gpu", "rtx4090", "--json"],
+        ["plan", "tiny-hybrid", "--json"],
+        ["plan", "gemma-4-31b", "--engine", "ollama", "--json"],
+        ["explain", "gpt-oss-20b", "--gpu", "h200"],
+        ["explain", "gemma-4-31b", "--engine", "vllm@0.19.0", "--gpu", "rtx3090"],
+    ],
+)
+def test_planning_and_explaining_need_no_torch(argv: list[str]) -> None:
+    """In under a second and 150 MB, with torch, numpy, tokenizers and transformers made unimportable."""
+    code = f"""
+import sys, time
+for name in ("torch", "numpy", "transformers", "tokenizers", "gguf", "jinja2", "huggingface_hub"):
+    sys.modules[name] = None
+start = time.perf_counter()
+from headwise.cli import main
+status = main({argv!r})
+took = time.perf_counter() - start
+assert status in (0, 1), status
+peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print("took", took, peak.split()[1], file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    assert done.returncode == 0, done.stderr
+    took, kib = done.stderr.split("took ")[1].split()
+    assert float(took) < 1.0
+    assert int(kib) < 150 * 1024
