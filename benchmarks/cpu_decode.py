@@ -167,8 +167,10 @@ def main() -> None:
     }
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     result = {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": platform.processor() or platform.machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "transformers": transformers.__version__, "prompt_tokens": args.prompt, "decode_tokens": args.tokens,
+        "date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": platform.machine(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__, "transformers": transformers.__version__,
+        "prompt_tokens": args.prompt, "decode_tokens": args.tokens,
         "rounds": args.rounds, "engines": table, "ratios": ratios, "tokens_equal": same,
     }  # fmt: skip
     print(json.dumps(result))

@@ -57,7 +57,9 @@ def embedded() -> list[dict[str, object]]:
             r = result.report
             rows.append(
                 {
-                    "compute": llm.plan.compute_bytes, "dtype": dtype, "kv": kv, "ready_s": ready, "checks": len(llm.checks), "worst_error": max(c.error for c in llm.checks),
+                    "compute": llm.plan.compute_bytes,
+                    "dtype": dtype, "kv": kv, "ready_s": ready, "checks": len(llm.checks),
+                    "worst_error": max(c.error for c in llm.checks),
                     "planned": r.planned_bytes, "allocated": r.allocated_bytes, "peak": r.peak_bytes,
                     "prefill_tok_s": r.prefill_tok_s, "decode_tok_s": r.decode_tok_s, "text": result.text[:160],
                 }

@@ -101,7 +101,8 @@ def test_run_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) ->
     assert answer.keys() >= {"text", "tokens", "report"}
     report = answer["report"]
     assert report.keys() >= {
-        "layers", "layers_fused", "backends", "planned_bytes", "allocated_bytes", "peak_bytes", "prefill_tokens", "prefill_tok_s", "decode_tok_s",
+        "layers", "layers_fused", "backends", "planned_bytes", "allocated_bytes", "peak_bytes", "prefill_tokens",
+        "prefill_tok_s", "decode_tok_s",
     }  # fmt: skip
     assert report["planned_bytes"] == report["allocated_bytes"]
     assert report["layers_fused"] == report["layers"] == 10

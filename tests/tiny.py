@@ -100,6 +100,24 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             },
         ),
     ),
+    "gemma3-5to1": (  # the pattern and scale that GGUF's gemma3 has no keys for
+        "gemma3_text",
+        _PLAIN
+        | dict(
+            num_hidden_layers=6,
+            intermediate_size=160,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            sliding_window=13,
+            layer_types=[SLIDING] * 5 + [FULL],
+            query_pre_attn_scalar=32,
+            rope_parameters={
+                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            },
+        ),
+    ),
     "exaone4": (
         "exaone4",
         _PLAIN
@@ -136,6 +154,19 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             intermediate_size=160,
             num_attention_heads=5,
             num_key_value_heads=1,
+            head_dim=32,
+            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
+        ),
+    ),
+    "qwen3-wide": (  # rows of whole super-blocks, for the k-quants
+        "qwen3",
+        _PLAIN
+        | dict(
+            hidden_size=256,
+            num_hidden_layers=2,
+            intermediate_size=512,
+            num_attention_heads=8,
+            num_key_value_heads=2,
             head_dim=32,
             rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
         ),
@@ -230,7 +261,7 @@ def model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
                 # scores have no scale of their own: lively weights here make fp32 itself differ by 1e-4 from fp64
                 value.copy_((torch.rand_like(value) + 0.5) * value.shape[-1] ** -0.25)
             elif "norm" in key or key.endswith(("per_expert_scale", "router.scale")):
-                value.copy_(torch.rand_like(value) + (-0.5 if name == "gemma3" else 0.5))
+                value.copy_(torch.rand_like(value) + (-0.5 if name.startswith("gemma3") else 0.5))
             elif key.endswith("sinks") or "bias" in key:
                 value.normal_(0, 0.5)
             else:

@@ -70,37 +70,6 @@ def dequantise(data: Tensor, type_name: str, dtype: torch.dtype, *, out: Tensor 
     return out.copy_(floats)
 
 
-def rows(table: Weight, ids: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows `ids` of a table: (*ids.shape, columns)."""
-    if isinstance(table, Tensor):
-        return table[ids].to(dtype)
-    return dequantise(table.data[ids], table.type, dtype)
-
-
-def linear(x: Tensor, weight: Weight, scratch: Tensor | None = None) -> Tensor:
-    """x @ weight.T for a (rows, columns) weight, quantised or not.
-
-    A quantised weight is turned into x's dtype by tiles of whole rows that fit `scratch`, a flat tensor of x's dtype.
-    Raises:
-        ValueError: `scratch` has another dtype or holds not even one row.
-    """
-    if isinstance(weight, Tensor):
-        return torch.nn.functional.linear(x, weight)
-    n_rows, columns = weight.shape
-    if scratch is None:
-        scratch = torch.empty(n_rows * columns, dtype=x.dtype, device=x.device)
-    tile = scratch.numel() // columns
-    if scratch.dtype != x.dtype or tile == 0:
-        raise ValueError(f"linear: scratch {scratch.dtype} x {scratch.numel()} for {x.dtype} rows of {columns}")
-    y = torch.empty(*x.shape[:-1], n_rows, dtype=x.dtype, device=x.device)
-    for start in range(0, n_rows, tile):
-        stop = min(start + tile, n_rows)
-        part = scratch[: (stop - start) * columns].view(stop - start, columns)
-        dequantise(weight.data[start:stop], weight.type, x.dtype, out=part)
-        y[..., start:stop] = torch.nn.functional.linear(x, part)
-    return y
-
-
 def repack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
     """Safetensors MXFP4 (..., blocks, 16) with exponents (..., blocks) as GGUF's: (..., blocks * 17), nothing lost.
 

@@ -10,7 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "headwise").rglob("*.py"))
 ROOMS = [
-    "__init__", "errors", "hardware", "spec", "planner", "text", "cache", "attention", "weights", "api", "model", "engine", "cli", "__main__",
+    "__init__", "errors", "hardware", "spec", "planner", "text", "cache", "attention", "weights", "api", "model", "engine",
+    "cli", "__main__",
 ]  # fmt: skip
 TORCH_FREE = (
     "errors", "hardware.", "spec.", "planner.", "text.", "attention.capability", "attention.choose", "attention.engines",

@@ -8,6 +8,7 @@ import gguf
 import numpy as np
 import pytest
 from gguf_bytes import ARRAY, BOOL, F32, I32, STRING, U32, gguf_bytes, tensor
+from gguf_files import add_metadata
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,76 +126,11 @@ def write(path: Path, case: str) -> Path:
     """What llama.cpp's converter writes for a config: its keys through gguf-py, its tensors with zeros."""
     arch, config = CASES[case]
     w = gguf.GGUFWriter(path, arch)
-    n, hidden, n_heads, head_dim = (config[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim"))
-    types = config.get("layer_types") or [FULL] * n
-    rope = config.get("rope_parameters") or {"rope_theta": config.get("rope_theta", 10_000.0)} | config.get("rope_scaling", {})
-    full = rope.get(FULL, rope)
-
-    w.add_block_count(n)
-    w.add_context_length(config["max_position_embeddings"])
-    w.add_embedding_length(hidden)
-    w.add_head_count(n_heads)
-    w.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    w.add_file_type(1)
-    w.add_rope_freq_base(full["rope_theta"])
-    w.add_bos_token_id(config["bos_token_id"])
-    w.add_eos_token_id(config["eos_token_id"])
+    g = add_metadata(w, arch, config)
     w.add_token_list(["t"] * config["vocab_size"])
-    if arch in ("llama", "mistral3", "exaone4"):
-        w.add_vocab_size(config["vocab_size"])
-    n_shared = config.get("num_kv_shared_layers", 0)
-    widths = [config["intermediate_size"]] * n
-    if config.get("use_double_wide_mlp"):
-        widths = [width * (2 if i >= n - n_shared else 1) for i, width in enumerate(widths)]
-        w.add_feed_forward_length(widths)
-    else:
-        w.add_feed_forward_length(widths[0])
-    kv_heads = [config["num_key_value_heads"]] * n
-    if global_kv := config.get("num_global_key_value_heads"):
-        kv_heads = [kv if t == SLIDING else global_kv for kv, t in zip(kv_heads, types, strict=True)]
-        w.add_head_count_kv(kv_heads)
-    else:
-        w.add_head_count_kv(kv_heads[0])
-    dims = [head_dim] * n
-    if arch == "gemma4":
-        wide = config["global_head_dim"]
-        dims = [head_dim if t == SLIDING else wide for t in types]
-        w.add_key_length(wide)
-        w.add_value_length(wide)
-        w.add_key_length_swa(head_dim)
-        w.add_value_length_swa(head_dim)
-        w.add_rope_dimension_count(wide)
-        w.add_rope_dimension_count_swa(head_dim)
-        w.add_rope_freq_base_swa(rope[SLIDING]["rope_theta"])
-        w.add_shared_kv_layers(n_shared)
-        w.add_embedding_length_per_layer_input(config["hidden_size_per_layer_input"])
-        rotated = int(wide * full["partial_rotary_factor"] / 2)
-        factors = [1.0] * rotated + [1e30] * (wide // 2 - rotated)
-    else:
-        w.add_key_length(head_dim)
-        w.add_value_length(head_dim)
-        w.add_rope_dimension_count(head_dim)
-        factors = llama3_factors(head_dim, full) if full.get("rope_type") == "llama3" else None
-    if config.get("sliding_window"):
-        w.add_sliding_window(config["sliding_window"])
-        if arch in ("gemma4", "exaone4"):
-            w.add_sliding_window_pattern([t == SLIDING for t in types])
-    if config.get("final_logit_softcapping"):
-        w.add_final_logit_softcapping(config["final_logit_softcapping"])
-    if full.get("rope_type") in ("linear", "yarn"):
-        w.add_rope_scaling_type(gguf.RopeScalingType(full["rope_type"]))
-        w.add_rope_scaling_factor(full["factor"])
-    if full.get("rope_type") == "yarn":
-        w.add_rope_scaling_orig_ctx_len(full["original_max_position_embeddings"])
-        if "beta_fast" in full:
-            w.add_rope_scaling_yarn_beta_fast(full["beta_fast"])
-            w.add_rope_scaling_yarn_beta_slow(full["beta_slow"])
-    n_experts = config.get("num_experts") or config.get("num_local_experts") or 0
-    expert_width = config.get("moe_intermediate_size", config["intermediate_size"])
-    if n_experts:
-        w.add_expert_count(n_experts)
-        w.add_expert_used_count(config.get("top_k_experts") or config["num_experts_per_tok"])
-        w.add_expert_feed_forward_length(expert_width)
+    n, hidden, n_heads = (config[k] for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    types, dims, kv_heads, widths, factors = g.types, g.dims, g.kv_heads, g.widths, g.factors
+    n_shared, n_experts, expert_width = g.n_shared, g.n_experts, g.expert_width
 
     def add(name: str, *shape: int) -> None:
         w.add_tensor(name, np.zeros(shape, np.float16))
@@ -234,22 +170,6 @@ def write(path: Path, case: str) -> Path:
     w.write_tensors_to_file()
     w.close()
     return path
-
-
-def llama3_factors(head_dim: int, rope: dict[str, Any]) -> list[float]:
-    """As llama.cpp's converter computes them."""
-    factors = []
-    low, high, original = rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-    for i in range(0, head_dim, 2):
-        wavelength = 2 * math.pi * rope["rope_theta"] ** (i / head_dim)
-        if wavelength < original / high:
-            factors.append(1.0)
-        elif wavelength > original / low:
-            factors.append(rope["factor"])
-        else:
-            smooth = (original / wavelength - low) / (high - low)
-            factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return factors
 
 
 def without_rope(spec: ModelSpec) -> ModelSpec:
