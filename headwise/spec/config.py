@@ -7,6 +7,7 @@ Shared by the two doors (`hf.py`: config.json, `gguf_model.py`: GGUF metadata): 
 from __future__ import annotations
 
 import difflib
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -15,6 +16,15 @@ from headwise.errors import SpecError
 MAX_INT = 2**31 - 1  # no real size, count or id is larger; a larger one is a damaged file
 MAX_LAYERS = 4096
 MAX_HEAD_DIM = 16_384
+
+
+def shown(value: object) -> str:
+    """`value` as an error shows it: escaped, and short."""
+    try:
+        text = repr(value)
+    except RecursionError:  # nested deeper than Python prints
+        text = f"a {type(value).__name__} nested without end"
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class Config:
@@ -38,8 +48,7 @@ class Config:
         return default if value is None else value
 
     def _wrong(self, key: str, value: object, wanted: str) -> SpecError:
-        shown = repr(value) if len(repr(value)) <= 60 else repr(value)[:57] + "..."
-        return SpecError(f"{self.where}: {key} = {shown}", why=f"must be {wanted}", do="check the file against its source")
+        return SpecError(f"{self.where}: {key} = {shown(value)}", why=f"must be {wanted}", do="check the file against its source")
 
     def missing(self, key: str) -> SpecError:
         near = difflib.get_close_matches(key, self.values, n=1)
@@ -117,9 +126,10 @@ class Config:
         known = {*harmless, *ignore, *self._ignore}
         left = sorted(k for k in self._unread if k not in known and self.values[k] is not None)
         if left:
-            shown = repr(self.values[left[0]])
+            more = [key if key.isprintable() and len(key) <= 60 else shown(key) for key in left[1:20]] + ["..."] * (len(left) > 20)
+            flags = [f"--ignore-key {shlex.quote(key if key.isprintable() else shown(key))}" for key in left]
             raise SpecError(
-                f"{self.where}: key {left[0]!r} = {shown if len(shown) <= 60 else shown[:57] + '...'} is not known",
-                why="a key that nobody reads may change the maths" + (f"; also {', '.join(left[1:])}" if left[1:] else ""),
-                do=" ".join(f"--ignore-key {k}" for k in left) + "   to go on without",
+                f"{self.where}: key {shown(left[0])} = {shown(self.values[left[0]])} is not known",
+                why="a key that nobody reads may change the maths" + (f"; also {', '.join(more)}" if more else ""),
+                do=" ".join(flags) + "   to go on without",
             )

@@ -14,18 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from headwise.errors import SpecError
-from headwise.spec.config import MAX_HEAD_DIM, MAX_LAYERS, Config
+from headwise.spec.config import MAX_HEAD_DIM, MAX_LAYERS, Config, shown
 from headwise.spec.layers import Activation, LayerSpec, MlpSpec, ModelSpec, MoeSpec, Norms, PleSpec
 from headwise.spec.rope import RopeSpec, default_rope, linear_rope, llama3_rope, proportional_rope, yarn_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+_MAX_HEAD_SIZES = 64  # of one model; real ones have two
 _LEAST_THETA = 2.0  # 1 would make every frequency the same, and YaRN divide by zero
 
 # Keys that change nothing in a forward pass: training, bookkeeping, generation defaults, other modalities.
 _HARMLESS = frozenset(
     """
     _name_or_path _attn_implementation _sliding_window_pattern add_cross_attention architectures attention_dropout
-    auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
+    attn_implementation auto_map bad_words_ids begin_suppress_tokens bos_token_id cache_implementation chunk_size_feed_forward
     cross_attention_hidden_size
     decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size
     exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label
@@ -99,7 +100,7 @@ def spec_from_config(
             _check_stored_format(outer)
     if not isinstance(family, str) or family not in _FAMILIES:
         raise SpecError(
-            f"{where}: model_type {str(family)[:60]!r} is not supported",
+            f"{where}: model_type {shown(family)} is not supported",
             why="no family here has its maths",
             do=f"families: {', '.join(sorted({f.removesuffix('_text') for f in _FAMILIES}))}",
         )
@@ -145,7 +146,7 @@ def _check_stored_format(config: Config) -> None:
     method = quant.raw("quant_method", "unknown")
     if method != "mxfp4":
         raise SpecError(
-            f"{config.where}: the weights are packed as {method!r}",
+            f"{config.where}: the weights are packed as {shown(method)}",
             why="safetensors are read as f32, f16, bf16 or MXFP4",
             do="use the unquantised repository, or a GGUF of this model",
         )
@@ -211,7 +212,7 @@ def checked_layer(layer: LayerSpec, where: str) -> LayerSpec:
 
 def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_context: int | None = None) -> RopeSpec:
     """One set of rope parameters, in either spelling (`rope_parameters` or the older `rope_scaling`)."""
-    kind = str(config.raw("rope_type", config.raw("type", "default")))
+    kind = config.raw("rope_type", config.raw("type", "default"))
     theta = config.number("rope_theta", theta, least=_LEAST_THETA)
     original = max_context if kind in ("llama3", "yarn") else None
     if kind == "default":
@@ -250,7 +251,7 @@ def _rope(config: Config, head_dim: int, *, theta: float | None = None, max_cont
         )
     else:
         raise SpecError(
-            f"{config.where}: rope_type {kind!r} is not supported",
+            f"{config.where}: rope_type {shown(kind)} is not supported",
             why="its frequencies are not built here",
             do="known: default, proportional, linear, llama3, yarn",
         )
@@ -296,7 +297,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
     c = _Common(config, activation_key="hidden_activation")
     config.only("use_bidirectional_attention", "vision")  # text tokens stay causal; "all" is another model
     types = c.layer_types(lambda i: FULL if (i + 1) % 6 == 0 else SLIDING)
-    types[-1] = FULL
+    types = [*types[:-1], FULL]
     window = config.integer("sliding_window")
     k_eq_v = config.flag("attention_k_eq_v")
     global_dim = config.integer("global_head_dim", 512, most=MAX_HEAD_DIM)
@@ -306,13 +307,21 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
         FULL: (global_dim, global_kv if k_eq_v and global_kv else c.n_kv_heads),
     }
     per_layer = config.section("per_layer_config")
+    key_of = {key.lstrip("0") or "0": key for key in per_layer.values if key}  # written with leading zeros: 05, 11
     overrides = []
     for i, kind in enumerate(types):
-        own = per_layer.section(str(i))
+        own = per_layer.section(key_of.get(str(i), str(i)))
         dim, n_kv = heads[kind] if "per_layer_config" not in config else (c.head_dim, c.n_kv_heads)
         overrides.append((own.integer("head_dim", dim, most=MAX_HEAD_DIM), own.integer("num_key_value_heads", n_kv)))
         own.refuse_unread(harmless=())
     per_layer.refuse_unread(harmless=())
+    sizes = {dim for dim, _ in overrides}
+    if len(sizes) > _MAX_HEAD_SIZES:
+        raise SpecError(
+            f"{config.where}: per_layer_config gives the layers {len(sizes)} head sizes",
+            why=f"each is a table of frequencies; at most {_MAX_HEAD_SIZES} are built",
+            do="check the file against its source",
+        )
     ropes = _ropes_by_type(
         config,
         {(kind, dim) for kind, (dim, _) in zip(types, overrides, strict=True)},
@@ -367,7 +376,7 @@ def _gemma4(config: Config, name: str) -> ModelSpec:
             )
         )
     ple_dim = config.integer("hidden_size_per_layer_input", 0, least=0)
-    ple_vocab = config.integer("vocab_size_per_layer_input", 262_144)
+    ple_vocab = config.integer("vocab_size_per_layer_input", 262_144, least=1 if ple_dim else 0)  # the 12B writes 0
     return c.model(
         name,
         "gemma4",

@@ -61,7 +61,7 @@ def llama3_rope(
     scaled = []
     for f in _base(head_dim, theta):
         wavelength = 2 * math.pi / f
-        if wavelength > longest:
+        if wavelength >= longest:
             scaled.append(f / factor)
         elif wavelength < shortest:
             scaled.append(f)

@@ -1,7 +1,7 @@
 import pytest
 
 from headwise.errors import SpecError
-from headwise.spec.config import MAX_INT, Config
+from headwise.spec.config import MAX_INT, Config, shown
 
 
 def config(**values: object) -> Config:
@@ -130,6 +130,33 @@ def test_a_long_unknown_value_is_shown_short() -> None:
         config(a="x" * 5000).refuse_unread(harmless=())
 
     assert len(caught.value.what) < 120
+
+
+def test_the_advice_can_be_pasted_whatever_a_key_is_called() -> None:
+    """A config from the Hub could have put a command of its own, or colours, into the line that we tell people to paste."""
+    with pytest.raises(SpecError) as caught:
+        config(**{"a b": 1, "z; rm -rf ~": 2, "\x1b[31mred": 3, "\ud800": 4}).refuse_unread(harmless=())
+
+    assert "--ignore-key 'a b' " in caught.value.do and "--ignore-key 'z; rm -rf ~' " in caught.value.do
+    assert str(caught.value).isascii() and "\x1b" not in str(caught.value)
+
+
+def test_a_thousand_unknown_keys_are_named_by_twenty() -> None:
+    """A dictionary of weights under the name of a config filled the terminal twice."""
+    with pytest.raises(SpecError) as caught:
+        config(**{f"k{i:04}": i for i in range(1000)}).refuse_unread(harmless=())
+
+    assert caught.value.why.endswith("k0019, ...") and "k0001" in caught.value.why
+
+
+def test_a_value_nested_deeper_than_python_prints_is_described() -> None:
+    """The error about a wrong value was a RecursionError about printing it."""
+    value: list[object] = []
+    for _ in range(100_000):
+        value = [value]
+
+    assert shown(value) == "a list nested without end"
+    assert shown("x" * 59) == repr("x" * 59)[:57] + "..." and shown("x" * 58) == repr("x" * 58)
 
 
 def test_an_ignored_key_is_ignored_in_sections_too() -> None:

@@ -294,7 +294,7 @@ def test_two_ropes_that_differ_are_refused(name: str) -> None:
         read(CONFIGS[name] | given)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope", 3, None])
+@pytest.mark.parametrize("kind", ["dynamic", "longrope", "su", "mrope", 3, None, ["yarn"], "x" * 500])
 def test_a_rope_without_maths_here_is_refused(kind: object) -> None:
     """Unknown scaling fell back to plain frequencies and the model drifted after 8k tokens."""
     config = CONFIGS["llama"] | {"rope_scaling": {"rope_type": kind, "factor": 2.0}}
@@ -303,6 +303,7 @@ def test_a_rope_without_maths_here_is_refused(kind: object) -> None:
         read(config)
 
     assert ("rope_type" in caught.value.what) or (kind is None and "factor" in caught.value.what)
+    assert len(caught.value.what) < 140
 
 
 @pytest.mark.parametrize(
@@ -402,6 +403,18 @@ def test_gemma4_refuses_a_wrong_override(wrong: object) -> None:
     """An override of a layer that does not exist was ignored."""
     with pytest.raises(SpecError):
         read(CONFIGS["gemma4"] | {"per_layer_config": wrong})
+
+
+@pytest.mark.parametrize("dim", [0, 8])
+def test_gemma4_counts_a_per_layer_vocabulary_only_where_there_are_per_layer_embeddings(dim: int) -> None:
+    """The 12B writes 0 for both; 0 rows for embeddings that are there is a damaged file."""
+    config = CONFIGS["gemma4"] | {"hidden_size_per_layer_input": dim, "vocab_size_per_layer_input": 0}
+
+    if dim:
+        with pytest.raises(SpecError, match="vocab_size_per_layer_input = 0"):
+            read(config)
+    else:
+        assert read(config).ple is None
 
 
 def test_gemma4_builds_a_rope_for_each_size_of_head() -> None:
