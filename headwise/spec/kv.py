@@ -116,5 +116,7 @@ def kv_bytes(layer: LayerSpec, *, n_tokens: int, chunk: int, fmt: KVFormat) -> i
 
 def kv_read_bytes(layer: LayerSpec, *, position: int, fmt: KVFormat) -> int:
     """Bytes of cache one decode step reads in `layer` at `position` (keys 0..position); a sharing layer reads too."""
+    if position < 0:
+        raise ValueError(f"kv_read_bytes: position {position} (>= 0)")
     keys = position + 1 if layer.window is None else min(position + 1, layer.window)
     return keys * layer.n_kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))

@@ -30,7 +30,8 @@ NUMBERS = st.one_of(
 )
 LEAVES = st.none() | st.booleans() | NUMBERS | st.sampled_from(WORDS) | st.text(max_size=8)
 VALUES = st.recursive(
-    LEAVES, lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), inner, max_size=4)
+    LEAVES,
+    lambda inner: st.lists(inner, max_size=5) | st.dictionaries(st.sampled_from(WORDS) | st.text(max_size=4), inner, max_size=4),
 )
 
 
@@ -78,7 +79,7 @@ def check(config: dict[str, Any]) -> None:
         tracemalloc.stop()
         assert seconds < 5 and peak < 64 * 2**20, (seconds, peak)
     assert isinstance(spec, ModelSpec)
-    assert all(0 < tensor.n_elements for tensor in weight_tensors(spec))
+    assert all(tensor.n_elements > 0 for tensor in weight_tensors(spec))
     for layer in spec.layers:
         assert layer.group * layer.n_kv_heads == layer.n_heads and layer.head_dim % 2 == 0
         assert layer.rope is None or len(layer.rope.inv_freq) == layer.head_dim // 2
