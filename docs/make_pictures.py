@@ -1,75 +1,83 @@
-"""Draws the pictures and the table of the README from the real commands.
+"""Draws the pictures and the table of the README: the real commands run, and what they print is kept.
 
-    python docs/make_pictures.py
+    python docs/make_pictures.py [NAME ...]
 
-Writes docs/img/*.svg and docs/gemma4-table.md (README.md holds the same table; a test compares them).
+Writes docs/img/*.svg and docs/gemma4-table.md (README.md holds the same table; a test compares them). Nothing is typed in:
+each picture is the output of the command on its first line, run in a process of its own. Lines that are left out of a long
+prompt are marked.
 """
 
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 from pathlib import Path
 
-from rich.console import Console, Group
+from rich.console import Console
 from rich.text import Text
 
 from headwise import api
-from headwise.attention.choose import group_layers
-from headwise.attention.render import explain_view
-from headwise.planner.ceiling import ceiling
-from headwise.planner.render import plan_view
-from headwise.spec.read import open_model
 
 HERE = Path(__file__).parent
+WIDTH = 110
 GEMMA = ("gemma-4-e2b", "gemma-4-e4b", "gemma-4-12b", "gemma-4-26b-a4b", "gemma-4-31b")
+CARDS = ("rtx3060:12", "rtx4090", "rtx5090", "h200")
+PICTURES = {
+    "plan": "headwise plan gemma-4-31b --weights q4_k_m --context 65536 --gpu rtx4090",
+    "explain": "headwise explain gemma-4-31b --gpu rtx4090",
+    "run": "headwise run",
+}
+DIM, RESET = "\x1b[2m", "\x1b[0m"
+PROMPT_LINES = 12  # of the prompt's end that `run` shows
 
 
-def console(width: int = 100) -> Console:
-    return Console(record=True, width=width, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+def record(command: str) -> str:
+    """What a terminal would be sent by `command`; its exit code must be 0."""
+    env = os.environ | {"FORCE_COLOR": "1", "COLORTERM": "truecolor", "TERM": "xterm-256color", "COLUMNS": str(WIDTH)}
+    argv = [sys.executable, "-m", *command.split()]
+    return subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, check=True).stdout
 
 
-def save(name: str, command: str, view: object) -> None:
-    c = console()
-    c.print(Group(Text(f"$ {command}", style="bold"), Text(""), view))  # type: ignore[arg-type]
-    (HERE / "img" / f"{name}.svg").write_text(c.export_svg(title="headwise"), encoding="utf-8")
+def shorten(sent: str) -> str:
+    """Leaves out the head of the prompt that `run` repeats: a first line, then dim lines up to what the model wrote."""
+    lines = sent.splitlines()
+    end = next((i for i, line in enumerate(lines) if i and line and not line.startswith(DIM)), len(lines))
+    out = end - 1 - PROMPT_LINES
+    return "\n".join([lines[0], f"{DIM}[{out} lines left out]{RESET}", *lines[end - PROMPT_LINES :]] if out > 0 else lines)
+
+
+def draw(name: str, command: str) -> None:
+    """docs/img/NAME.svg. The empty last line is no decoration: the drawing cuts descenders of the last one."""
+    sent = record(command)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    console.print(Text(f"$ {command}\n", style="bold"))
+    console.print(Text.from_ansi((shorten(sent) if command == "headwise run" else sent).rstrip()))
+    console.print()
+    (HERE / "img" / f"{name}.svg").write_text(console.export_svg(title="headwise", unique_id=name), encoding="utf-8")
 
 
 def table() -> str:
     """The Gemma 4 family at Q4_K_M with a bf16 cache: bytes at 32K tokens, and the largest context per card."""
-    cards = ("rtx3060:12", "rtx4090", "rtx5090", "h200")
     lines = [
-        "| model | weights | KV at 32K | compute | total | " + " | ".join(f"{c} holds" for c in cards) + " |",
-        "|---|---|---|---|---|" + "---|" * len(cards),
+        "| model | weights | KV at 32K | compute | total | " + " | ".join(f"{c} holds" for c in CARDS) + " |",
+        "|---|---|---|---|---|" + "---|" * len(CARDS),
     ]
     for model in GEMMA:
         p = api.plan(model, context=32_768, kv="bf16", weights="q4_k_m", gpus=["h200"])
-        most = [api.plan(model, context=1024, kv="bf16", weights="q4_k_m", gpus=[c]).max_context or 0 for c in cards]
+        most = [api.plan(model, context=1024, kv="bf16", weights="q4_k_m", gpus=[c]).max_context or 0 for c in CARDS]
         gib = [f"{n / 2**30:.2f} GiB" for n in (p.weights_bytes, p.kv_bytes, p.compute_bytes, p.total_bytes)]
         lines.append(f"| {model} | {' | '.join(gib)} | {' | '.join(f'{n:,}' if n else '-' for n in most)} |")
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(names: list[str]) -> None:
     (HERE / "img").mkdir(exist_ok=True)
-    p = api.plan("gemma-4-31b", context=65_536, weights="q4_k_m", gpus=["rtx4090"])
-    limits = [ceiling(p, s.target.gpu) if s.target.gpu else None for s in p.shares]
-    save("plan", "headwise plan gemma-4-31b --weights q4_k_m --context 65536 --gpu rtx4090", plan_view(p, limits))
-    source = open_model("gemma-4-e2b", env={})
-    device, kv, choices = api.explain(source, gpu="rtx4090", kv=None)
-    view = explain_view(source.spec, choices, group_layers(source.spec, choices, kv), device.label)
-    save("explain", "headwise explain gemma-4-e2b --gpu rtx4090", view)
+    for name in names or PICTURES:
+        draw(name, PICTURES[name])
     (HERE / "gemma4-table.md").write_text(table(), encoding="utf-8")
-    try:
-        from headwise import LLM
-        from headwise.engine.render import report_view
-        from headwise.text.demo import demo_prompt
-    except ImportError:  # the light install draws what it can
-        return
-    llm = LLM(device="cpu")
-    text = llm.generate(demo_prompt(), max_tokens=96, temperature=0.8, top_p=0.95, seed=7).text
-    end = demo_prompt()[-420:]
-    save("run", "headwise run", Group(Text(end, style="dim", end=""), Text(text), report_view(llm, 1.3)))
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

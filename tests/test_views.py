@@ -65,6 +65,8 @@ def test_a_plan_over_two_cards_shows_both_and_says_it_is_a_plan() -> None:
     assert "x 2 slots" in text
     assert "bf16 global, q8_0 sliding" in text
     assert "one card" in text
+    assert "█ its layers" in text  # a card's bar holds weights, cache and compute together: no name of one of them
+    assert "█ weights" not in text
 
 
 def test_an_explanation_has_a_cell_per_layer_and_every_refusal() -> None:

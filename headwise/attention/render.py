@@ -29,7 +29,7 @@ def layer_map(spec: ModelSpec, names: Sequence[str], fused: Sequence[bool], *, w
     tallest = max(layer.head_dim for layer in spec.layers)
     rows: list[RenderableType] = []
     for start in range(0, len(spec.layers), width):
-        text = Text(f"{start:>4} ", style="dim")
+        text = Text().append(f"{start:>4} ", style="dim")
         for layer in spec.layers[start : start + width]:
             text.append(_glyph(layer, tallest), style=colour[names[layer.index]])
         rows.append(text)

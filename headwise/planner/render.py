@@ -18,6 +18,7 @@ COLOURS = {
     "KV global": "magenta",
     "KV sliding": "cyan",
     "compute": "yellow",
+    "its layers": "blue",
     "others": "red",
     "margin": "bright_black",
 }
@@ -50,7 +51,8 @@ def legend(parts: Sequence[tuple[str, int]]) -> Text:
     text = Text()
     for name, n in parts:
         if n:
-            text.append("█ ", style=COLOURS[name]).append(f"{name} {gib(n)}   ")
+            text.append("█ ", style=COLOURS[name]).append(f"{name} {gib(n)}  ")
+    text.rstrip()
     return text
 
 
@@ -105,7 +107,7 @@ def _share_view(plan: Plan, share: Share, ceiling: Ceiling | None) -> Renderable
     lines.append(
         Text.assemble(("\n" + t.name, "bold"), f"  {layers}  {gib(share.planned_bytes)} of {gib(t.usable_bytes)} usable  ", state)
     )
-    parts = parts_of(plan) if len(plan.shares) == 1 else [("weights", share.planned_bytes)]
+    parts = parts_of(plan) if len(plan.shares) == 1 else [("its layers", share.planned_bytes)]
     parts = [("others", t.others_bytes), *parts, ("margin", t.margin_bytes)]
     lines += [bar(parts, t.total_bytes), legend(parts)]
     if ceiling and len(plan.shares) == 1 and share.fits:
@@ -140,7 +142,7 @@ def rank_view(fits: Sequence[Fit], names: Sequence[str]) -> RenderableType:
     table = Table(title=f"What fits {' + '.join(names)}", box=None, pad_edge=False, header_style="bold", title_justify="left")
     for name in ("model", "weights", "KV"):
         table.add_column(name)
-    table.add_column("weights", justify="right")
+    table.add_column("size", justify="right")
     table.add_column("largest context", justify="right")
     for f in fits:
         table.add_row(f.model, f.weights, f.kv, gib(f.weights_bytes), f"{f.max_context:,}")
