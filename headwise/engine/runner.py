@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -97,10 +98,13 @@ class Runner:
             ids_T.fill_(ids[0])
         else:
             ids_T.copy_(torch.tensor(ids))
-        with torch.inference_mode(), self.arena.lent():
-            if n == 1 or self.device.type != "cpu":  # one token never needs more than a chunk; a GPU counts by itself
+        with torch.inference_mode():
+            if self.device.type != "cpu":  # a GPU's allocator counts by itself
+                with self.arena.lent():
+                    return self._forward(ids_T, n)
+            if n == 1:  # needs next to nothing beside the arena, and pays for every call
                 return self._forward(ids_T, n)
-            with Peak(self._known) as peak:
+            with self.arena.lent(), Peak(self._known) as peak:
                 x = self._forward(ids_T, n)
         self.transient_bytes = max(self.transient_bytes, peak.peak_bytes)
         return x
@@ -112,7 +116,7 @@ class Runner:
         return x
 
     def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
-        with torch.inference_mode(), self.arena.lent():
+        with torch.inference_mode(), nullcontext() if self.device.type == "cpu" else self.arena.lent():
             return self.decoder.logits(x_TD, self.arena, out)
 
     def _fill_tables(self, n: int) -> None:

@@ -27,9 +27,7 @@ class BlockTensor:
     def __post_init__(self) -> None:
         expected = (*self.shape[:-1], row_bytes(self.type, self.shape[-1]))
         if self.data.dtype != torch.uint8 or tuple(self.data.shape) != expected:
-            raise ValueError(
-                f"BlockTensor {self.type} {self.shape}: {self.data.dtype} {tuple(self.data.shape)}, not {expected}"
-            )
+            raise ValueError(f"BlockTensor {self.type} {self.shape}: {self.data.dtype} {tuple(self.data.shape)}, not {expected}")
 
     @property
     def device(self) -> torch.device:

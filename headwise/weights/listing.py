@@ -70,9 +70,7 @@ def _list_gguf(path: Path) -> Listing:
 
     file = read_gguf(path)
     tensors = {
-        t.name: StoredTensor(
-            t.name, t.shape, t.type.name, t.type.block, t.type.block_bytes, t.path, t.offset, t.n_bytes
-        )
+        t.name: StoredTensor(t.name, t.shape, t.type.name, t.type.block, t.type.block_bytes, t.path, t.offset, t.n_bytes)
         for t in file.tensors.values()
     }
     return Listing(path, "gguf", str(file.metadata["general.architecture"]), tensors)
@@ -108,9 +106,7 @@ def _list_shards(folder: Path, index: Path) -> dict[str, StoredTensor]:
     headers: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(set(files.values())):
         if Path(file).name != file:
-            raise SpecError(
-                f"{index} points at {file!r}", why="shards lie beside their index", do="get the file from its source"
-            )
+            raise SpecError(f"{index} points at {file!r}", why="shards lie beside their index", do="get the file from its source")
         if not (folder / file).exists():
             lost = sum(1 for other in files.values() if other == file)
             raise SpecError(

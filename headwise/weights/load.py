@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from headwise.errors import SpecError
+from headwise.planner.workspace import DEQUANT_TEMP_BYTES
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, weight_tensors
 from headwise.weights.blocks import BLOCK_TYPES, BlockTensor, Weight, dequantise, repack_mxfp4, row_bytes
 from headwise.weights.listing import Listing, StoredTensor, list_checkpoint
 from headwise.weights.names import Part, match, row_axis
 
-TILE_BYTES = 64 << 20  # of the largest form a tile takes on its way, fp32 included
+TILE_BYTES = 64 << 20  # of all forms a tile takes on its way
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 Progress = Callable[[int, int], None]
@@ -130,7 +131,7 @@ def _region(weight: Weight, part: Part) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One stored tensor as views into the file, rows by rows of our tensor; `type` is a float type or a block type."""
+    """One stored tensor as views into the file, rows by rows of our tensor; `type` is as listed, or mxfp4."""
 
     tensor: Tensor  # (..., rows, elements), or (..., rows, bytes) of blocks
     type: str
@@ -139,6 +140,9 @@ class _Source:
     def tile(self, index: tuple[slice, ...]) -> Tensor:
         if self.scales is not None:
             return repack_mxfp4(self.tensor[index], self.scales[index])
+        if self.type == "mxfp4_raw":  # the exponent before each block, the nibbles in the checkpoint's order
+            blocks = self.tensor[index].unflatten(-1, (-1, 17))
+            return repack_mxfp4(blocks[..., 1:], blocks[..., 0])
         return self.tensor[index]
 
 
@@ -157,20 +161,22 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
         dest = dest.unsqueeze(-1)
     if part.pairs_of:
         dest = dest.unflatten(-2, (part.pairs_of, 2, -1))
-    # The widest form of a row decides the tile: fp32, unless blocks stay blocks.
     columns = 1 if part.axis == -1 else ours.shape[-1]
-    wide = dest.shape[-1] if dest.dtype == torch.uint8 else 4 * columns
-    for index in _tiles(tuple(dest.shape[:-1]), max(1, TILE_BYTES // wide)):
+    type_name = source.type.removesuffix("_raw")
+    value_bytes = 4 if type_name in FLOATS or dest.dtype == torch.uint8 else DEQUANT_TEMP_BYTES
+    for index in _tiles(tuple(dest.shape[:-1]), max(1, TILE_BYTES // (value_bytes * columns))):
         into, tile = dest[index], source.tile(index)
-        if source.type in FLOATS:
+        if type_name in FLOATS:
             into.copy_(tile.float() + part.add if part.add else tile)
         elif dest.dtype == torch.uint8:
             into.copy_(tile)
-        elif source.type in BLOCK_TYPES:
-            dequantise(tile.to(dest.device), source.type, into.dtype, out=into)
+        elif type_name in BLOCK_TYPES:
+            dequantise(tile.to(dest.device), type_name, into.dtype, out=into)
         else:
             into.copy_(_dequantise_by_gguf(tile, stored))
         files.forget(stored)
+        if scales:
+            files.forget(scales)
         yield into.numel() * into.element_size()
 
 

@@ -154,12 +154,12 @@ _GGUF_MODEL: Mapping[str, tuple[_Row, ...]] = {
 _GGUF_LAYER: Mapping[str, tuple[_Row, ...]] = {
     **{name: (_Row(f"attn_{name}.weight"), _Row("attn_qkv.weight", name)) for name in ("q", "k", "v")},
     **{f"{name}_bias": (_Row(f"attn_{name}.bias"), _Row("attn_qkv.bias", name)) for name in ("q", "k", "v")},
-    **_dense(
-        "", {"o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp"}
-    ),
+    **_dense("", {"o": "attn_output", "gate": "ffn_gate", "up": "ffn_up", "down": "ffn_down", "router": "ffn_gate_inp"}),
     **_dense("", {f"experts_{name}": f"ffn_{name}_exps" for name in ("gate", "up", "down")}),
     "experts_gate": (_Row("ffn_gate_exps.weight"), _Row("ffn_gate_up_exps.weight", "first")),
     "experts_up": (_Row("ffn_up_exps.weight"), _Row("ffn_gate_up_exps.weight", "second")),
+    "experts_gate_bias": (_Row("ffn_gate_exps.bias"), _Row("ffn_gate_up_exps.bias", "first")),
+    "experts_up_bias": (_Row("ffn_up_exps.bias"), _Row("ffn_gate_up_exps.bias", "second")),
     "attn_norm": (_Row("attn_norm.weight"),),
     "attn_post_norm": (_Row("post_attention_norm.weight"),),
     "mlp_norm": (_Row("ffn_norm.weight"),),
@@ -176,6 +176,18 @@ _GGUF_LAYER: Mapping[str, tuple[_Row, ...]] = {
     "ple_proj": (_Row("proj.weight"),),
     "ple_post_norm": (_Row("post_norm.weight"),),
     "layer_scalar": (_Row("layer_output_scale.weight"),),
+}
+# Ollama's own conversion of gpt-oss: the checkpoint's order of gate and up, and names of its own.
+# Source: ollama convert/convert_gptoss.go `Replacements`, model/models/gptoss/model.go (the `gguf:` tags and `GateUp`).
+_GPTOSS_LAYER: Mapping[str, tuple[_Row, ...]] = {
+    "o": (_Row("attn_out.weight"), _Row("attn_output.weight")),
+    "o_bias": (_Row("attn_out.bias"), _Row("attn_output.bias")),
+    "sinks": (_Row("attn_sinks"), _Row("attn_sinks.weight")),
+    "mlp_norm": (_Row("ffn_norm.weight"), _Row("post_attention_norm.weight")),
+    "experts_gate": (_Row("ffn_gate_exps.weight"), _Row("ffn_gate_up_exps.weight", "even")),
+    "experts_up": (_Row("ffn_up_exps.weight"), _Row("ffn_gate_up_exps.weight", "odd")),
+    "experts_gate_bias": (_Row("ffn_gate_exps.bias"), _Row("ffn_gate_up_exps.bias", "even")),
+    "experts_up_bias": (_Row("ffn_up_exps.bias"), _Row("ffn_gate_up_exps.bias", "odd")),
 }
 _GGUF_PAIRED = ("llama", "mistral3")  # architectures whose converter permutes q and k: LlamaModel.permute and its heirs
 
@@ -230,7 +242,7 @@ def match(spec: ModelSpec, listing: Listing) -> Matched:
 
 
 def stored_types(spec: ModelSpec, listing: Listing) -> dict[str, str]:
-    """Our name -> the type it is stored in: "f32", "bf16", "q4_k", ..., and "mxfp4" for both spellings of MXFP4."""
+    """Our name -> the type it is stored in: "f32", "bf16", "q4_k", ..., and "mxfp4" for every spelling of MXFP4."""
     return dict(match(spec, listing).types)
 
 
@@ -260,7 +272,9 @@ class _Table:
             self.model_rows, self.layer_rows, self.layer_stem = _HF_MODEL, layer_rows, f"{self.body}layers."
         else:
             layer_rows = dict(_GGUF_LAYER)
-            if spec.family == "gpt_oss":  # the norm before the MLP bears the name of its place after attention
+            if listing.architecture == "gptoss":
+                layer_rows |= _GPTOSS_LAYER
+            elif spec.family == "gpt_oss":  # the norm before the MLP bears the name of its place after attention
                 layer_rows["mlp_norm"] = (_Row("post_attention_norm.weight"), _Row("ffn_norm.weight"))
             self.model_rows, self.layer_rows, self.layer_stem = _GGUF_MODEL, layer_rows, "blk."
 
@@ -336,9 +350,7 @@ class _Table:
         self._check(wanted[0], shape, ours)
         yield replace(part, stored=wanted[0])
 
-    def _share_of_qkv(
-        self, part: Part, layer: LayerSpec, share: Share, stored: StoredTensor, vector: bool
-    ) -> tuple[Part, int]:
+    def _share_of_qkv(self, part: Part, layer: LayerSpec, share: Share, stored: StoredTensor, vector: bool) -> tuple[Part, int]:
         """Our rows of a fused q, k, v. A K=V layer may be stored with its V rows, which then repeat its K rows."""
         q, kv = layer.n_heads * layer.head_dim, layer.n_kv_heads * layer.head_dim
         total = q + 2 * kv
@@ -386,7 +398,7 @@ class _Table:
 
 def _type(ours: TensorSpec, parts: tuple[Part, ...], listing: Listing) -> str:
     """The one type all parts of a tensor are stored in."""
-    found = {"mxfp4" if part.scales else listing.tensors[part.stored].type for part in parts}
+    found = {"mxfp4" if part.scales else listing.tensors[part.stored].type.removesuffix("_raw") for part in parts}
     tensors = [listing.tensors[part.stored] for part in parts]
     if len(found) == 1:
         (type_name,) = found
