@@ -42,7 +42,7 @@ def weight_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
     for layer in spec.layers:
         out += [TensorSpec(f"layers.{layer.index}.{t.name}", t.shape, t.role) for t in _layer_tensors(spec, layer)]
     out.append(TensorSpec("norm", (spec.hidden,), "vector"))
-    if spec.tied:
+    if not spec.tied:
         out.append(TensorSpec("head", (spec.vocab_size, spec.hidden), "matrix"))
     return tuple(out)
 
