@@ -125,6 +125,8 @@ def test_gpt_oss_has_a_bias_for_each_expert() -> None:
     assert gpt_oss["layers.0.experts_gate_bias"] == gpt_oss["layers.0.experts_down_bias"] == (32, 2880)
     assert gpt_oss["layers.0.q_bias"] == (64 * 64,) and gpt_oss["layers.0.k_bias"] == (8 * 64,)
     assert gpt_oss["layers.0.o_bias"] == (2880,) and gpt_oss["layers.0.sinks"] == (64,)
+    narrow = shapes(spec_from_config(tiny.model_config("gpt-oss", intermediate_size=32).to_diff_dict(), name="m"))
+    assert [narrow[f"layers.0.{name}_bias"] for name in EXPERTS] == [(5, 32), (5, 32), (5, 64)]
 
 
 def test_an_mlp_with_biases_has_three() -> None:
