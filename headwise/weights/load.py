@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from headwise.errors import SpecError
-from headwise.planner.workspace import DEQUANT_TEMP_BYTES
+from headwise.planner.workspace import DEQUANT_TILE_VALUES
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, weight_tensors
 from headwise.weights.blocks import BLOCK_TYPES, BlockTensor, Weight, dequantise, repack_mxfp4, row_bytes
 from headwise.weights.listing import Listing, StoredTensor, list_checkpoint
 from headwise.weights.names import Part, match, row_axis
 
-TILE_BYTES = 64 << 20  # of all forms a tile takes on its way
+TILE_BYTES = 64 << 20  # of a tile that is copied or converted, in fp32; one that is dequantised does best in the caches
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
 Progress = Callable[[int, int], None]
@@ -163,8 +163,9 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
         dest = dest.unflatten(-2, (part.pairs_of, 2, -1))
     columns = 1 if part.axis == -1 else ours.shape[-1]
     type_name = source.type.removesuffix("_raw")
-    value_bytes = 4 if type_name in FLOATS or dest.dtype == torch.uint8 else DEQUANT_TEMP_BYTES
-    for index in _tiles(tuple(dest.shape[:-1]), max(1, TILE_BYTES // (value_bytes * columns))):
+    dequantised = type_name not in FLOATS and dest.dtype != torch.uint8
+    n_values = min(TILE_BYTES // 4, DEQUANT_TILE_VALUES) if dequantised else TILE_BYTES // 4
+    for index in _tiles(tuple(dest.shape[:-1]), max(1, n_values // columns)):
         into, tile = dest[index], source.tile(index)
         if type_name in FLOATS:
             into.copy_(tile.float() + part.add if part.add else tile)
