@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import html
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +18,12 @@ import pytest
 import headwise
 from headwise.attention.docs import markdown
 from headwise.cli import _parser
+from headwise.hardware.gpus import GPUS
+from headwise.spec.catalogue import specs
 
 ROOT = Path(__file__).parents[2]
+# Flags of other programs that the pages speak of.
+THEIRS = {"--swa-full", "--fit"}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tools").rglob("*.md")]
 
 
@@ -30,6 +38,15 @@ def test_the_backends_page_is_current() -> None:
     assert (ROOT / "docs/backends.md").read_text() == markdown()
 
 
+def _pictures() -> dict[str, str]:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_pictures import PICTURES
+    finally:
+        sys.path.pop(0)
+    return PICTURES
+
+
 def test_the_readme_table_is_what_the_planner_says() -> None:
     sys.path.insert(0, str(ROOT / "docs"))
     try:
@@ -41,32 +58,126 @@ def test_the_readme_table_is_what_the_planner_says() -> None:
     assert shown == table() == (ROOT / "docs/gemma4-table.md").read_text()
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs/quickstart.md"], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_shown_parses(page: Path) -> None:
     """A flag that was renamed stays in the README for years."""
-    blocks = re.findall(r"```console\n(.*?)```", page.read_text(), re.DOTALL)
-    commands = [shlex.split(line, comments=True) for b in blocks for line in b.splitlines() if line.startswith("headwise ")]
-    for words in commands:
-        _parser().parse_args(words[1:])
+    text = page.read_text()
+    lines = [line for block in re.findall(r"```console\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
+    lines += [code for code in re.findall(r"`(headwise [^`]+)`", text) if "|" not in code and "@VERSION" not in code]
+    for line in lines:
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["headwise"] and words[1:]:
+            _parser().parse_args(words[1:])
 
 
-def test_the_readmes_python_runs() -> None:
-    code = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_every_script_and_flag_shown_exists(page: Path) -> None:
+    """`--max-token` in a text is a reader's wasted minute."""
+    text = page.read_text()
+    for script in re.findall(r"`(?:python )?((?:benchmarks|docs|tools|tests|headwise)/[\w/.]+\.\w+)", text):
+        assert (ROOT / script).exists(), script
+    known = {flag for parser in _parsers(_parser()) for action in parser._actions for flag in action.option_strings}
+    for span in re.findall(r"`(--[a-z][^`]*)`", text):
+        if page.parts[-2] != "tiny_hybrid" and page.name != "tiny-hybrid.md":  # those speak of their scripts' flags
+            assert span.split()[0].split("=")[0] in known | THEIRS, span
+
+
+def _parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            yield from action.choices.values()
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if p.parent in (ROOT, ROOT / "docs") and "```python" in p.read_text()], ids=lambda p: p.name
+)
+def test_python_shown_runs(page: Path) -> None:
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT)
 
     assert done.returncode == 0, done.stderr
+
+
+def test_the_counts_in_the_readme_are_the_tables() -> None:
+    text = (ROOT / "README.md").read_text()
+
+    assert re.findall(r"(\d+) cards", text) == [str(len(GPUS))]
+    assert re.findall(r"(\d+) models", text) == [str(len(specs()))]
+
+
+def test_the_readme_quotes_the_benchmark() -> None:
+    """A ratio in the README is the newest result's, rounded down: nobody retypes it better."""
+    newest = max((ROOT / "benchmarks/results").glob("cpu_decode_*.json"))
+    engines = json.loads(newest.read_text())["engines"]
+    ours, theirs = engines["headwise"], engines["transformers"]
+    text = " ".join((ROOT / "README.md").read_text().split())
+    for word in ("decode", "prefill"):
+        said = float(re.findall(rf"{word} (\d+\.\d) times", text)[0])
+        assert 0 <= ours[f"{word}_tok_s"]["median"] / theirs[f"{word}_tok_s"]["median"] - said < 0.1, word
+    cuda = json.loads(max((ROOT / "benchmarks/results").glob("cuda_check_*.json")).read_text())
+    (said_cuda,) = re.findall(r"embedded model at (\d+) tok/s", text)
+    assert round(cuda["embedded"][0]["decode_tok_s"]) == int(said_cuda)
+    assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 10 * 1024  # "up to 10 KB above it"
+    assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
+def test_every_page_can_be_reached_from_the_index(page: Path) -> None:
+    links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "docs/index.md").read_text())
+
+    assert page.name in [*links, "index.md", "gemma4-table.md"]
+
+
+def test_pictures_are_complete_and_made_of_commands_that_parse() -> None:
+    made = _pictures()
+    assert {p.stem for p in (ROOT / "docs/img").glob("*.svg")} == {*made, "tiny-hybrid-loss"}
+    for name, command in made.items():
+        _parser().parse_args(command.split()[1:])
+        drawn = html.unescape((ROOT / f"docs/img/{name}.svg").read_text()).replace("\xa0", " ")
+        assert command in drawn
 
 
 def test_one_version() -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == headwise.__version__
 
 
-def test_tracked_text_names_no_machine() -> None:
-    """An absolute path of one machine helps nobody."""
-    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+TEXT = {".py", ".md", ".toml", ".sh", ".json", ".jsonl", ".txt", ".jinja", ".svg", ".cfg", ".yml", ""}
+# An absolute path of one machine, an address inside one network, a package mirror that only one network has.
+PRIVATE = re.compile(
+    r"(?<![\w.])/(?:work|root|opt|mnt|workspace|home/(?!me/)\w+)/\w"
+    r"|\b(?:10\.\d{1,3}|192\.168|172\.(?:1[6-9]|2\d|3[01]))(?:\.\d{1,3}){2}\b"
+    r"|https?://[\w.-]*(?:\.internal|\.local|:8081|artifactory|nexus)\b"
+    r"|--(?:extra-)?index-url[= ](?!https://download\.pytorch\.org)"
+)
+
+
+def tracked() -> list[Path]:
+    listed = subprocess.run(["git", "ls-files", "-z"], capture_output=True, text=True, cwd=ROOT)
     if listed.returncode:
-        pytest.skip("not a git checkout")
-    for name in listed.stdout.split():
-        path = ROOT / name
-        if path.suffix in {".py", ".md", ".toml", ".sh", ".json", ".txt", ".jinja"} and path.exists():
-            assert not re.search(r"(?<![\w.])/(work|root|home/(?!me/)\w+)/", path.read_text(errors="replace")), name
+        return []  # an unpacked archive
+    return [path for name in listed.stdout.split("\0") if name and (path := ROOT / name).suffix in TEXT and path.is_file()]
+
+
+def test_tracked_text_names_no_machine() -> None:
+    """A path, an address or a mirror of one machine helps nobody."""
+    found = [
+        f"{path.relative_to(ROOT)}: {hit[0]}"
+        for path in tracked()
+        if path != Path(__file__) and (hit := PRIVATE.search(path.read_text(errors="replace")))
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["see /root/notes.md", "in /work/main/x", "http://192.168.0.4/simple", "--index-url http://mirror/simple", "/home/ann/x",
+     "https://pkgs.corp.internal/a"],
+)  # fmt: skip
+def test_a_private_name_is_found(text: str) -> None:
+    assert PRIVATE.search(text)
+
+
+@pytest.mark.parametrize("text", ["a/work/b", "/home/me/models", "10.8 GiB", "https://download.pytorch.org/whl/cu126", "opt/x"])
+def test_an_ordinary_text_is_let_through(text: str) -> None:
+    assert not PRIVATE.search(text)
