@@ -340,6 +340,14 @@ def test_a_partial_rope_at_the_top_is_refused() -> None:
         read(CONFIGS["llama"] | {"partial_rotary_factor": 0.5})
 
 
+@pytest.mark.parametrize("rope", [{"rope_type": "default"}, LLAMA3, {"rope_type": "linear", "factor": 2.0}])
+def test_a_partial_rope_of_the_whole_head_is_a_whole_rope(rope: dict[str, Any]) -> None:
+    """Converters write partial_rotary_factor 1.0 beside every rope; it was an unknown key."""
+    config = CONFIGS["llama"]
+
+    assert read(config | {"rope_scaling": rope | {"partial_rotary_factor": 1.0}}) == read(config | {"rope_scaling": rope})
+
+
 def test_linear_scaling_divides_every_frequency() -> None:
     """Gemma 3's full layers: factor 8."""
     assert inv_freq(CONFIGS["gemma3"], 1) == pytest.approx([10 ** (-6 * i / 8) / 8 for i in range(8)])
@@ -368,6 +376,7 @@ def test_llama3_scaling_without_its_original_context_takes_the_context() -> None
     [
         ({}, 0.1 * math.log(32) + 1),
         ({"attention_factor": 1.25}, 1.25),
+        ({"attention_factor": 1.25, "mscale": 1.0, "mscale_all_dim": 1.0}, 1.25),
         ({"mscale": 1.0, "mscale_all_dim": 1.0}, 1.0),  # they cancel
         ({"mscale": 1.0}, 0.1 * math.log(32) + 1),  # one alone counts for nothing
         ({"factor": 0.5}, 1.0),
@@ -551,6 +560,23 @@ def test_gemma3_reads_a_config_that_leaves_out_its_defaults() -> None:
     assert (spec.vocab_size, spec.max_context, spec.tied, spec.bos_id) == (262_208, 131_072, True, 2)
     assert layer.scale == 256**-0.5
     assert len(spec.of_kind("global")) == 5
+
+
+def test_gemma3_that_looks_both_ways_is_refused() -> None:
+    """EmbeddingGemma is a gemma3_text with use_bidirectional_attention true: an encoder, which would have talked."""
+    assert read(CONFIGS["gemma3"] | {"use_bidirectional_attention": False}) == read(CONFIGS["gemma3"])
+    with pytest.raises(SpecError, match="use_bidirectional_attention = True"):
+        read(CONFIGS["gemma3"] | {"use_bidirectional_attention": True})
+
+
+@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("wrong", [-30.0, 0, "30", True, float("nan")])
+def test_a_softcap_of_the_logits_is_a_positive_number(name: str, wrong: object) -> None:
+    """0 divides by zero; NaN makes every token the first."""
+    assert read(CONFIGS[name] | {"final_logit_softcapping": 20.0}).final_softcap == 20.0
+    assert read(CONFIGS[name] | {"final_logit_softcapping": None}).final_softcap is None
+    with pytest.raises(SpecError, match="final_logit_softcapping"):
+        read(CONFIGS[name] | {"final_logit_softcapping": wrong})
 
 
 def test_gemma3_old_and_new_ropes_are_one() -> None:
