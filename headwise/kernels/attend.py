@@ -1,0 +1,295 @@
+"""Attention of a step's queries over cached keys, fused: prefill, decode and the verification of draft tokens in one kernel.
+
+The rows of a tile are (query, head) pairs of one group, so that a key is read once for all heads that share it and a lone
+query still fills a matrix tile. The keys of a row are its window, or everything before it. With `splits` > 1 the keys go to
+several programs (a batch of one fills the card) and a second, small kernel merges their partial results, which is exact.
+
+Shapes    N queries of all sequences, H query heads, G KV heads, D values of a head (64, 128, 256, 512), E values of a key:
+          q_NHE, cached k (S, G, E) and v (S, G, D) -> out_NHD. One tensor for both (E = D + R, a power of two R): v None; the
+          first D values are the value, all E the key.
+Accuracy  fp32 scores, softmax and sums; products in q's type. Relative error within TOLERANCE of `reference`.
+Cost      prefill 2 * (E + D) * H operations a visible (query, key) pair; decode the bytes of the keys in sight, once.
+Source    FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023); packed groups as in FlashInfer's decode.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headwise.kernels.configs import Config, config_for
+from headwise.kernels.stored import Sequences, Slots, Stored, columns, load_values, slot_of
+
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LOG2E = 1.4426950408889634
+HEAD_DIMS = (64, 128, 256, 512)
+
+
+def reference(
+    q_NHE: Tensor, k_BSGE: list[Tensor], v_BSGD: list[Tensor] | None, seqs: Sequences, *, scale: float, D: int,
+    window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The formula in fp64, sequence by sequence; keys and values in order of position, not of slot. (N, H, D) in fp64."""
+    out = torch.empty(*q_NHE.shape[:2], D, dtype=torch.float64, device=q_NHE.device)
+    starts, lengths = seqs.starts_B1.tolist(), seqs.lengths_B.tolist()
+    for b, n in enumerate(lengths):
+        q = q_NHE[starts[b] : starts[b + 1]].double()
+        T, H, _ = q.shape
+        if not T:
+            continue
+        k = k_BSGE[b][:n].double()
+        v = k[..., :D] if v_BSGD is None else v_BSGD[b][:n].double()
+        k, v = (x.repeat_interleave(H // x.shape[1], 1) for x in (k, v))
+        s = torch.einsum("the,nhe->htn", q, k) * scale
+        if softcap:
+            s = softcap * torch.tanh(s / softcap)
+        i = torch.arange(n - T, n, device=q.device)[:, None]
+        j = torch.arange(n, device=q.device)[None, :]
+        seen = (j <= i) & (j > i - window) if window else j <= i
+        s = s.masked_fill(~seen, float("-inf"))
+        if sinks_H is not None:
+            s = torch.cat((s, sinks_H.double()[:, None, None].expand(H, T, 1)), -1)
+        p = s.softmax(-1)[..., :n]
+        out[starts[b] : starts[b + 1]] = torch.einsum("htn,nhd->thd", p, v)
+    return out
+
+
+@triton.jit
+def _tiles(
+    acc, m, l, q, q_tail, pos_q, lo, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride, ring, g, G, scale,
+    softcap, window,
+    D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr, FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Softmax's running sums over the keys at positions [lo, hi); without MASKED every row sees all of them, whole tiles."""
+    dtype: tl.constexpr = q.dtype
+    for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
+        pos = n0 + tl.arange(0, BN)
+        ok = pos < hi
+        at = tl.where(ok, pos, lo) if MASKED else pos  # no table entry past the end is read
+        rows = slot_of(at, table, seq, table_stride, ring, RING, PAGE) * G + g
+        k = load_values(k_data, k_scales, rows, ok, 0, D, D + R, FORMAT, MASKED, dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if R > 0:
+            k_tail = load_values(k_data, k_scales, rows, ok, D, R, D + R, FORMAT, MASKED, dtype)
+            s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
+        s = s * scale  # log2(e) is in it
+        if SOFTCAP:  # tanh(x) = 1 - 2 / (e^2x + 1)
+            s = softcap * 1.4426950408889634 * (1.0 - 2.0 / (tl.exp2(s * (2.0 / softcap)) + 1.0))
+        if MASKED:
+            seen = (pos[None, :] <= pos_q[:, None]) & ok[None, :]
+            if WINDOWED:
+                seen = seen & (pos[None, :] > pos_q[:, None] - window)
+            s = tl.where(seen, s, float("-inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))  # m starts finite, so a row that sees nothing yet adds exactly nothing
+        p = tl.exp2(s - m_new[:, None])
+        a = tl.exp2(m - m_new)
+        l = l * a + tl.sum(p, 1)
+        acc = acc * a[:, None]
+        m = m_new
+        if ONE:
+            acc = tl.dot(p.to(dtype), k, acc, input_precision="ieee")
+        else:
+            v = load_values(v_data, v_scales, rows, ok, 0, D, D, FORMAT, MASKED, dtype)
+            acc = tl.dot(p.to(dtype), v, acc, input_precision="ieee")
+    return acc, m, l
+
+
+@triton.jit
+def _attend(
+    q_ptr, k_data, k_scales, v_data, v_scales, out_ptr, sinks_ptr, part_ptr, stat_ptr, starts, lengths, table, table_stride,
+    ring, G,
+    scale, softcap, window, n_splits,
+    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr,
+    FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+    SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    seq = tl.program_id(2)
+    q0 = tl.load(starts + seq)
+    T = tl.load(starts + seq + 1) - q0
+    n = tl.load(lengths + seq)
+    if SPLIT:
+        split = tl.program_id(0) % n_splits
+        block = tl.program_id(0) // n_splits
+    else:
+        split = 0
+        block = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows start first
+    if block * BM >= T * PACK:
+        return
+    g = tl.program_id(1) // (GROUP // PACK)
+    rows = block * BM + tl.arange(0, BM)
+    t = rows // PACK
+    h = g * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK + rows % PACK
+    valid = t < T
+    cols = columns(D, FORMAT)
+    q_row = ((q0 + t).to(tl.int64) * H + h) * (D + R)
+    q = tl.load(q_ptr + q_row[:, None] + cols[None, :], mask=valid[:, None], other=0.0)
+    q_tail = q
+    if R > 0:
+        q_tail = tl.load(q_ptr + q_row[:, None] + D + columns(R, FORMAT)[None, :], mask=valid[:, None], other=0.0)
+    past = n - T
+    pos_q = past + t
+    nearest = past + block * BM // PACK
+    furthest = past + tl.minimum((block * BM + BM - 1) // PACK, T - 1)
+    hi = furthest + 1
+    lo = 0
+    if WINDOWED:
+        lo = tl.maximum(0, nearest - window + 1) // BN * BN
+    acc = tl.zeros((BM, D), tl.float32)
+    m = tl.full((BM,), -1e30, tl.float32)
+    l = tl.zeros((BM,), tl.float32)
+    if SPLIT:
+        share = tl.cdiv(tl.cdiv(hi - lo, n_splits), BN) * BN
+        lo = tl.minimum(lo + split * share, hi)
+        hi = tl.minimum(lo + share, hi)
+        acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, lo, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
+            ring, g, G,
+            scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+        base = (((seq * G + g) * (GROUP // PACK) + tl.program_id(1) % (GROUP // PACK)) * n_splits + split).to(tl.int64)
+        base = (base * (tl.num_programs(0) // n_splits) + block) * BM
+        r = tl.arange(0, BM)
+        tl.store(part_ptr + (base + r)[:, None] * D + cols[None, :], acc, mask=valid[:, None])
+        tl.store(stat_ptr + (base + r) * 2, m, mask=valid)
+        tl.store(stat_ptr + (base + r) * 2 + 1, l, mask=valid)
+        return
+    left = lo
+    if WINDOWED:  # the window's edge cuts these tiles
+        left = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, furthest - window + 1), BN) * BN), hi)
+        acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, lo, left, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
+            ring, g, G,
+            scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+    right = tl.maximum(left, (nearest + 1) // BN * BN)
+    acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, left, right, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
+        ring, g, G,
+        scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, False, BN, STAGES)  # fmt: skip
+    acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, right, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
+        ring, g, G,
+        scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+    if SINKS:
+        l += tl.exp2(tl.load(sinks_ptr + h, mask=valid, other=0.0) * 1.4426950408889634 - m)
+    out = acc / l[:, None]
+    out_row = ((q0 + t).to(tl.int64) * H + h) * D
+    tl.store(out_ptr + out_row[:, None] + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
+
+
+@triton.jit
+def _merge(
+    part_ptr, stat_ptr, out_ptr, sinks_ptr, starts, max_queries, G, n_splits, blocks,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, FORMAT: tl.constexpr,
+    SP: tl.constexpr, BD: tl.constexpr,
+):  # fmt: skip
+    """One row of the result, BD columns of it: the splits' sums, each weighted by what its own maximum was short of the largest."""
+    seq = tl.program_id(0) // max_queries
+    t = tl.program_id(0) % max_queries
+    q0 = tl.load(starts + seq)
+    if t >= tl.load(starts + seq + 1) - q0:
+        return
+    h = tl.program_id(1)
+    g = h // GROUP
+    row = t * GROUP + h % GROUP
+    s = tl.arange(0, SP)
+    base = ((((seq * G + g) * n_splits + s).to(tl.int64)) * blocks + row // BM) * BM + row % BM
+    m = tl.load(stat_ptr + base * 2, mask=s < n_splits, other=-1e30)
+    l = tl.load(stat_ptr + base * 2 + 1, mask=s < n_splits, other=0.0)
+    top = tl.max(m, 0)
+    w = tl.exp2(m - top)
+    total = tl.sum(w * l, 0)
+    if SINKS:
+        total += tl.exp2(tl.load(sinks_ptr + h) * 1.4426950408889634 - top)
+    d = tl.program_id(2) * BD + tl.arange(0, BD)
+    x = tl.load(part_ptr + base[:, None] * D + d[None, :], mask=(s < n_splits)[:, None], other=0.0)
+    out = tl.sum(x * w[:, None], 0) / total
+    tl.store(out_ptr + ((q0 + t).to(tl.int64) * H + h) * D + d, out.to(out_ptr.dtype.element_ty))
+
+
+def partial_floats(n_seqs: int, n_heads: int, n_kv_heads: int, max_queries: int, D: int, n_splits: int, rows: int) -> int:
+    """fp32 values that a split launch needs as scratch: a partial result, a maximum and a sum for each row and split."""
+    if n_splits == 1:
+        return 0
+    blocks = -(-max_queries * (n_heads // n_kv_heads) // rows)
+    return n_seqs * n_kv_heads * n_splits * blocks * rows * (D + 2)
+
+
+def attend(
+    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
+    window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None, n_splits: int = 1,
+    scratch: Tensor | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention into `out_NHD`. Queries are the last of their sequence: query t of T sits at position length - T + t.
+
+    Args:
+        window: keys a query sees, itself included; None: all before it.
+        n_splits: programs that share the keys of one row; more than 1 needs `scratch` of `partial_floats` fp32 values.
+    Raises:
+        ValueError: shapes, strides or types this kernel does not take, with both numbers.
+    """
+    _, H, E = q_NHE.shape
+    D, G = out_NHD.shape[-1], k.data_SGW.shape[1]
+    _check(q_NHE, k, v, out_NHD, slots, window, D)
+    group = H // G
+    if config is None:
+        config = config_for(
+            D, E - D, one=v is None, format=int(k.format.value), queries=seqs.max_queries * group, dtype=q_NHE.dtype
+        )
+    pack = group if n_splits > 1 else config.pack(group)
+    blocks = -(-seqs.max_queries * pack // config.rows)
+    B = seqs.lengths_B.shape[0]
+    part = stat = q_NHE
+    if n_splits > 1:
+        n = B * G * n_splits * blocks * config.rows
+        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < n * (D + 2):
+            raise ValueError(f"attend: {n_splits} splits need scratch of {n * (D + 2)} fp32 values, got {scratch}")
+        part, stat = scratch[: n * D], scratch[n * D :]
+    vs = k if v is None else v
+    none = q_NHE
+    _attend[(blocks * n_splits, G * group // pack, B)](
+        q_NHE, k.data_SGW if k.data_SGW.dtype != torch.float8_e4m3fn else k.data_SGW.view(torch.uint8),
+        none if k.scales_SGB is None else k.scales_SGB,
+        vs.data_SGW if vs.data_SGW.dtype != torch.float8_e4m3fn else vs.data_SGW.view(torch.uint8),
+        none if vs.scales_SGB is None else vs.scales_SGB,
+        out_NHD, none if sinks_H is None else sinks_H, part, stat, seqs.starts_B1, seqs.lengths_B, slots.table,
+        slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, n_splits,
+        H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, FORMAT=k.format, RING=slots.ring > 0, PAGE=slots.page,
+        WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None, SPLIT=n_splits > 1,
+        BM=config.rows, BN=config.keys, STAGES=config.stages, num_warps=config.warps,
+    )  # fmt: skip
+    if n_splits > 1:
+        bd = min(D, 128)
+        _merge[(B * seqs.max_queries, H, D // bd)](
+            part, stat, out_NHD, none if sinks_H is None else sinks_H, seqs.starts_B1, seqs.max_queries, G, n_splits, blocks,
+            H=H, GROUP=group, D=D, SINKS=sinks_H is not None, BM=config.rows, FORMAT=k.format, SP=triton.next_power_of_2(n_splits),
+            BD=bd, num_warps=4,
+        )  # fmt: skip
+    return out_NHD
+
+
+def _check(q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, slots: Slots, window: int | None, D: int) -> None:
+    """Misuse is refused before launch."""
+    N, H, E = q_NHE.shape
+    _, G, _ = k.data_SGW.shape
+    R = E - D
+    problems = {
+        f"head_dim {D} not in {HEAD_DIMS}": D not in HEAD_DIMS,
+        f"{R} rotated values beside the value: 0 or a power of two of at least 16": R < 0 or (R > 0 and (R < 16 or R & (R - 1))),
+        f"{H} query heads over {G} KV heads": H % G,
+        f"a window of {window} keys (>= 1)": window is not None and window < 1,
+        f"keys of {k.n_values} values for queries of {E}": k.n_values != E,
+        f"queries of {E} values with values of {D}: two tensors have one size": v is not None and R,
+        f"values of {v and v.n_values}, results of {D}": v is not None and v.n_values != D,
+        f"keys in {k.data_SGW.dtype}, values in {v and v.data_SGW.dtype}": v is not None and v.data_SGW.dtype != k.data_SGW.dtype,
+        f"results {tuple(out_NHD.shape)} for queries {tuple(q_NHE.shape)}": out_NHD.shape != (N, H, D),
+        f"query strides {q_NHE.stride()}, result strides {out_NHD.stride()} (contiguous)": not (
+            q_NHE.is_contiguous() and out_NHD.is_contiguous()
+        ),
+        f"cache strides {k.data_SGW.stride()} (contiguous)": not (
+            k.data_SGW.is_contiguous() and (v is None or v.data_SGW.is_contiguous())
+        ),
+        f"slot table of {slots.table.dtype} (int32)": slots.table.dtype != torch.int32,
+        f"a ring of {slots.ring} and pages of {slots.page}: one of them": bool(slots.ring and slots.page),
+    }
+    found = [what for what, wrong in problems.items() if wrong]
+    if found:
+        raise ValueError("attend: " + "; ".join(found))
