@@ -102,7 +102,7 @@ def _attend(
     q_ptr, k_data, k_scales, v_data, v_scales, out_ptr, sinks_ptr, part_ptr, stat_ptr, starts, lengths, table, table_stride,
     ring, G,
     scale, softcap, window, n_splits,
-    H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr,
+    q_stride, H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr,
     FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
@@ -125,7 +125,7 @@ def _attend(
     h = g * GROUP + tl.program_id(1) % (GROUP // PACK) * PACK + rows % PACK
     valid = t < T
     cols = columns(D, FORMAT)
-    q_row = ((q0 + t).to(tl.int64) * H + h) * (D + R)
+    q_row = (q0 + t).to(tl.int64) * q_stride + h * (D + R)
     q = tl.load(q_ptr + q_row[:, None] + cols[None, :], mask=valid[:, None], other=0.0)
     q_tail = q
     if R > 0:
@@ -169,7 +169,7 @@ def _attend(
         ring, g, G,
         scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
     if SINKS:
-        l += tl.exp2(tl.load(sinks_ptr + h, mask=valid, other=0.0) * 1.4426950408889634 - m)
+        l += tl.exp2(tl.load(sinks_ptr + h, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634 - m)
     out = acc / l[:, None]
     out_row = ((q0 + t).to(tl.int64) * H + h) * D
     tl.store(out_ptr + out_row[:, None] + cols[None, :], out.to(out_ptr.dtype.element_ty), mask=valid[:, None])
@@ -178,8 +178,8 @@ def _attend(
 @triton.jit
 def _merge(
     part_ptr, stat_ptr, out_ptr, sinks_ptr, starts, max_queries, G, n_splits, blocks,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, FORMAT: tl.constexpr,
-    SP: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr,
+    BD: tl.constexpr,
 ):  # fmt: skip
     """One row of the result, BD columns of it: the splits' sums, each weighted by what its own maximum was short of the largest."""
     seq = tl.program_id(0) // max_queries
@@ -198,7 +198,7 @@ def _merge(
     w = tl.exp2(m - top)
     total = tl.sum(w * l, 0)
     if SINKS:
-        total += tl.exp2(tl.load(sinks_ptr + h) * 1.4426950408889634 - top)
+        total += tl.exp2(tl.load(sinks_ptr + h).to(tl.float32) * 1.4426950408889634 - top)
     d = tl.program_id(2) * BD + tl.arange(0, BD)
     x = tl.load(part_ptr + base[:, None] * D + d[None, :], mask=(s < n_splits)[:, None], other=0.0)
     out = tl.sum(x * w[:, None], 0) / total
@@ -251,19 +251,27 @@ def attend(
         vs.data_SGW if vs.data_SGW.dtype != torch.float8_e4m3fn else vs.data_SGW.view(torch.uint8),
         none if vs.scales_SGB is None else vs.scales_SGB,
         out_NHD, none if sinks_H is None else sinks_H, part, stat, seqs.starts_B1, seqs.lengths_B, slots.table,
-        slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, n_splits,
+        slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, n_splits, q_NHE.stride(0),
         H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, FORMAT=k.format, RING=slots.ring > 0, PAGE=slots.page,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None, SPLIT=n_splits > 1,
         BM=config.rows, BN=config.keys, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
     if n_splits > 1:
-        bd = min(D, 128)
-        _merge[(B * seqs.max_queries, H, D // bd)](
-            part, stat, out_NHD, none if sinks_H is None else sinks_H, seqs.starts_B1, seqs.max_queries, G, n_splits, blocks,
-            H=H, GROUP=group, D=D, SINKS=sinks_H is not None, BM=config.rows, FORMAT=k.format, SP=triton.next_power_of_2(n_splits),
-            BD=bd, num_warps=4,
-        )  # fmt: skip
+        merge(part, stat, out_NHD, sinks_H, seqs, G=G, n_splits=n_splits, blocks=blocks, rows=config.rows)
     return out_NHD
+
+
+def merge(
+    part: Tensor, stat: Tensor, out_NHD: Tensor, sinks_H: Tensor | None, seqs: Sequences, *, G: int, n_splits: int,
+    blocks: int, rows: int,
+) -> None:  # fmt: skip
+    """The second launch: `part` and `stat` of every split into `out_NHD`."""
+    _, H, D = out_NHD.shape
+    bd = min(D, 128)
+    _merge[(seqs.lengths_B.shape[0] * seqs.max_queries, H, D // bd)](
+        part, stat, out_NHD, out_NHD if sinks_H is None else sinks_H, seqs.starts_B1, seqs.max_queries, G, n_splits, blocks,
+        H=H, GROUP=H // G, D=D, SINKS=sinks_H is not None, BM=rows, SP=triton.next_power_of_2(n_splits), BD=bd, num_warps=4,
+    )  # fmt: skip
 
 
 def _check(q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, slots: Slots, window: int | None, D: int) -> None:
@@ -281,8 +289,8 @@ def _check(q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, slots: S
         f"values of {v and v.n_values}, results of {D}": v is not None and v.n_values != D,
         f"keys in {k.data_SGW.dtype}, values in {v and v.data_SGW.dtype}": v is not None and v.data_SGW.dtype != k.data_SGW.dtype,
         f"results {tuple(out_NHD.shape)} for queries {tuple(q_NHE.shape)}": out_NHD.shape != (N, H, D),
-        f"query strides {q_NHE.stride()}, result strides {out_NHD.stride()} (contiguous)": not (
-            q_NHE.is_contiguous() and out_NHD.is_contiguous()
+        f"query strides {q_NHE.stride()} (a token's heads together), result strides {out_NHD.stride()} (contiguous)": not (
+            q_NHE.stride()[1:] == (E, 1) and out_NHD.is_contiguous()
         ),
         f"cache strides {k.data_SGW.stride()} (contiguous)": not (
             k.data_SGW.is_contiguous() and (v is None or v.data_SGW.is_contiguous())

@@ -37,13 +37,13 @@ BM, BN = 64, 64  # queries of a warpgroup; keys of a tile, which is a page
 
 
 @gluon.jit
-def _extent(starts, lengths, BM: gl.constexpr):
-    """What this program works on: sequence, first query row, queries of the sequence, position of query 0, its block."""
+def _extent(starts, lengths, AXIS: gl.constexpr):
+    """What this program works on: sequence, first query row, queries, position of query 0, its block (axis AXIS; longest first)."""
     seq = gl.program_id(2)
     q0 = gl.load(starts + seq)
     T = gl.load(starts + seq + 1) - q0
     n = gl.load(lengths + seq)
-    block = gl.num_programs(0) - 1 - gl.program_id(0)
+    block = gl.num_programs(AXIS) - 1 - gl.program_id(AXIS)
     return seq, q0, T, n - T, block
 
 
@@ -60,8 +60,8 @@ def _one_load(
     qd64, qd128, kd, td, starts, lengths, table, table_stride, G, GROUP: gl.constexpr,
     sq0, sq1, sq2, sq3, sq4, sk, st, bq, kl_full, kr_full, kl_empty, kr_empty, t_full, t_empty, PAGED: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 64)
-    h = gl.program_id(1)
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    h = gl.program_id(0)
     g = h // GROUP
     if block * 64 < T:
         tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
@@ -92,7 +92,7 @@ def _one_load(
 def _one_right(
     starts, lengths, out, H, sk, sp, sa, p_full, p_empty, kr_empty, go, dtype: gl.constexpr, SKEW: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 64)
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row: gl.constexpr = gl.SliceLayout(1, accl)
     if block * 64 < T:
@@ -115,7 +115,7 @@ def _one_right(
         acc = acc / gl.expand_dims(l, 1)
         om = block * 64 + gl.arange(0, 64, row)
         on = 256 + gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(1)) * 512
+        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
         gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
 
 
@@ -171,7 +171,7 @@ def _one_left(
     p_empty, go,
     scale, dtype: gl.constexpr, SKEW: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 64)
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     if block * 64 < T:
@@ -198,7 +198,7 @@ def _one_left(
         acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
         om = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, accl))
         on = gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(1)) * 512
+        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
         gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
 
 
@@ -252,7 +252,10 @@ def _one512(
 def attend_one512(
     q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, skew: bool = True,
 ) -> Tensor:  # fmt: skip
-    """Prefill with one tensor for K and V: E = 512 + 128 as `spec.kv` lays it out; no window, softcap or sinks."""
+    """Prefill with one tensor for K and V: E = 512 + 128 as `spec.kv` lays it out; no window, softcap or sinks.
+
+    Heads of a group run side by side, so that one reading of the keys from device memory serves them all.
+    """
     N, H, E = q_NHE.shape
     S, G, _ = k.data_SGW.shape
     dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
@@ -261,7 +264,7 @@ def attend_one512(
     def desc(x: Tensor, columns: int) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(x, [64, columns], gl.NVMMASharedLayout.get_default_for([64, columns], dtype))
 
-    _one512[(-(-seqs.max_queries // BM), H, seqs.lengths_B.shape[0])](
+    _one512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
         desc(q2, 64), desc(q2, 128), desc(k2, 256), desc(k2, 128), out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table,
         slots.table.stride(0), H, G, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0, SKEW=skew, dtype=dtype, num_warps=4,
     )  # fmt: skip
@@ -271,7 +274,7 @@ def attend_one512(
 @gluon.jit
 def _run(starts, lengths, window, ring, table, HEADS: gl.constexpr, BN: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr):
     """The keys of a program's queries: from position `lo` to `hi`, `run` of them before the ring wraps, in `tiles` tiles."""
-    seq, q0, T, past, block = _extent(starts, lengths, 64)
+    seq, q0, T, past, block = _extent(starts, lengths, 0)
     ROWS: gl.constexpr = 128 // HEADS
     hi = past + gl.minimum((block + 1) * ROWS, T)
     lo = 0
@@ -406,7 +409,7 @@ def _two_consume(
         acc = warpgroup_mma(p, sv.index(b), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         if SINKS:
-            l += gl.exp2(gl.load(sinks + h) * 1.4426950408889634 - m)
+            l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
         acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
         om = first + gl.arange(0, 64, gl.SliceLayout(1, accl))
         on = gl.arange(0, D, gl.SliceLayout(0, accl))

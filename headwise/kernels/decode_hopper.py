@@ -1,0 +1,283 @@
+"""Decode attention on Hopper: cached keys stream through TMA while one warpgroup multiplies. Gluon, for triton 3.6.
+
+The matrix unit wants 64 rows and a decode step has few queries, so the roles are turned round: keys are the rows.
+
+    S^T = K q^T          (64 keys, rows of queries)       P = softmax over keys
+    O^T += V^T P         (D, rows of queries)
+
+A row is a (query, head) pair of one group; a key is read once for all of them. The keys of a sequence are shared between
+`n_splits` programs; the last one to finish merges the partial results (or, where they are many, a second kernel does).
+
+Shapes    as in `attend`, keys in the type of the queries (bf16, f16). At most 64 rows (queries times heads of a group).
+Cost      the bytes of the keys in sight, once, and n_splits * rows * D * 8 bytes of partial results through L2.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from headwise.kernels.attend import LOG2E, merge
+from headwise.kernels.stored import Sequences, Slots, Stored
+
+BN = 64  # keys of a tile, which is a page
+
+
+@gluon.jit
+def _share(starts, lengths, window, ring, n_splits, WINDOWED: gl.constexpr, RING: gl.constexpr):
+    """The tiles [first, last) of this program, and what the tiles of its sequence are."""
+    seq = gl.program_id(2)
+    q0 = gl.load(starts + seq)
+    T = gl.load(starts + seq + 1) - q0
+    n = gl.load(lengths + seq)
+    lo = 0
+    if WINDOWED:
+        lo = gl.maximum(0, n - T - window + 1)
+        if not RING:
+            lo = lo // 64 * 64
+    run = n - lo
+    if RING:
+        run = gl.minimum(run, ring - lo % ring)
+    tiles_run = gl.cdiv(run, 64)
+    tiles = tiles_run + gl.cdiv(n - lo - run, 64)
+    split = gl.program_id(0)
+    first = split * tiles // n_splits
+    last = (split + 1) * tiles // n_splits
+    if T == 0:
+        last = first
+    return seq, q0, T, n, lo, run, tiles_run, first, last
+
+
+@gluon.jit
+def _load(
+    kd, td, vd, starts, lengths, table, table_stride, ring, window, n_splits, sk, st, sv, k_full, v_full, k_empty, v_empty,
+    D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr,
+):  # fmt: skip
+    seq, q0, T, n, lo, run, tiles_run, first, last = _share(starts, lengths, window, ring, n_splits, WINDOWED, RING)
+    g = gl.program_id(1)
+    for i in range(first, last):
+        if PAGED:
+            slot = gl.load(table + seq * table_stride + lo // 64 + i) * 64
+        else:
+            slot = gl.load(table + seq)
+            if RING:
+                slot += gl.where(i < tiles_run, lo % ring + i * 64, (i - tiles_run) * 64)
+            else:
+                slot += lo + i * 64
+        s = (i - first) % NS
+        ph = (((i - first) // NS) & 1) ^ 1
+        mbarrier.wait(k_empty.index(s), ph)
+        mbarrier.expect(k_full.index(s), 64 * (D + R) * 2)
+        tma.async_copy_global_to_shared(kd, [slot, g * (D + R)], k_full.index(s), sk.index(s))
+        if R > 0:
+            tma.async_copy_global_to_shared(td, [slot, g * (D + R) + D], k_full.index(s), st.index(s))
+        else:
+            mbarrier.wait(v_empty.index(s), ph)
+            mbarrier.expect(v_full.index(s), 64 * D * 2)
+            tma.async_copy_global_to_shared(vd, [slot, g * D], v_full.index(s), sv.index(s))
+
+
+@gluon.jit
+def _consume(
+    q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G, q_stride,
+    sq, sqt, sk, st, sv, sp, k_full, v_full, k_empty, v_empty,
+    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr,
+    WINDOWED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr, SP: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    seq, q0, T, n, lo, run, tiles_run, first, last = _share(starts, lengths, window, ring, n_splits, WINDOWED, RING)
+    g = gl.program_id(1)
+    sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    ql: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
+    r_q = gl.arange(0, ROWS, gl.SliceLayout(1, ql))
+    q_row = (q0 + r_q // GROUP).to(gl.int64) * q_stride + (g * GROUP + r_q % GROUP) * (D + R)
+    ok_q = gl.expand_dims(r_q < T * GROUP, 1)
+    d_q = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(0, ql)), 0)
+    sq.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + d_q, mask=ok_q, other=0.0))
+    if R > 0:
+        r_t = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(0, ql)), 0)
+        sqt.store(gl.load(q_ptr + gl.expand_dims(q_row, 1) + D + r_t, mask=ok_q, other=0.0))
+    fence_async_shared()
+    rows = gl.arange(0, ROWS, gl.SliceLayout(0, sl))
+    pos_q = n - T + rows // GROUP
+    keys = gl.arange(0, 64, gl.SliceLayout(1, sl))
+    acc = gl.zeros([D, ROWS], gl.float32, sl)
+    m = gl.full([ROWS], -1e30, gl.float32, gl.SliceLayout(0, sl))
+    l = gl.zeros([ROWS], gl.float32, gl.SliceLayout(0, sl))
+    for i in range(first, last):
+        b = (i - first) % NS
+        ph = ((i - first) // NS) & 1
+        mbarrier.wait(k_full.index(b), ph)
+        s = gl.zeros([64, ROWS], gl.float32, sl)
+        s = warpgroup_mma(sk.index(b), sq.permute((1, 0)), s, use_acc=False, is_async=True)
+        if R > 0:
+            s = warpgroup_mma(st.index(b), sqt.permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        if R == 0:
+            mbarrier.arrive(k_empty.index(b), count=1)
+        pos = lo + i * 64
+        end = n
+        if RING:
+            end = gl.where(i < tiles_run, lo + run, n)
+            pos = gl.where(i < tiles_run, pos, lo + run + (i - tiles_run) * 64)
+        cut = pos + 63 > n - T
+        if RING:
+            cut = cut | (pos + 64 > end)
+        if WINDOWED:
+            cut = cut | (pos <= n - 1 - window)
+        if cut:
+            j = gl.expand_dims(pos + keys, 1)
+            i_q = gl.expand_dims(pos_q, 0)
+            seen = (j <= i_q) & (j < end)
+            if WINDOWED:
+                seen = seen & (j > i_q - window)
+            s = gl.where(seen, s, float("-inf"))
+        m_new = gl.maximum(m, gl.max(s, 0) * scale)
+        p = gl.exp2(s * scale - gl.expand_dims(m_new, 0))
+        a = gl.exp2(m - m_new)
+        l = l * a + gl.sum(p, 0)
+        m = m_new
+        sp.permute((1, 0)).store(p.to(dtype))
+        fence_async_shared()
+        acc = acc * gl.expand_dims(a, 0)
+        if R > 0:
+            acc = warpgroup_mma(sk.index(b).permute((1, 0)), sp.permute((1, 0)), acc, is_async=True)
+        else:
+            mbarrier.wait(v_full.index(b), ph)
+            acc = warpgroup_mma(sv.index(b).permute((1, 0)), sp.permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+        if R > 0:
+            mbarrier.arrive(k_empty.index(b), count=1)
+        else:
+            mbarrier.arrive(v_empty.index(b), count=1)
+    dims = gl.expand_dims(gl.arange(0, D, gl.SliceLayout(1, sl)), 1)
+    h = g * GROUP + rows % GROUP
+    valid = rows < T * GROUP
+    if MERGE == 0:
+        if SINKS:
+            l += gl.exp2(gl.load(sinks_ptr + h, mask=valid, other=0.0).to(gl.float32) * 1.4426950408889634 - m)
+        at = ((q0 + rows // GROUP).to(gl.int64) * H + h) * D
+        gl.store(out_ptr + gl.expand_dims(at, 0) + dims, (acc / gl.expand_dims(l, 0)).to(dtype), mask=gl.expand_dims(valid, 0))
+    else:
+        base = ((seq * G + g) * n_splits + gl.program_id(0)).to(gl.int64) * ROWS
+        gl.store(part_ptr + gl.expand_dims((base + rows) * D, 0) + dims, acc, mask=gl.expand_dims(valid, 0))
+        gl.store(stat_ptr + (base + rows) * 2, m, mask=valid)
+        gl.store(stat_ptr + (base + rows) * 2 + 1, l, mask=valid)
+        if MERGE == 1:
+            gl.thread_barrier()
+            done = gl.atomic_add(count_ptr + seq * G + g, 1, sem="acq_rel")
+            if done == n_splits - 1:
+                ml: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+                sx = gl.arange(0, SP, gl.SliceLayout(1, ml))
+                dx = gl.arange(0, D, gl.SliceLayout(0, ml))
+                in_s = sx < n_splits
+                for r in range(T * GROUP):
+                    x_base = ((seq * G + g) * n_splits + sx).to(gl.int64) * ROWS + r
+                    x = gl.load(part_ptr + gl.expand_dims(x_base * D, 1) + gl.expand_dims(dx, 0), mask=gl.expand_dims(in_s, 1),
+                    other=0.0,
+                                cache_modifier=".cg")  # fmt: skip
+                    m_s = gl.load(stat_ptr + x_base * 2, mask=in_s, other=-1e30, cache_modifier=".cg")
+                    l_s = gl.load(stat_ptr + x_base * 2 + 1, mask=in_s, other=0.0, cache_modifier=".cg")
+                    top = gl.max(m_s, 0)
+                    w = gl.exp2(m_s - top)
+                    total = gl.sum(w * l_s, 0)
+                    h_r = g * GROUP + r % GROUP
+                    if SINKS:
+                        total += gl.exp2(gl.load(sinks_ptr + h_r).to(gl.float32) * 1.4426950408889634 - top)
+                    o = gl.sum(x * gl.expand_dims(w, 1), 0) / total
+                    gl.store(out_ptr + ((q0 + r // GROUP).to(gl.int64) * H + h_r) * D + dx, o.to(dtype))
+                gl.store(count_ptr + seq * G + g, 0)
+
+
+@gluon.jit
+def _decode(
+    kd, td, vd, q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, table, table_stride, ring, window, scale,
+    n_splits, G, q_stride,
+    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr,
+    WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr, SP: gl.constexpr,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    ql: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, D], dtype)
+    sq = gl.allocate_shared_memory(dtype, [ROWS, D], ql)
+    sk = gl.allocate_shared_memory(dtype, [NS, 64, D], kd.layout)
+    pl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], dtype)
+    sp = gl.allocate_shared_memory(dtype, [ROWS, 64], pl)
+    if R > 0:
+        tl_: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, R], dtype)
+        sqt = gl.allocate_shared_memory(dtype, [ROWS, R], tl_)
+        st = gl.allocate_shared_memory(dtype, [NS, 64, R], td.layout)
+        sv = sk
+    else:
+        sqt = sq
+        st = sk
+        sv = gl.allocate_shared_memory(dtype, [NS, 64, D], vd.layout)
+    k_full = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NS):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_consume, (q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits,
+        G, q_stride,
+                    sq, sqt, sk, st, sv, sp, k_full, v_full, k_empty, v_empty,
+                    H, GROUP, ROWS, D, R, NS, WINDOWED, RING, SINKS, MERGE, SP, dtype)),
+        (_load, (kd, td, vd, starts, lengths, table, table_stride, ring, window, n_splits, sk, st, sv, k_full, v_full, k_empty,
+        v_empty,
+                 D, R, NS, WINDOWED, RING, PAGED)),
+    ], [1], [24])  # fmt: skip
+
+
+def attend_decode(
+    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
+    window: int | None = None, sinks_H: Tensor | None = None, n_splits: int = 1, scratch: Tensor | None = None,
+    count: Tensor | None = None, merge_in: bool = False, stages: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Decode, or the verification of a few draft tokens. `count`: zeros, one int32 a sequence and KV head, for `merge_in`."""
+    _, H, E = q_NHE.shape
+    D = out_NHD.shape[-1]
+    S, G, _ = k.data_SGW.shape
+    R, group, B = E - D, H // G, seqs.lengths_B.shape[0]
+    rows = max(8, triton.next_power_of_2(seqs.max_queries * group))
+    if rows * D > 32 * 512:
+        raise ValueError(f"attend_decode: {seqs.max_queries} queries of {group} heads are {rows} rows (<= {32 * 512 // D})")
+    dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
+    NS = stages or min(8, max(2, (190 * 1024 - rows * E * 2) // (64 * (E if v is None else 2 * D) * 2)))
+
+    def desc(x: Tensor, columns: int) -> TensorDescriptor:
+        flat = x.view(S, -1)
+        return TensorDescriptor.from_tensor(flat, [64, columns], gl.NVMMASharedLayout.get_default_for([64, columns], dtype))
+
+    kd = desc(k.data_SGW, D)
+    part = stat = q_NHE
+    if n_splits > 1:
+        n = B * G * n_splits * rows
+        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < n * (D + 2):
+            raise ValueError(f"attend_decode: {n_splits} splits need scratch of {n * (D + 2)} fp32 values, got {scratch}")
+        part, stat = scratch[: n * D], scratch[n * D :]
+    mode = 0 if n_splits == 1 else 1 if merge_in else 2
+    _decode[(n_splits, G, B)](
+        kd, desc(k.data_SGW, R) if R else kd, kd if v is None else desc(v.data_SGW, D), q_NHE, out_NHD,
+        q_NHE if sinks_H is None else sinks_H, part, stat, seqs.lengths_B if count is None else count, seqs.starts_B1,
+        seqs.lengths_B,
+        slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, scale * LOG2E, n_splits, G, q_NHE.stride(0),
+        H=H, GROUP=group, ROWS=rows, D=D, R=R, NS=NS, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
+        SINKS=sinks_H is not None, MERGE=mode, SP=triton.next_power_of_2(n_splits), dtype=dtype, num_warps=4,
+    )  # fmt: skip
+    if mode == 2:
+        merge(part, stat, out_NHD, sinks_H, seqs, G=G, n_splits=n_splits, blocks=1, rows=rows)
+    return out_NHD
