@@ -108,6 +108,10 @@ def plan(
         cpu=cpu,
     )
     targets = targets_for(gpus, device)
+    kinds = {CPU if t.gpu is None else DeviceKind.of(t.gpu) for t in targets} or ({CPU} if cpu else set())
+    if kinds:
+        choices = [c for kind in kinds for c in choose_layers(model.spec, kv=workload.kv, dtype=dtype, device=kind)]
+        workload = replace(workload, reads=frozenset(c.backend.reads for c in choices))
     p = plan_memory(model.spec, stored_weights(model, weights), workload, targets)
     return replace(p, notes=(*p.notes, *_what_fits(p, model, targets))) if p.fits is False else p
 

@@ -6,7 +6,7 @@ A row claims no more than its adapter's tests run. `fused` means no score matrix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +25,7 @@ class DeviceKind:
     api: Api
     capability: tuple[int, int] | None = None  # CUDA compute capability
     label: str = "the CPU"
+    triton: tuple[int, int] | None = (3, 6)  # the version installed there; PyTorch 2.11's where nothing is known
 
     @classmethod
     def of(cls, gpu: Gpu) -> DeviceKind:
@@ -47,22 +48,33 @@ class Need:
     sinks: bool
     api: Api
     capability: tuple[int, int] | None  # CUDA compute capability
+    triton: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Capability:
-    """One backend's declared limits; `refusal` compares them with a need and quotes both numbers."""
+    """One backend's declared limits; `refusal` compares them with a need and quotes both numbers.
+
+    `reads` says what it needs beside the cache: "slots" nothing but where positions lie (our kernels), "tiles" masks, room for
+    converted keys and for its own result (PyTorch's operators), "scores" a score matrix.
+    """
 
     name: str
     module: str  # imported only when chosen
     verdict: Literal["fused", "materialised"]
     apis: tuple[Api, ...]
-    head_dims: range
+    head_dims: Collection[int]
+    reads: Literal["slots", "tiles", "scores"] = "tiles"
+    one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs it takes; None: any in head_dims
+    two_tensors: Collection[int] | None = None  # head sizes it takes with a tensor each for K and V; None: head_dims
     kv: tuple[str, ...] = ALL_KV
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
     softcap: bool = False
     min_capability: tuple[int, int] | None = None
+    max_capability: tuple[int, int] | None = None
+    kv_as_activations: bool = False  # the cache must have the activations' type
+    triton: tuple[int, int] | None = None  # the one version it is written for
     source: str
 
     def refusal(self, need: Need) -> str | None:
@@ -72,10 +84,21 @@ class Capability:
         if self.min_capability and (need.capability is None or need.capability < self.min_capability):
             has = ".".join(map(str, need.capability)) if need.capability else "unknown"
             return f"compute capability {has}, needs at least {'.'.join(map(str, self.min_capability))}"
-        for what, n in (("head_dim", need.head_dim), ("one-tensor key size", need.key_dim)):
-            if n not in self.head_dims:
-                step = f", multiples of {self.head_dims.step}" if self.head_dims.step > 1 else ""
-                return f"{what} {n} not in {self.head_dims.start}..{self.head_dims[-1]}{step}"
+        if self.max_capability and need.capability and need.capability > self.max_capability:
+            has, most = (".".join(map(str, c)) for c in (need.capability, self.max_capability))
+            return f"compute capability {has}, made for at most {most}"
+        if self.triton and need.triton != self.triton:
+            has = ".".join(map(str, need.triton)) if need.triton else "none"
+            return f"triton {has} installed, made for {'.'.join(map(str, self.triton))}"
+        if need.head_dim not in self.head_dims:
+            return f"head_dim {need.head_dim} not in {listed(self.head_dims)}"
+        if need.key_dim != need.head_dim:
+            if self.one_tensor is None and need.key_dim not in self.head_dims:
+                return f"one-tensor key size {need.key_dim} not in {listed(self.head_dims)}"
+            if self.one_tensor is not None and (need.head_dim, need.key_dim) not in self.one_tensor:
+                return f"one tensor for K and V with keys of {need.key_dim} values for head_dim {need.head_dim}: not among its own"
+        elif self.two_tensors is not None and need.head_dim not in self.two_tensors:
+            return f"head_dim {need.head_dim} with two tensors for K and V not in {listed(self.two_tensors)}"
         if need.window is not None and not self.windowed:
             return f"window {need.window}: it takes no window"
         if need.softcap is not None and not self.softcap:
@@ -84,10 +107,52 @@ class Capability:
             return f"KV type {need.kv} not in {', '.join(self.kv)}"
         if need.dtype not in self.dtypes:
             return f"activations in {need.dtype}, takes {', '.join(self.dtypes)}"
+        if self.kv_as_activations and need.kv != need.dtype:
+            return f"KV type {need.kv}, reads the activations' type {need.dtype} only"
         return None
 
 
+def listed(sizes: Collection[int]) -> str:
+    """Head sizes as people write them."""
+    if not isinstance(sizes, range):
+        return ", ".join(map(str, sizes))
+    return f"{sizes.start}..{sizes[-1]}" + (f", multiples of {sizes.step}" if sizes.step > 1 else "")
+
+
+KERNEL_DIMS = (64, 128, 256, 512)
+
 BACKENDS: Sequence[Capability] = (
+    Capability(
+        name="headwise-hopper",
+        module="headwise.attention.own_kernels",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=KERNEL_DIMS,
+        reads="slots",
+        one_tensor=((512, 640),),
+        two_tensors=(64, 128, 256),
+        kv=("f16", "bf16"),
+        dtypes=("f16", "bf16"),
+        kv_as_activations=True,
+        min_capability=(9, 0),
+        max_capability=(9, 0),
+        triton=(3, 6),
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py: TMA and wgmma; Gluon's API changes between versions of triton",
+    ),
+    Capability(
+        name="headwise-triton",
+        module="headwise.attention.own_kernels",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=KERNEL_DIMS,
+        reads="slots",
+        one_tensor=tuple((d, d + r) for d in KERNEL_DIMS for r in (32, 64, 128, 256)),
+        kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
+        dtypes=("f16", "bf16"),
+        softcap=True,
+        min_capability=(8, 0),
+        source="headwise/kernels/attend.py: every KV type read in the kernel; head sizes are powers of two",
+    ),
     Capability(
         name="flash-attn-2",
         module="headwise.attention.torch_fused",
@@ -123,6 +188,7 @@ BACKENDS: Sequence[Capability] = (
         verdict="materialised",
         apis=("cpu", "cuda", "rocm", "metal", "sycl"),
         head_dims=range(1, 65537),
+        reads="scores",
         softcap=True,
         source="headwise/attention/reference.py: the formula, with a score matrix",
     ),
@@ -141,4 +207,5 @@ def need_for(layer: LayerSpec, *, kv: KVFormat, dtype: str, device: DeviceKind) 
         sinks=layer.sinks,
         api=device.api,
         capability=device.capability,
+        triton=device.triton,
     )

@@ -19,7 +19,7 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen row and every refusal before it; printing it explains it."""
+    """The chosen row, and of every row that cannot serve, why; printing it explains it."""
 
     backend: Capability
     refusals: tuple[Refusal, ...]
@@ -34,13 +34,11 @@ class Choice:
 
 def choose(need: Need, backends: Sequence[Capability] = BACKENDS) -> Choice:
     """The first backend that refuses nothing. The last row, the reference, takes everything: it is never fused."""
-    refusals = []
-    for backend in backends:
-        reason = backend.refusal(need)
-        if reason is None:
-            return Choice(backend, tuple(refusals))
-        refusals.append(Refusal(backend.name, reason))
-    raise ValueError(f"no backend takes {need}, not even the reference")
+    reasons = {backend.name: backend.refusal(need) for backend in backends}
+    chosen = next((backend for backend in backends if reasons[backend.name] is None), None)
+    if chosen is None:
+        raise ValueError(f"no backend takes {need}, not even the reference")
+    return Choice(chosen, tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None))
 
 
 def choose_layers(spec: ModelSpec, *, kv: Mapping[Kind, KVFormat], dtype: str, device: DeviceKind) -> tuple[Choice, ...]:

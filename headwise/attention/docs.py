@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from headwise.attention.capability import BACKENDS
+from headwise.attention.capability import BACKENDS, listed
 from headwise.attention.engines import CARDS_WITH_FLASH_ATTENTION
 
 
@@ -17,18 +17,23 @@ def markdown() -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for b in BACKENDS:
-        step = f", multiples of {b.head_dims.step}" if b.head_dims.step > 1 else ""
-        needs = f"compute capability {'.'.join(map(str, b.min_capability))}" if b.min_capability else "-"
+        needs = [f"compute capability {'.'.join(map(str, b.min_capability))}"] if b.min_capability else []
+        if b.max_capability and needs:
+            needs[0] += f" to {'.'.join(map(str, b.max_capability))}"
+        if b.triton:
+            needs.append(f"triton {'.'.join(map(str, b.triton))}")
+        if b.kv_as_activations:
+            needs.append("KV in the activations' type")
         cells = [
             b.name,
             b.verdict,
             ", ".join(b.apis),
-            f"{b.head_dims.start}..{b.head_dims[-1]}{step}",
+            listed(b.head_dims),
             ", ".join(b.kv),
             ", ".join(b.dtypes),
             "yes" if b.windowed else "no",
             "yes" if b.softcap else "no",
-            needs,
+            "; ".join(needs) or "-",
             b.source,
         ]
         lines.append(f"| {' | '.join(cells)} |")

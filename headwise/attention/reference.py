@@ -7,12 +7,10 @@ Accuracy  in float64 throughout when the inputs are; else in the inputs' own typ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Segment
+from headwise.cache.storage import LayerCache, Scratch, Span
 
 
 def visible(q_pos_T: Tensor, k_pos_S: Tensor, window: int | None) -> Tensor:
@@ -51,18 +49,17 @@ def attend_cache(
     backend: str,
     q_THE: Tensor,
     cache: LayerCache,
-    segments: Sequence[Segment],
+    span: Span,
     *,
     scale: float,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
-    scratch: tuple[Tensor | None, Tensor | None],
-    tile_tokens: int,
+    scratch: Scratch,
     out_THD: Tensor,
 ) -> None:
     """The same call as `torch_fused.attend`, by the formula: the whole cache as floats, every score stored."""
     keys, values, seen = [], [], []
-    for s in segments:
+    for s in cache.segments(span):
         shape = (s.stop - s.start, cache.k.data_SGD.shape[1])
         k = cache.k.read(s.start, s.stop, q_THE.new_empty(*shape, cache.k.n_values))
         keys.append(k)

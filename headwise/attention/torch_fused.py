@@ -11,12 +11,12 @@ Source    PyTorch 2.11 native_functions.yaml, `_scaled_dot_product_{flash_attent
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Segment, carve
+from headwise.cache.storage import LayerCache, Scratch, Span, carve
 
 SPLIT_BELOW = 2  # KV heads; with fewer the CPU operator would run on one core
 SPLIT_MIN_KEYS = 1024  # per run: splitting costs about ten small operators
@@ -108,20 +108,16 @@ def attend(
     backend: str,
     q_THE: Tensor,
     cache: LayerCache,
-    segments: Sequence[Segment],
+    span: Span,
     *,
     scale: float,
     softcap: float | None = None,
     sinks_H: Tensor | None = None,
-    scratch: tuple[Tensor | None, Tensor | None],
-    tile_tokens: int,
+    scratch: Scratch,
     out_THD: Tensor,
 ) -> None:
-    """Attention of `q_THE` over what `segments` name in `cache`, into `out_THD`.
+    """Attention of `q_THE` over what its `span` sees in `cache`, into `out_THD`.
 
-    Args:
-        scratch: flat buffers for the keys and values of one tile, where the cache stores another type; else None.
-        tile_tokens: keys converted at a time, at least the step's own tokens.
     Raises:
         ValueError: a softcap (no row of these backends claims one).
     """
@@ -131,11 +127,11 @@ def attend(
     converted = not cache.k.native(q_THE.dtype)
     q_HTE = q_THE.transpose(0, 1)
     total_TH: Tensor | None = None
-    for segment in segments:
-        step = tile_tokens if converted else segment.stop - segment.start
+    for segment in cache.segments(span):
+        step = scratch.tile_tokens if converted else segment.stop - segment.start
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
-            k_GSE, v_GSE = _tile(cache, start, stop, scratch if converted else (None, None))
+            k_GSE, v_GSE = _tile(cache, start, stop, (scratch.k, scratch.v) if converted else (None, None))
             mask = None
             if segment.mask_TS is not None:
                 mask = segment.mask_TS[:, start - segment.start : stop - segment.start]

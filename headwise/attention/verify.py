@@ -23,8 +23,9 @@ from torch import Tensor
 from headwise.attention.choose import LayerGroup
 from headwise.attention.reference import attend as formula
 from headwise.attention.reference import visible
-from headwise.cache.storage import LayerCache, slot_positions
+from headwise.cache.storage import LayerCache, Scratch, Span, slot_positions
 from headwise.errors import BackendError
+from headwise.planner.workspace import partial_values
 from headwise.spec.kv import KV_FORMATS, k_values, v_values
 from headwise.spec.layers import LayerSpec
 
@@ -74,9 +75,10 @@ def check_group(
 
     k = random(total, layer.n_kv_heads, k_values(layer))
     v = random(total, layer.n_kv_heads, v_values(layer)) if v_values(layer) else None
-    scratch = tuple(
+    k_room, v_room = (
         torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer)))
     )
+    scratch = Scratch(k_room, v_room, torch.empty(partial_values(layer), device=device), chunk)
     writing = torch.empty(chunk * layer.n_kv_heads * k_values(layer), dtype=torch.float32, device=device)
     seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
     store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)
@@ -101,17 +103,17 @@ def check_group(
             mask = torch.zeros(n, cache.n_slots, dtype=dtype, device=device)
             mask.masked_fill_(~visible(positions, held, layer.window), float("-inf"))
             mask = mask[:, : min(cache.n_slots, written)]
+        index = torch.tensor([0, n, written, 0], dtype=torch.int32, device=device)
         out = torch.full((n, layer.n_heads, layer.head_dim), float("nan"), dtype=dtype, device=device)
         scale = k_values(layer) ** -0.5
         attend(
             q,
             cache,
-            cache.segments(start, n, mask),
+            Span(start, n, mask, index),
             scale=scale,
             softcap=layer.softcap,
             sinks_H=sinks,
             scratch=scratch,
-            tile_tokens=chunk,
             out_THD=out,
         )
         first = 0 if layer.window is None else max(0, start - layer.window + 1)

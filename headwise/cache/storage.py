@@ -33,6 +33,39 @@ class Segment(NamedTuple):
     mask_TS: Tensor | None = None  # additive, 0 or -inf
 
 
+class Span(NamedTuple):
+    """The positions [start, start + n) of a step's queries, and what is filled once for all layers of the step.
+
+    Args:
+        mask_TS: for several queries of a windowed layer, which ring slots each sees (additive); backends with a mask need it.
+        device: int32 on the device, [0, n, start + n, 0]: a kernel's queries, keys and first slot of the one sequence.
+    """
+
+    start: int
+    n: int
+    mask_TS: Tensor | None = None
+    device: Tensor | None = None
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.n
+
+
+class Scratch(NamedTuple):
+    """Flat buffers that a backend may write; None where the model's backends need none.
+
+    Args:
+        k, v: the keys and values of one tile as floats, where the cache stores another type.
+        partial: fp32, the partial results of a decode step whose keys several programs share.
+        tile_tokens: keys converted at a time, at least the step's own tokens.
+    """
+
+    k: Tensor | None
+    v: Tensor | None
+    partial: Tensor | None
+    tile_tokens: int
+
+
 class Values:
     """One stored tensor of one layer, (S, G, D) values in a KV format."""
 
@@ -137,8 +170,9 @@ class LayerCache:
                 part = x[token : token + n]
                 values.write(slot, part, None if scratch is None else carve(scratch, part.shape))
 
-    def segments(self, start: int, n: int, ring_mask_TS: Tensor | None) -> list[Segment]:
-        """What queries at positions [start, start + n) read, once their own keys are written."""
+    def segments(self, span: Span) -> list[Segment]:
+        """What the queries of `span` read, once their own keys are written."""
+        start, n = span.start, span.n
         if self.window is None:
             if n == 1:
                 return [Segment(0, start + 1)]
@@ -146,7 +180,7 @@ class LayerCache:
         if n == 1:  # one query sees a run of slots, or two where the ring wraps: no mask
             first = max(0, start + 1 - self.window)
             return [Segment(slot, slot + count) for slot, _, count in self.slots(first, start + 1 - first)]
-        return [Segment(0, min(self.n_slots, start + n), mask_TS=ring_mask_TS)]
+        return [Segment(0, min(self.n_slots, start + n), mask_TS=span.mask_TS)]
 
 
 def carve(buffer: Tensor, shape: Sequence[int]) -> Tensor:

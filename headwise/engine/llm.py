@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -170,7 +171,7 @@ class LLM:
             kv=self.kv,
             dtype=dtype,
             cpu=self.device.type == "cpu",
-            fallback=not all(c.fused for c in self.choices),
+            reads=frozenset(c.backend.reads for c in self.choices),
         )
         self.plan = plan(self.spec, stored, replace(workload, chunk=min(chunk, max(1, workload.context))), [_target(self.device)])
         require_fit(self.plan)
@@ -386,7 +387,15 @@ def default_dtype(device: torch.device) -> str:
 def device_kind(device: torch.device) -> DeviceKind:
     if device.type == "cpu":
         return CPU
-    return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+    return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device), _triton_version())
+
+
+def _triton_version() -> tuple[int, int] | None:
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
 
 
 def _before_loading(device: torch.device) -> int:

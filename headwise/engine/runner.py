@@ -130,6 +130,9 @@ class Runner:
             if rope.magnitude != 1.0:
                 cos.mul_(rope.magnitude)
                 sin.mul_(rope.magnitude)
+        span = self.arena.flat("span")
+        if span is not None:
+            span.copy_(torch.tensor((0, n, self.position + n, 0), dtype=torch.int32))
         if n == 1:
             return
         for window, n_slots in self.rings.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 from headwise.planner.workspace import Buffer, arena_bytes, offsets
 
 T = TypeVar("T")
-TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i64": torch.int64}
+TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "i64": torch.int64}
 
 
 class Arena:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache
+from headwise.cache.storage import LayerCache, Scratch, Span
 from headwise.model.arena import Arena
 from headwise.model.linear import linear, rows
 from headwise.model.mlp import dense, experts_beside_dense, gelu_tanh_, routed_experts
@@ -132,21 +132,18 @@ class Decoder:
             cache.write(step.start, views.k, views.v, arena.flat("kv.write"))
         out = arena.take("attn", T, H, A)
         mask = arena.get(self.mask_names[layer.index]) if T > 1 else None
-        attend(
-            q,
-            cache,
-            cache.segments(step.start, T, None if mask is None else mask[:T, : min(cache.n_slots, step.start + T)]),
-            scale=layer.scale,
-            softcap=layer.softcap,
-            sinks_H=w.get("sinks"),
-            scratch=(arena.flat("kv.k"), arena.flat("kv.v")),
-            tile_tokens=self.tile_tokens,
-            out_THD=out,
-        )
+        if mask is not None:
+            mask = mask[:T, : min(cache.n_slots, step.start + T)]
+        span = Span(step.start, T, mask, arena.flat("span"))
+        sinks, scratch = w.get("sinks"), arena.keep("scratch", lambda: self._scratch(arena))
+        attend(q, cache, span, scale=layer.scale, softcap=layer.softcap, sinks_H=sinks, scratch=scratch, out_THD=out)
         y = linear(out.flatten(1), w["o"], arena.take("y", *x.shape), arena.flat("weight.tile"))
         if layer.o_bias:
             y.add_(w["o_bias"])
         self._add_branch(y, w.get("attn_post_norm"), x, arena)
+
+    def _scratch(self, arena: Arena) -> Scratch:
+        return Scratch(arena.flat("kv.k"), arena.flat("kv.v"), arena.flat("partial"), self.tile_tokens)
 
     def _project(self, layer: LayerSpec, w: LayerWeights, h: Tensor, arena: Arena) -> HeadViews:
         """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""

@@ -48,7 +48,7 @@ class Workload:
     kv: Mapping[Kind, KVFormat]
     dtype: str  # of the activations
     cpu: bool = False
-    fallback: bool = False  # some layer runs the materialised reference
+    reads: frozenset[str] = frozenset({"tiles"})  # what the layers' backends need beside the cache, see `workspace`
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple
         kv=w.kv,
         cpu=w.cpu,
         block_weights=any(t not in ("f32", "f16", "bf16") for t in resident.values()),
-        scores=w.fallback,
+        reads=w.reads,
     )
 
 
@@ -166,6 +166,7 @@ def max_context(
     spec: ModelSpec, sizes: Mapping[str, int], w: Workload, resident: Mapping[str, str], targets: Sequence[Target]
 ) -> int:
     """The largest context, up to the model's own, that fits `targets`; 0 where not even one token does."""
+
     def fits(context: int) -> bool:
         shares, _ = _split(spec, sizes, replace(w, context=context), resident, targets)
         return all(s.fits for s in shares)

@@ -7,19 +7,20 @@ carved; room for it is reserved in the arena, so that the plan bounds the measur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
 from headwise.spec.kv import KVFormat, k_values, kv_slots, v_values
-from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.rope import RopeSpec
 
-ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8}
+ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
 ALIGN = 64  # bytes; every buffer starts on a cache line
 DEQUANT_TILE_VALUES = 2 * 2**20  # weights of a quantised matrix expanded at a time
 DEQUANT_TEMP_BYTES = 16  # per value, most of all block types: what `weights.blocks.dequantise` holds on the way
+PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
 
 
@@ -36,6 +37,11 @@ class Buffer:
     @property
     def n_bytes(self) -> int:
         return -(-prod(self.shape) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
+
+
+def partial_values(layer: LayerSpec) -> int:
+    """fp32 values of the partial results of a decode step: a result, a maximum and a sum for each row."""
+    return PARTIAL_TILES * (layer.head_dim + 2)
 
 
 def ropes(spec: ModelSpec) -> tuple[RopeSpec, ...]:
@@ -57,14 +63,14 @@ def workspace(
     kv: Mapping[Kind, KVFormat],
     cpu: bool,
     block_weights: bool = False,
-    scores: bool = False,
+    reads: Collection[str] = ("tiles",),
 ) -> tuple[Buffer, ...]:
     """The buffers for steps of up to `chunk` tokens in a context of `n_tokens`.
 
     Args:
         dtype: of the activations.
         block_weights: some matrices stay quantised and are expanded tile by tile.
-        scores: some layer runs the materialised reference.
+        reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
     """
     C, D = chunk, spec.hidden
     layers = spec.layers
@@ -86,8 +92,13 @@ def workspace(
         add(f"rope.{i}.freq", "always", pairs, kind="f32")
         for table in ("cos", "sin"):
             add(f"rope.{i}.{table}", "always", C, 1, pairs)
-    for window, slots in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
-        add(f"mask.{window}", "always", C, slots)
+    tiles = "tiles" in reads or "scores" in reads
+    if tiles:
+        for window, slots in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
+            add(f"mask.{window}", "always", C, slots)
+    if "slots" in reads:
+        add("span", "always", 4, kind="i32")
+        add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
     if spec.ple:
         add("ple", "always", C, len(layers) * spec.ple.dim)
         add("ple.rows", "attention", C, len(layers) * spec.ple.dim)
@@ -100,16 +111,18 @@ def workspace(
     add("q.one", "attention", C, max([0, *(x.n_heads * k_values(x) for x in layers if x.k_eq_v)]))
     add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
     loose = [x for x in spec.kv_layers if kv[x.kind].name != dtype]
-    add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
-    add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
+    if tiles:
+        add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
+        add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
     add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
     # one result and, per query and head, a few log-sum-exps; CUDA's operator runs one head of each group at a time, with
     # an fp32 accumulator beside its part of the result
     result = max(x.n_heads * (k_values(x) + 8) for x in layers)
     if not cpu:
         result += max(x.n_kv_heads * k_values(x) for x in layers) * (1 + 4 // ITEM_BYTES[dtype])
-    add("attention result", "always", C, result, reserved=True)
-    if scores:
+    if tiles:
+        add("attention result", "always", C, result, reserved=True)
+    if "scores" in reads:
         add("scores", "always", 3 * C, n_heads, n_tokens, kind="f32", reserved=True)
 
     wide = max(max(x.mlp.width, x.mlp.moe.width if x.mlp.moe else 0) for x in layers)

@@ -17,6 +17,7 @@ from headwise.spec.kv import KV_FORMATS
 
 BF16 = {"global": KV_FORMATS["bf16"], "sliding": KV_FORMATS["bf16"]}
 LAYER = catalogue.spec("gemma-4-31b").layers[5]
+ROWS = {b.name: b for b in BACKENDS}
 NEED = need_for(LAYER, kv=KV_FORMATS["bf16"], dtype="bf16", device=DeviceKind("cuda", (9, 0), "H200"))
 
 
@@ -34,17 +35,42 @@ NEED = need_for(LAYER, kv=KV_FORMATS["bf16"], dtype="bf16", device=DeviceKind("c
     ],
 )
 def test_flash_attn_2_refuses_with_the_numbers(changes: dict[str, object], reason: str) -> None:
-    refusal = BACKENDS[0].refusal(replace(NEED, **changes))  # type: ignore[arg-type]
+    refusal = ROWS["flash-attn-2"].refusal(replace(NEED, **changes))  # type: ignore[arg-type]
 
     assert refusal is not None
     assert reason in refusal
 
 
 @pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"capability": (10, 0)}, "compute capability 10.0, made for at most 9.0"),
+        ({"triton": (3, 8)}, "triton 3.8 installed, made for 3.6"),
+        ({"triton": None}, "triton none installed"),
+        ({"key_dim": 544}, "keys of 544 values for head_dim 512"),
+        ({"key_dim": 512}, "head_dim 512 with two tensors for K and V not in 64, 128, 256"),
+        ({"head_dim": 96, "key_dim": 96}, "head_dim 96 not in 64, 128, 256, 512"),
+        ({"kv": "q8_0"}, "KV type q8_0 not in f16, bf16"),
+        ({"kv": "f16"}, "KV type f16, reads the activations' type bf16 only"),
+        ({"softcap": 20.0}, "softcap 20: it has none"),
+    ],
+)
+def test_the_hopper_kernels_refuse_with_the_numbers(changes: dict[str, object], reason: str) -> None:
+    assert ROWS["headwise-hopper"].refusal(NEED) is None
+    assert reason in str(ROWS["headwise-hopper"].refusal(replace(NEED, **changes)))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("changes", [{"softcap": 20.0}, {"kv": "q4_0"}, {"triton": (3, 8)}, {"key_dim": 512}, {"capability": (8, 6)}])
+def test_what_the_hopper_kernels_refuse_the_portable_one_takes(changes: dict[str, object]) -> None:
+    assert choose(replace(NEED, **changes)).backend.name == "headwise-triton"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
     ("gpu", "model", "backend"),
     [
-        ("h200", "qwen3-8b", "flash-attn-2"),
-        ("rtx3090", "gemma-4-31b", "torch-efficient"),
+        ("h200", "qwen3-8b", "headwise-hopper"),
+        ("h200", "gemma-4-31b", "headwise-hopper"),
+        ("rtx3090", "gemma-4-31b", "headwise-triton"),
         ("t4", "llama-3.2-3b", "torch-efficient"),
     ],
 )

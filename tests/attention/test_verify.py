@@ -52,18 +52,18 @@ def test_a_broken_kernel_stops_the_start(change: Callable[[torch.Tensor], torch.
 
 def test_a_window_that_is_one_key_too_wide_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commonest error of all: off by one at the window's edge."""
-    from headwise.cache.storage import LayerCache
+    from headwise.cache.storage import LayerCache, Span
 
     good = LayerCache.segments
 
-    def wide(self: LayerCache, start: int, n: int, mask: torch.Tensor | None) -> object:
-        if self.window is not None and n == 1:
+    def wide(self: LayerCache, span: Span) -> object:
+        if self.window is not None and span.n == 1:
             self.window += 1
             try:
-                return good(self, start, n, mask)
+                return good(self, span)
             finally:
                 self.window -= 1
-        return good(self, start, n, mask)
+        return good(self, span)
 
     monkeypatch.setattr(LayerCache, "segments", wide)
     with pytest.raises(BackendError, match="decode at"):

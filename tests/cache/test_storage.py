@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.attention import reference, torch_fused
-from headwise.cache.storage import LayerCache, Values, slot_positions
+from headwise.cache.storage import LayerCache, Scratch, Span, Values, slot_positions
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS, kv_bytes
 
@@ -44,7 +44,7 @@ def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int,
     k, v = torch.randn(total, 2, 32, generator=g), torch.randn(total, 2, 32, generator=g)
     cache = LayerCache(layer, KV_FORMATS[kv], n_tokens=total, chunk=chunk, device=CPU)
     flat = LayerCache(replace(layer, window=None), KV_FORMATS[kv], n_tokens=total, chunk=chunk, device=CPU)
-    scratch = torch.empty(chunk * 64), torch.empty(chunk * 64)
+    scratch = Scratch(torch.empty(chunk * 64), torch.empty(chunk * 64), None, chunk)
     at = 0
     for n in steps:
         part = slice(at, at + n)
@@ -54,9 +54,7 @@ def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int,
         seen = reference.visible(positions, slot_positions(cache.n_slots, at + n, CPU), window)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, : min(cache.n_slots, at + n)]
         out = torch.full((n, 4, 32), float("nan"))
-        torch_fused.attend(
-            "torch-flash-cpu", q, cache, cache.segments(at, n, mask), scale=0.3, scratch=scratch, tile_tokens=chunk, out_THD=out
-        )
+        torch_fused.attend("torch-flash-cpu", q, cache, Span(at, n, mask), scale=0.3, scratch=scratch, out_THD=out)
         at += n
         floats = [x.read(0, at, torch.empty(at, 2, 32) if kv != "f32" else None).double() for x in (flat.k, flat.v) if x]
         want, _ = reference.attend(q.double(), *floats, reference.visible(positions, torch.arange(at), window), scale=0.3)

@@ -1,0 +1,86 @@
+"""Our kernels behind the adapter: they read the cache where it lies, in its own type, by slots. No mask, no copy.
+
+Queries are few (decode, drafts): the keys are shared between programs, as many as the card has multiprocessors. Queries are
+many (a prefill chunk): one program a block of queries.
+"""
+
+from __future__ import annotations
+
+from functools import cache as remember
+
+import torch
+from torch import Tensor
+
+from headwise.cache.storage import LayerCache, Scratch, Span, Values
+from headwise.kernels import attend as portable
+from headwise.kernels.stored import Sequences, Slots, Stored
+
+FEW_ROWS = 32  # (query, head) pairs of a group that a decode launch takes
+KEYS_A_PROGRAM = 128  # fewer are not worth a partial result
+
+
+def attend(
+    backend: str,
+    q_THE: Tensor,
+    cache: LayerCache,
+    span: Span,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    scratch: Scratch,
+    out_THD: Tensor,
+) -> None:
+    """As `torch_fused.attend`; `span.device` and, for a split decode, `scratch.partial` are needed.
+
+    Raises:
+        ValueError: the span is not on the device, or a softcap with the Hopper kernels, whose row claims none.
+    """
+    if span.device is None:
+        raise ValueError(f"{backend} needs the span on the device")
+    hopper = backend == "headwise-hopper"
+    if hopper and softcap is not None:
+        raise ValueError(f"{backend} has no softcap")
+    k, v = stored(cache.k), None if cache.v is None else stored(cache.v)
+    seqs = Sequences(span.device[:2], span.device[2:3], span.n, span.stop)
+    slots = Slots(span.device[3:4], ring=cache.n_slots if cache.window else 0)
+    D, G = out_THD.shape[-1], cache.k.data_SGD.shape[1]
+    rows = span.n * q_THE.shape[1] // G
+    keys = span.stop if cache.window is None else min(span.stop, cache.window + span.n - 1)
+    few = rows <= FEW_ROWS
+    n_splits = splits(keys, rows, G, D, q_THE.device, scratch.partial, twice=not hopper) if few else 1
+    if not hopper:
+        portable.attend(
+            q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H,
+            n_splits=n_splits, scratch=scratch.partial,
+        )  # fmt: skip
+        return
+    from headwise.kernels import attend_hopper, decode_hopper  # Gluon's modules exist in triton 3.6 only
+
+    if few:
+        decode_hopper.attend_decode(
+            q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H, n_splits=n_splits,
+            scratch=scratch.partial,
+        )  # fmt: skip
+    elif v is None:
+        attend_hopper.attend_one512(q_THE, k, out_THD, seqs, slots, scale=scale)
+    else:
+        attend_hopper.attend_two(q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H)
+
+
+def stored(values: Values) -> Stored:
+    return Stored(values.data_SGD, values.scales_SGB)
+
+
+def splits(keys: int, rows: int, G: int, D: int, device: torch.device, partial: Tensor | None, *, twice: bool) -> int:
+    """Programs that share the keys of a KV head: one (or two) a multiprocessor, none with too few keys, as `partial` has room."""
+    if partial is None:
+        return 1
+    wanted = max(1, _processors(device) * (2 if twice else 1) // G)
+    room = partial.numel() // (G * max(16, 1 << (rows - 1).bit_length()) * (D + 2))
+    return max(1, min(wanted, room, -(-keys // KEYS_A_PROGRAM)))
+
+
+@remember
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
