@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import Choice, choose_layers
+from headwise.attention.choose import Choice, activation_type, choose_layers
 from headwise.attention.engines import EngineExplanation, explain_engine
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
@@ -92,13 +92,15 @@ def plan(
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24"; default the detected cards.
         device: "cpu" plans for this machine's CPU.
-        dtype: of the activations; default f32 on the CPU, bf16 elsewhere.
+        dtype: of the activations: f32, bf16 or f16; default f32 on the CPU, else bf16, or f16 where a card has no bf16.
     Raises:
         SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
     """
     model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
     cpu = device == "cpu"
-    dtype = dtype or ("f32" if cpu else "bf16")
+    targets = targets_for(gpus, device)
+    kinds = {CPU} if cpu else {DeviceKind.of(t.gpu) for t in targets if t.gpu}
+    dtype = activation_type(dtype, kinds)
     workload = Workload(
         context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
         slots=slots,
@@ -107,8 +109,6 @@ def plan(
         dtype=dtype,
         cpu=cpu,
     )
-    targets = targets_for(gpus, device)
-    kinds = {CPU if t.gpu is None else DeviceKind.of(t.gpu) for t in targets} or ({CPU} if cpu else set())
     if kinds:
         choices = [c for kind in kinds for c in choose_layers(model.spec, kv=workload.kv, dtype=dtype, device=kind)]
         workload = replace(workload, reads=frozenset(c.backend.reads for c in choices))
@@ -276,7 +276,7 @@ def rival_json(r: RivalAnswer) -> dict[str, object]:
         "items": [{"label": i[0], "bytes": i[1], "why": i[2]} for i in p.items],
         "own_estimate_bytes": p.own_estimate_bytes,
         "own_estimate_note": p.own_estimate_note,
-        "notes": list(p.kv.notes),
+        "notes": [*p.kv.notes, *p.notes],
     }
 
 
@@ -290,7 +290,7 @@ def explain(
     elif gpu is None:
         known = [d.gpu for d in detect() if d.gpu]
         device = DeviceKind.of(known[0]) if known else CPU
-    dtype = "f32" if device.api == "cpu" else "bf16" if device.api != "cuda" or (device.capability or (0, 0)) >= (8, 0) else "f16"
+    dtype = activation_type(None, [device])
     formats = kv_formats(kv, kv_global, kv_sliding, dtype)
     return device, formats, choose_layers(source.spec, kv=formats, dtype=dtype, device=device)
 

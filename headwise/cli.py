@@ -27,7 +27,7 @@ KV_TYPES = "f32|f16|bf16|fp8|q8_0|q4_0"
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.print_usage(sys.stderr)
-        raise SystemExit(_fail(UsageError(message, do=f"{self.prog} --help")))
+        raise UsageError(message, do=f"{self.prog} --help")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -108,14 +108,15 @@ def _verify_parser(p: argparse.ArgumentParser) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns our errors into messages; anything else is a bug and shows its traceback."""
-    args = None
+    argv = sys.argv[1:] if argv is None else argv
     try:
         args = _parser().parse_args(argv)
         return _VERBS[args.verb](args)
     except HeadwiseError as error:
-        return _fail(error, as_json=args is not None and args.json)
+        return _fail(error, as_json="--json" in argv)
     except KeyboardInterrupt:
         sys.stdout.flush()
+        _stderr().show_cursor()  # a bar that was just being drawn leaves it hidden
         print("\ninterrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of a pipe went away
@@ -127,7 +128,7 @@ def _fail(error: HeadwiseError, *, as_json: bool = False) -> int:
     if as_json:
         print(json.dumps({"error": {"what": error.what, "why": error.why, "do": error.do}}))
     console = _stderr()
-    console.print(f"error: {error}", style="red", markup=False, highlight=False)
+    console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)  # commands stay whole
     return error.exit_code
 
 
@@ -206,16 +207,27 @@ def _run(args: argparse.Namespace) -> int:
     demo = args.prompt is None and args.file is None
     start = time.perf_counter()
     source = _open(args, weights=True)
-    from headwise.engine.llm import LLM, run_context, tokenizer_of
+    from headwise.engine.llm import LLM, prompt_too_long, run_context, tokenizer_of
+    from headwise.engine.sample import Sampling
 
     console = _stderr()
     tokenizer = tokenizer_of(source)
     template = None if args.chat_template is None else _text_file(args.chat_template)
     prompt = _chat(tokenizer, text, template) if args.chat or template else tokenizer.encode(text)
+    if demo:  # a small model repeats itself when greedy: its own suggested sampling, with a seed so that it repeats
+        settings = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
+    else:
+        settings = {}
+    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
+    settings |= {name: value for name in names if (value := getattr(args, name)) is not None}
+    Sampling(**settings)  # what makes no sense is refused before a long load, as is a prompt without room
+    context = run_context(source.spec, len(prompt), args.max_tokens) if args.context is None else args.context
+    if 0 < context <= min(len(prompt), source.spec.max_context):
+        raise prompt_too_long(len(prompt), context, source.spec.max_context)
     with _progress() as progress:
         llm = LLM(
             source,
-            context=run_context(source.spec, len(prompt), args.max_tokens) if args.context is None else args.context,
+            context=context,
             tokenizer=tokenizer,
             kv=_kv(args),
             device=args.device,
@@ -230,12 +242,6 @@ def _run(args: argparse.Namespace) -> int:
     if not all(c.fused for c in llm.choices):
         slow = [str(i) for i, c in enumerate(llm.choices) if not c.fused]
         console.print(f"warning: layers {', '.join(slow)} do not run fused (--allow-fallback)", style="yellow")
-    if demo:  # a small model repeats itself when greedy: its own suggested sampling, with a seed so that it repeats
-        settings = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
-    else:
-        settings = {}
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-    settings |= {name: value for name in names if (value := getattr(args, name)) is not None}
     if args.json:
         result = llm.generate(prompt, **settings)
         print(
@@ -246,10 +252,10 @@ def _run(args: argparse.Namespace) -> int:
         shown = text[-1500:]
         console.print(f"[dim]... {len(prompt):,} tokens of {_demo_name()}, of which the end:[/]")
         console.print(shown, style="dim", markup=False, highlight=False, end="")
+    with _progress() as progress:
+        pieces = llm.stream(prompt, progress=progress, **settings)
+        first = next(pieces, None)
     try:
-        with _progress() as progress:
-            pieces = llm.stream(prompt, progress=progress, **settings)
-            first = next(pieces, None)
         if first is not None:
             print(first.text, end="", flush=True)
         for piece in pieces:

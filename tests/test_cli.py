@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -110,12 +111,14 @@ def test_run_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) ->
     assert all(isinstance(t, int) for t in answer["tokens"])
 
 
-def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("context", ["512", "100"])  # 100: less than a chunk
+def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture[str], context: str) -> None:
     """One arithmetic: the number told before is the number counted after."""
-    _, planned, _ = run(capsys, "plan", "tiny-hybrid", "--device", "cpu", "--context", "512", "--json")
-    _, ran, _ = run(capsys, "run", "-p", "x", "--max-tokens", "1", "--json", "--device", "cpu", "--context", "512", "--no-check")
+    _, planned, _ = run(capsys, "plan", "tiny-hybrid", "--device", "cpu", "--context", context, "--json")
+    _, ran, _ = run(capsys, "run", "-p", "x", "--max-tokens", "1", "--json", "--device", "cpu", "--context", context, "--no-check")
 
     assert json.loads(planned)["total_bytes"] == json.loads(ran)["report"]["allocated_bytes"]
+    assert json.loads(planned)["ubatch"] == min(512, int(context))  # no step is longer than the context
 
 
 @pytest.mark.parametrize(
@@ -130,6 +133,10 @@ def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture
         (("run", "-p", "x", "--device", "cpu", "--context", "70000"), 1, "65536"),
         (("run", "-p", "x" * 3000, "--device", "cpu", "--context", "64"), 1, "the prompt has"),
         (("run", "-p", "x", "--kv", "q3_x"), 2, "unknown KV type"),
+        (("run", "-p", "x", "--dtype", "q8_0"), 2, "unknown dtype"),
+        (("plan", "gemma-4-31b", "--dtype", "q8_0"), 2, "unknown dtype"),
+        (("plan", "gemma-4-31b", "--ubatch", "0"), 2, "--ubatch 0 makes no sense"),
+        (("plan", "gemma-4-31b", "--context", "9223372036854775808"), 2, "makes no sense"),
         (("plan", "gemma-4-31b", "--gpu", "rtx9999"), 2, "rtx9999"),
         (("plan", "gemma-4-31b", "--context", "99999999"), 1, "262144"),
         (("plan", "gemma-4-31b", "--weights", "q1"), 2, "unknown weight type"),
@@ -144,6 +151,35 @@ def test_mistakes_are_explained(capsys: pytest.CaptureFixture[str], argv: tuple[
     assert got == code
     assert words in " ".join(err.split())
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (("--seed", "9" * 26), 2, "--seed"),
+        (("--max-tokens", "0"), 2, "--max-tokens 1"),
+        (("--temperature", "nan"), 2, "--temperature"),
+        (("--top-p", "0"), 2, "--top-p"),
+        (("--context", "5"), 1, "the prompt has"),
+    ],
+)
+def test_a_request_is_refused_before_the_weights_are_loaded(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], code: int, words: str
+) -> None:
+    """`--top-p 2` came back as an error after a load of minutes, and a seed of 26 digits as a traceback."""
+    monkeypatch.setattr("headwise.engine.llm.load_weights", lambda *a, **k: pytest.fail("the weights are loaded"))
+    got, out, err = run(capsys, "run", "-p", "import os, sys, time", "--device", "cpu", "--no-check", *options)
+
+    assert (got, out) == (code, "")
+    assert words in err
+
+
+def test_a_command_in_an_error_is_not_broken_over_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    """Advice is made to be pasted; a pipe is 80 columns wide for rich, and the path of this file is longer."""
+    path = f"/{'x' * 100}/model.gguf"
+    _, _, err = run(capsys, "run", path)
+
+    assert any(path in line for line in err.splitlines())
 
 
 @pytest.mark.parametrize(
@@ -173,11 +209,48 @@ def test_a_directory_without_a_tokenizer_says_so(capsys: pytest.CaptureFixture[s
     assert "tokenizer" in err
 
 
-def test_errors_are_json_too(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = run(capsys, "plan", "nosuch-model", "--json")
+@pytest.mark.parametrize("argv", [("plan", "nosuch-model", "--json"), ("plan", "--json", "--context", "many"), ("--json",)])
+def test_errors_are_json_too(capsys: pytest.CaptureFixture[str], argv: tuple[str, ...]) -> None:
+    """A program that misspells an option got nothing on standard output."""
+    code, out, _ = run(capsys, *argv)
 
     assert code == 2
     assert json.loads(out)["error"].keys() == {"what", "why", "do"}
+
+
+def test_an_engines_version_that_nobody_read_is_noted_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """People saw "the rules of 0.19.0 are used"; programs did not."""
+    _, out, _ = run(capsys, "plan", "gemma-4-31b", "--engine", "vllm@0.0.1", "--json")
+
+    assert any("the rules of 0.19.0 are used" in note for note in json.loads(out)["notes"])
+
+
+def test_a_card_without_bf16_is_planned_as_it_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
+    """`plan` named a bf16 cache on Turing, where `run` and `explain` use f16."""
+    _, planned, _ = run(capsys, "plan", "gemma-4-e2b", "--gpu", "rtx2080ti", "--json")
+    _, explained, _ = run(capsys, "explain", "gemma-4-e2b", "--gpu", "rtx2080ti")
+
+    assert json.loads(planned)["kv"]["format"] == {"global": "f16", "sliding": "f16"}
+    assert json.loads(planned)["dtype"] == "f16"
+    assert "KV f16" in explained
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT of this kind")
+def test_ctrl_c_ends_a_generation_with_its_report() -> None:
+    """Exit code 130, the text so far, the report, and no traceback."""
+    argv = ["run", "-p", "import os\n", "--max-tokens", "60000", "--temperature", "1", "--device", "cpu", "--no-check"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "headwise", *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout
+        assert process.stdout.read(1)  # it generates
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+
+    assert process.returncode == 130
+    assert "10/10 layers fused" in err
+    assert err.endswith("interrupted\n")
+    assert "Traceback" not in err
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")

@@ -96,12 +96,14 @@ def test_a_report_says_fused_planned_and_speed() -> None:
     llm = load("gemma4-31b")
     llm.check()
     llm.generate([5, 6, 7, 8], max_tokens=3)
+    llm.skipped = {"vision": 355, "audio": 2}
     text = shown(report_view(llm, 1.5))
 
     assert "6/6 layers fused" in text
     assert "planned = allocated" in text
     assert "ready in 1.5 s" in text
     assert "self-checks" in text
+    assert "not read: 355 x vision; 2 x audio" in text
     assert shown(checks_view(llm.checks)).count(" ok") == len(llm.checks)
 
 

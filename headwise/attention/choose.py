@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from headwise.attention.capability import BACKENDS, Capability, DeviceKind, Need, need_for
-from headwise.errors import BackendError
+from headwise.errors import BackendError, UsageError
 from headwise.spec.kv import KVFormat
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
+
+DTYPES = ("f32", "f16", "bf16")  # of activations
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,21 @@ class Choice:
 
     def __str__(self) -> str:
         return "\n".join([self.backend.name, *(f"  not {r.backend}: {r.reason}" for r in self.refusals)])
+
+
+def activation_type(asked: str | None, devices: Collection[DeviceKind]) -> str:
+    """The activations' type: as asked, else f32 on a CPU, f16 where a card multiplies no bf16, bf16 elsewhere.
+
+    Raises:
+        UsageError: no such type.
+    """
+    if asked is not None:
+        if asked not in DTYPES:
+            raise UsageError(f"unknown dtype {asked!r}", why="activations are floats", do=f"one of: {', '.join(DTYPES)}")
+        return asked
+    if any(d.api == "cpu" for d in devices):
+        return "f32"
+    return "f16" if any(d.api == "cuda" and (d.capability or (0, 0)) < (8, 0) for d in devices) else "bf16"
 
 
 def choose(need: Need, backends: Sequence[Capability] = BACKENDS) -> Choice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import LayerGroup, choose_layers, group_layers, require_fused
+from headwise.attention.choose import LayerGroup, activation_type, choose_layers, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.runner import Runner, attend_functions
 from headwise.engine.sample import Sampler, Sampling
@@ -29,9 +29,8 @@ from headwise.spec.read import Source, open_model
 from headwise.text.tokenizer import Tokenizer, read_tokenizer
 from headwise.weights.listing import list_checkpoint
 from headwise.weights.load import load_weights
-from headwise.weights.names import stored_types
+from headwise.weights.names import match, skipped_by_reason
 
-DTYPES = ("f32", "f16", "bf16")
 DEFAULT_CONTEXT = 8192
 Progress = Callable[[str, int, int], None]  # what, done, of
 
@@ -149,9 +148,8 @@ class LLM:
             )
         self.spec = self.source.spec
         self.device = pick_device(device)
-        dtype = dtype or default_dtype(self.device)
-        if dtype not in DTYPES:
-            raise UsageError(f"unknown dtype {dtype!r}", why="activations are floats", do=f"one of: {', '.join(DTYPES)}")
+        kind = device_kind(self.device)
+        dtype = activation_type(dtype, [kind])
         names = {"global": kv, "sliding": kv} if kv is None or isinstance(kv, str) else dict(kv)
         if unknown := set(names) - {"global", "sliding"}:
             raise UsageError(
@@ -161,10 +159,10 @@ class LLM:
             "global": kv_format(names.get("global") or dtype),
             "sliding": kv_format(names.get("sliding") or dtype),
         }
-        kind = device_kind(self.device)
         self.choices = choose_layers(self.spec, kv=self.kv, dtype=dtype, device=kind)
         require_fused(self.spec, self.choices, allow_fallback=allow_fallback, device=kind)
-        stored = stored_types(self.spec, list_checkpoint(self.source.path))
+        matched = match(self.spec, list_checkpoint(self.source.path))
+        self.skipped = skipped_by_reason(matched)
         workload = Workload(
             context=min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             chunk=chunk,
@@ -173,7 +171,7 @@ class LLM:
             cpu=self.device.type == "cpu",
             reads=frozenset(c.backend.reads for c in self.choices),
         )
-        self.plan = plan(self.spec, stored, replace(workload, chunk=min(chunk, max(1, workload.context))), [_target(self.device)])
+        self.plan = plan(self.spec, matched.types, workload, [_target(self.device)])
         require_fit(self.plan)
         self.groups = group_layers(self.spec, self.choices, self.kv)
         self.checks: list[Check] = []
@@ -257,11 +255,7 @@ class LLM:
         progress: Progress | None = None,
     ) -> Iterator[Piece]:
         """Continues `prompt` token by token; ends at an end token, at `max_tokens`, or where the context ends."""
-        sampler = Sampler(Sampling(temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
-        if max_tokens < 1:
-            raise UsageError(
-                f"--max-tokens {max_tokens} makes no sense", why="at least one token is generated", do="--max-tokens 1"
-            )
+        sampler = Sampler(Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
         ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt, room=1)
         tokenizer = self.tokenizer if isinstance(prompt, str) else self._tokenizer_or_none()
         return self._generate(ids, sampler, max_tokens, tokenizer, progress)
@@ -376,12 +370,6 @@ def pick_device(name: str | None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UsageError("there is no CUDA device", why="PyTorch sees none", do="--device cpu")
     return device
-
-
-def default_dtype(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "f32"
-    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "f16"
 
 
 def device_kind(device: torch.device) -> DeviceKind:

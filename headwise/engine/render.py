@@ -37,6 +37,8 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
         )
     )
     rows += [bar(parts_of(p), p.total_bytes), legend(parts_of(p))]
+    if llm.skipped:
+        rows.append(Text("not read: " + "; ".join(f"{n} x {why}" for why, n in llm.skipped.items()), style="dim"))
     if llm.checks:
         worst = max(c.error for c in llm.checks)
         when = "checked before on this machine" if llm.checks_cached else "checked now"

@@ -12,8 +12,13 @@ from headwise.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1.0 filter nothing; the same seed gives the same tokens."""
+    """temperature 0 is greedy; top_k 0 and top_p 1.0 filter nothing; the same seed gives the same tokens.
 
+    Raises:
+        UsageError: a value that makes no sense.
+    """
+
+    max_tokens: int = 256
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -21,15 +26,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, least, most in (
+            ("max-tokens", self.max_tokens, 1, 2**31),
             ("temperature", self.temperature, 0.0, 100.0),
             ("top-p", self.top_p, 1e-9, 1.0),
             ("top-k", self.top_k, 0, 2**31),
+            ("seed", self.seed or 0, 0, 2**63 - 1),
         ):
             if not least <= value <= most:
                 raise UsageError(
                     f"--{name} {value} makes no sense",
                     why=f"it must lie from {least} to {most}",
-                    do=f"--{name} {most if name == 'top-p' else 0}",
+                    do=f"--{name} {most if name == 'top-p' else least:g}",
                 )
 
 

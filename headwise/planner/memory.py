@@ -50,6 +50,10 @@ class Workload:
     cpu: bool = False
     reads: frozenset[str] = frozenset({"tiles"})  # what the layers' backends need beside the cache, see `workspace`
 
+    def at(self, context: int) -> Workload:
+        """This work with another context; a prefill step is never longer than that."""
+        return replace(self, context=context, chunk=min(self.chunk, context))
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -128,6 +132,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
             not fit a head. Not fitting is no error: `fits` says so.
     """
     check_workload(spec, w)
+    asked, w = w, w.at(w.context)
     resident = resident_types(spec, stored, cpu=w.cpu, dtype=w.dtype)
     sizes = weight_bytes(spec, resident)
     buffers = _buffers(spec, w, resident)
@@ -144,7 +149,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
         compute_bytes=arena_bytes(buffers),
         shares=shares,
         fits=all(s.fits for s in shares) if shares else None,
-        max_context=max_context(spec, sizes, w, resident, targets) if targets else None,
+        max_context=max_context(spec, sizes, asked, resident, targets) if targets else None,
         notes=notes,
     )
 
@@ -168,7 +173,7 @@ def max_context(
     """The largest context, up to the model's own, that fits `targets`; 0 where not even one token does."""
 
     def fits(context: int) -> bool:
-        shares, _ = _split(spec, sizes, replace(w, context=context), resident, targets)
+        shares, _ = _split(spec, sizes, w.at(context), resident, targets)
         return all(s.fits for s in shares)
 
     low, high = 0, spec.max_context  # fits(low) holds, or nothing fits

@@ -133,6 +133,8 @@ def read_hf(folder: Path, *, ignore_keys: Collection[str] = ()) -> ModelSpec:
             why="a Hugging Face directory carries one",
             do="give the directory that holds config.json, or a .gguf file",
         ) from None
+    except PermissionError as error:
+        raise SpecError(f"{path} may not be read", why=str(error), do=f"ls -l {folder}") from error
     except (OSError, ValueError, RecursionError) as error:  # a ValueError also for a number of 5,000 digits
         raise SpecError(f"{path} cannot be read", why=str(error), do="download it again") from error
     if not isinstance(values, dict):

@@ -191,19 +191,19 @@ _GPTOSS_LAYER: Mapping[str, tuple[_Row, ...]] = {
 }
 _GGUF_PAIRED = ("llama", "mistral3")  # architectures whose converter permutes q and k: LlamaModel.permute and its heirs
 
-# Stored names that nothing here reads, whatever the model, and why.
+# Stored names that nothing here reads, whatever the model, and why; no reason for rotary frequencies, known from the header.
 _SKIPPED: Mapping[str, tuple[tuple[re.Pattern[str], str], ...]] = {
     "hf": (
         (re.compile(r"(model\.)?(vision_\w+|embed_vision|multi_modal_projector)\."), "vision"),
         (re.compile(r"(model\.)?(audio_\w+|embed_audio)\."), "audio"),
         (re.compile(r"mtp\."), "multi-token prediction"),
-        (re.compile(r".*\brotary_emb\.inv_freq$"), "rotary frequencies, read from the config"),
+        (re.compile(r".*\brotary_emb\.inv_freq$"), ""),
     ),
     "gguf": (
         (re.compile(r"(v|mm)\."), "vision"),
         (re.compile(r"a\."), "audio"),
         (re.compile(r"(mtp\.|blk\.\d+\.nextn\.)"), "multi-token prediction"),
-        (re.compile(r"(blk\.\d+\.)?rope_freqs\.weight$"), "rotary frequencies, read with the metadata"),
+        (re.compile(r"(blk\.\d+\.)?rope_freqs\.weight$"), ""),
     ),
 }
 
@@ -248,7 +248,7 @@ def stored_types(spec: ModelSpec, listing: Listing) -> dict[str, str]:
 
 def skipped_by_reason(matched: Matched) -> dict[str, int]:
     """How many stored tensors are not read, by reason."""
-    return dict(Counter(matched.skipped.values()))
+    return dict(Counter(filter(None, matched.skipped.values())))
 
 
 def row_axis(ours: TensorSpec) -> Literal[-1, -2]:

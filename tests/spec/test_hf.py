@@ -743,3 +743,17 @@ def test_a_config_that_is_a_folder_is_an_error_of_ours(tmp_path: Path) -> None:
 
     with pytest.raises(SpecError, match="cannot be read"):
         read_hf(tmp_path)
+
+
+def test_a_config_that_may_not_be_read_is_no_damaged_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other people's files were to be downloaded again, where a permission was missing."""
+    (tmp_path / "config.json").write_text("{}")
+
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(SpecError, match="may not be read") as error:
+        read_hf(tmp_path)
+
+    assert error.value.do == f"ls -l {tmp_path}"
