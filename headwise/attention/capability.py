@@ -73,7 +73,7 @@ class Capability:
     softcap: bool = False
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
-    kv_as_activations: bool = False  # the cache must have the activations' type
+    floats_as_activations: bool = False  # a cache of floats must have the activations' type
     triton: tuple[int, int] | None = None  # the one version it is written for
     source: str
 
@@ -107,8 +107,8 @@ class Capability:
             return f"KV type {need.kv} not in {', '.join(self.kv)}"
         if need.dtype not in self.dtypes:
             return f"activations in {need.dtype}, takes {', '.join(self.dtypes)}"
-        if self.kv_as_activations and need.kv != need.dtype:
-            return f"KV type {need.kv}, reads the activations' type {need.dtype} only"
+        if self.floats_as_activations and need.kv in ("f32", "f16", "bf16") and need.kv != need.dtype:
+            return f"KV type {need.kv}, reads floats of the activations' type {need.dtype} only"
         return None
 
 
@@ -131,13 +131,14 @@ BACKENDS: Sequence[Capability] = (
         reads="slots",
         one_tensor=((512, 640),),
         two_tensors=(64, 128, 256),
-        kv=("f16", "bf16"),
+        kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
         dtypes=("f16", "bf16"),
-        kv_as_activations=True,
+        floats_as_activations=True,
         min_capability=(9, 0),
         max_capability=(9, 0),
         triton=(3, 6),
-        source="headwise/kernels/attend_hopper.py, decode_hopper.py: TMA and wgmma; Gluon's API changes between versions of triton",
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py: TMA and wgmma; with fp8, q8_0 and q4_0 prefill is "
+        "attend.py's; Gluon's API changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",

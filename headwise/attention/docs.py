@@ -22,8 +22,8 @@ def markdown() -> str:
             needs[0] += f" to {'.'.join(map(str, b.max_capability))}"
         if b.triton:
             needs.append(f"triton {'.'.join(map(str, b.triton))}")
-        if b.kv_as_activations:
-            needs.append("KV in the activations' type")
+        if b.floats_as_activations:
+            needs.append("floats in the cache of the activations' type")
         cells = [
             b.name,
             b.verdict,

@@ -16,6 +16,7 @@ from headwise.kernels import attend as portable
 from headwise.kernels.stored import Sequences, Slots, Stored
 
 FEW_ROWS = 32  # (query, head) pairs of a group that a decode launch takes
+MERGED_ROWS = 4  # up to as many, the launch itself merges the partial results
 KEYS_A_PROGRAM = 128  # fewer are not worth a partial result
 
 
@@ -48,8 +49,10 @@ def attend(
     rows = span.n * q_THE.shape[1] // G
     keys = span.stop if cache.window is None else min(span.stop, cache.window + span.n - 1)
     few = rows <= FEW_ROWS
-    n_splits = splits(keys, rows, G, D, q_THE.device, scratch.partial, twice=not hopper) if few else 1
-    if not hopper:
+    merged = hopper and rows <= MERGED_ROWS  # by the launch itself
+    share = 0.75 if merged else 1.0 if hopper else 2.0
+    n_splits = splits(keys, rows, G, D, q_THE.device, scratch.partial, share) if few else 1
+    if not hopper or not (few or cache.k.native(q_THE.dtype)):
         portable.attend(
             q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H,
             n_splits=n_splits, scratch=scratch.partial,
@@ -60,7 +63,7 @@ def attend(
     if few:
         decode_hopper.attend_decode(
             q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H, n_splits=n_splits,
-            scratch=scratch.partial,
+            scratch=scratch.partial, count=scratch.done if merged else None,
         )  # fmt: skip
     elif v is None:
         attend_hopper.attend_one512(q_THE, k, out_THD, seqs, slots, scale=scale)
@@ -72,11 +75,15 @@ def stored(values: Values) -> Stored:
     return Stored(values.data_SGD, values.scales_SGB)
 
 
-def splits(keys: int, rows: int, G: int, D: int, device: torch.device, partial: Tensor | None, *, twice: bool) -> int:
-    """Programs that share the keys of a KV head: one (or two) a multiprocessor, none with too few keys, as `partial` has room."""
+def splits(keys: int, rows: int, G: int, D: int, device: torch.device, partial: Tensor | None, share: float) -> int:
+    """Programs that share the keys of a KV head: `share` a multiprocessor, none with too few keys, as `partial` has room.
+
+    Three programs to four multiprocessors leave room for the next launch to fetch its keys meanwhile; two to one hide latency
+    where loads are not asynchronous. Measured on one H200, docs/kernels.md.
+    """
     if partial is None:
         return 1
-    wanted = max(1, _processors(device) * (2 if twice else 1) // G)
+    wanted = max(1, int(_processors(device) * share) // G)
     room = partial.numel() // (G * max(16, 1 << (rows - 1).bit_length()) * (D + 2))
     return max(1, min(wanted, room, -(-keys // KEYS_A_PROGRAM)))
 

@@ -78,7 +78,8 @@ def check_group(
     k_room, v_room = (
         torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer)))
     )
-    scratch = Scratch(k_room, v_room, torch.empty(partial_values(layer), device=device), chunk)
+    count = torch.zeros(layer.n_kv_heads, dtype=torch.int32, device=device)
+    scratch = Scratch(k_room, v_room, torch.empty(partial_values(layer), device=device), count, chunk)
     writing = torch.empty(chunk * layer.n_kv_heads * k_values(layer), dtype=torch.float32, device=device)
     seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
     store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)

@@ -57,12 +57,14 @@ class Scratch(NamedTuple):
     Args:
         k, v: the keys and values of one tile as floats, where the cache stores another type.
         partial: fp32, the partial results of a decode step whose keys several programs share.
+        done: int32 zeros, one a KV head: how many of them have finished.
         tile_tokens: keys converted at a time, at least the step's own tokens.
     """
 
     k: Tensor | None
     v: Tensor | None
     partial: Tensor | None
+    done: Tensor | None
     tile_tokens: int
 
 

@@ -64,6 +64,9 @@ class Runner:
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk)
         self.rings = ring_slots(self.spec, n_tokens=w.context, chunk=w.chunk)
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]
+        done = self.arena.flat("done")
+        if done is not None:
+            done.zero_()
         self.arena.eps.fill_(self.spec.rms_eps)
         for i, (rope, _) in enumerate(self.ropes):
             live = [f for f in rope.inv_freq if f != 0.0]

@@ -14,13 +14,16 @@ Source    FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023); packed 
 
 from __future__ import annotations
 
+from functools import cache as remember
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents
 
-from headwise.kernels.configs import Config, config_for
-from headwise.kernels.stored import Sequences, Slots, Stored, columns, load_values, slot_of
+from headwise.kernels.configs import Arch, Config, arch_of, config_for
+from headwise.kernels.stored import FLOAT, Sequences, Slots, Stored, bits, columns, load_values, slot_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOG2E = 1.4426950408889634
@@ -179,9 +182,11 @@ def _attend(
 def _merge(
     part_ptr, stat_ptr, out_ptr, sinks_ptr, starts, max_queries, G, n_splits, blocks,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, SINKS: tl.constexpr, BM: tl.constexpr, SP: tl.constexpr,
-    BD: tl.constexpr,
+    BD: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """One row of the result, BD columns of it: the splits' sums, each weighted by what its own maximum was short of the largest."""
+    if EARLY:  # the launch after this one may begin to fetch keys
+        gdc_launch_dependents()
     seq = tl.program_id(0) // max_queries
     t = tl.program_id(0) % max_queries
     q0 = tl.load(starts + seq)
@@ -231,9 +236,9 @@ def attend(
     _check(q_NHE, k, v, out_NHD, slots, window, D)
     group = H // G
     if config is None:
-        config = config_for(
-            D, E - D, one=v is None, format=int(k.format.value), queries=seqs.max_queries * group, dtype=q_NHE.dtype
-        )
+        quantised = int(k.format.value) != int(FLOAT.value)
+        rows = seqs.max_queries * group
+        config = config_for(D, one=v is None, blocks=quantised, rows=rows, arch=_arch(q_NHE.device))
     pack = group if n_splits > 1 else config.pack(group)
     blocks = -(-seqs.max_queries * pack // config.rows)
     B = seqs.lengths_B.shape[0]
@@ -246,9 +251,9 @@ def attend(
     vs = k if v is None else v
     none = q_NHE
     _attend[(blocks * n_splits, G * group // pack, B)](
-        q_NHE, k.data_SGW if k.data_SGW.dtype != torch.float8_e4m3fn else k.data_SGW.view(torch.uint8),
+        q_NHE, bits(k.data_SGW),
         none if k.scales_SGB is None else k.scales_SGB,
-        vs.data_SGW if vs.data_SGW.dtype != torch.float8_e4m3fn else vs.data_SGW.view(torch.uint8),
+        bits(vs.data_SGW),
         none if vs.scales_SGB is None else vs.scales_SGB,
         out_NHD, none if sinks_H is None else sinks_H, part, stat, seqs.starts_B1, seqs.lengths_B, slots.table,
         slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, n_splits, q_NHE.stride(0),
@@ -261,16 +266,23 @@ def attend(
     return out_NHD
 
 
+@remember
+def _arch(device: torch.device) -> Arch:
+    """Which rows of the table a device reads; the interpreter's CPU any."""
+    return arch_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
+
+
 def merge(
-    part: Tensor, stat: Tensor, out_NHD: Tensor, sinks_H: Tensor | None, seqs: Sequences, *, G: int, n_splits: int,
-    blocks: int, rows: int,
+    part: Tensor, stat: Tensor, out_NHD: Tensor, sinks_H: Tensor | None, seqs: Sequences, *, G: int, n_splits: int, blocks: int,
+    rows: int, early: bool = False,
 ) -> None:  # fmt: skip
-    """The second launch: `part` and `stat` of every split into `out_NHD`."""
+    """The second launch: `part` and `stat` of every split into `out_NHD`. `early`: lets the next launch begin (sm90)."""
     _, H, D = out_NHD.shape
     bd = min(D, 128)
     _merge[(seqs.lengths_B.shape[0] * seqs.max_queries, H, D // bd)](
         part, stat, out_NHD, out_NHD if sinks_H is None else sinks_H, seqs.starts_B1, seqs.max_queries, G, n_splits, blocks,
-        H=H, GROUP=H // G, D=D, SINKS=sinks_H is not None, BM=rows, SP=triton.next_power_of_2(n_splits), BD=bd, num_warps=4,
+        H=H, GROUP=H // G, D=D, SINKS=sinks_H is not None, BM=rows, SP=triton.next_power_of_2(n_splits), BD=bd, EARLY=early,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -1,7 +1,8 @@
-"""Tile sizes of the attention kernel, as data: by head size, store, phase and card. No search at run time.
+"""Tile sizes of the portable attention kernel, as data: by card, phase, head size and store. No search at run time.
 
-Each row names the least compute capability and the shared memory it was made for; `tests/kernels/test_compile.py` compiles
-every row for its card without one and holds shared memory and spills to their limits. Rates: docs/kernels.md.
+`tests/kernels/test_compile.py` compiles every row for its cards without one: shared memory within the card's limit, spills
+below 64 bytes. Rows of "ampere" hold their tiles in 99 KiB, so they also run on consumer cards (sm86, sm89, sm120), which have
+no more. Rows of "hopper" were timed on one H200, docs/kernels.md.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 Phase = Literal["prefill", "decode"]
-Arch = Literal["hopper", "ampere", "consumer", "rdna3"]
+Arch = Literal["hopper", "ampere"]
+DECODE_ROWS = 16  # (query, head) pairs of a group up to which a launch is a decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,32 +30,54 @@ class Config:
         return max(n for n in range(1, group + 1) if group % n == 0 and n <= self.heads_packed)
 
 
-def arch_of(capability: tuple[int, int] | None, *, rocm: bool = False) -> Arch:
-    """The column of the table a card reads: by what its blocks may hold in shared memory."""
-    if rocm or capability is None:
-        return "rdna3"
-    if capability[0] in (9, 10, 11):
-        return "hopper"
-    return "ampere" if capability in ((8, 0), (8, 7)) else "consumer"
+@dataclass(frozen=True, slots=True)
+class Row:
+    """The launches of one head size and store: from float caches, and from fp8, q8_0 and q4_0, which need more registers."""
+
+    floats: Config
+    blocks: Config
 
 
-# (phase, head_dim, one tensor for K and V) -> by arch
-TABLE: dict[Arch, dict[tuple[Phase, int, bool], Config]] = {
+# (phase, head_dim, one tensor for K and V)
+TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
     "hopper": {
-        ("prefill", 64, False): Config(128, 64, 4, 3, 1),
-        ("prefill", 128, False): Config(128, 64, 8, 3, 1),
-        ("prefill", 256, False): Config(128, 64, 8, 2, 2),
-        ("prefill", 512, False): Config(64, 32, 8, 2, 8),
-        ("prefill", 512, True): Config(64, 32, 8, 2, 8),
-        ("decode", 64, False): Config(16, 128, 4, 3),
-        ("decode", 128, False): Config(16, 64, 4, 3),
-        ("decode", 256, False): Config(16, 64, 4, 2),
-        ("decode", 512, False): Config(16, 32, 4, 2),
-        ("decode", 512, True): Config(16, 32, 4, 3),
+        ("prefill", 64, False): Row(Config(128, 64, 4, 3, 1), Config(64, 64, 4, 2, 1)),
+        ("prefill", 128, False): Row(Config(128, 64, 8, 3, 1), Config(128, 64, 8, 2, 1)),
+        ("prefill", 256, False): Row(Config(128, 64, 8, 2, 2), Config(64, 64, 8, 2, 2)),
+        ("prefill", 512, False): Row(Config(32, 32, 8, 3, 8), Config(32, 32, 8, 2, 8)),
+        ("prefill", 512, True): Row(Config(32, 64, 8, 2, 8), Config(32, 16, 8, 2, 8)),
+        ("decode", 64, False): Row(Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
+        ("decode", 128, False): Row(Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+        ("decode", 256, False): Row(Config(16, 64, 4, 2), Config(16, 32, 4, 3)),
+        ("decode", 512, False): Row(Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
+        ("decode", 512, True): Row(Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
+    },
+    "ampere": {
+        ("prefill", 64, False): Row(Config(64, 64, 4, 2, 1), Config(64, 32, 4, 2, 1)),
+        ("prefill", 128, False): Row(Config(64, 64, 8, 2, 1), Config(64, 32, 8, 2, 1)),
+        ("prefill", 256, False): Row(Config(64, 32, 8, 1, 2), Config(64, 32, 8, 1, 2)),
+        ("prefill", 512, False): Row(Config(32, 32, 8, 2, 8), Config(32, 32, 8, 2, 8)),
+        ("prefill", 512, True): Row(Config(32, 32, 8, 2, 8), Config(32, 16, 8, 2, 8)),
+        ("decode", 64, False): Row(Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+        ("decode", 128, False): Row(Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
+        ("decode", 256, False): Row(Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
+        ("decode", 512, False): Row(Config(16, 32, 4, 2), Config(16, 16, 4, 3)),
+        ("decode", 512, True): Row(Config(16, 32, 4, 2), Config(16, 16, 4, 3)),
     },
 }
 
 
-def config_for(D: int, R: int, *, one: bool, format: int, queries: int, dtype: object, arch: Arch = "hopper") -> Config:
-    phase: Phase = "decode" if queries <= 16 else "prefill"
-    return TABLE[arch][(phase, D, one)]
+def arch_of(capability: tuple[int, int]) -> Arch:
+    """The rows a card reads."""
+    return "hopper" if capability == (9, 0) else "ampere"
+
+
+def config_for(D: int, *, one: bool, blocks: bool, rows: int, arch: Arch) -> Config:
+    """The launch for head size `D`; below 512 one tensor takes the rows of two.
+
+    Args:
+        one: one tensor for K and V; blocks: the cache is fp8, q8_0 or q4_0; rows: queries times heads of a group.
+    """
+    phase: Phase = "decode" if rows <= DECODE_ROWS else "prefill"
+    row = TABLE[arch][(phase, D, one and D == 512)]
+    return row.blocks if blocks else row.floats

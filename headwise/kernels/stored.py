@@ -59,6 +59,11 @@ class Stored(NamedTuple):
         return self.data_SGW.shape[2] * (2 if self.data_SGW.dtype == torch.uint8 else 1)
 
 
+def bits(x: Tensor) -> Tensor:
+    """A cached tensor as a kernel takes it: e4m3 as plain bytes."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
 @triton.jit
 def slot_of(pos, table, seq, table_stride, ring, RING: tl.constexpr, PAGE: tl.constexpr):
     """The slots (int64) of positions `pos` of sequence `seq`."""

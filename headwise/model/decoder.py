@@ -143,7 +143,7 @@ class Decoder:
         self._add_branch(y, w.get("attn_post_norm"), x, arena)
 
     def _scratch(self, arena: Arena) -> Scratch:
-        return Scratch(arena.flat("kv.k"), arena.flat("kv.v"), arena.flat("partial"), self.tile_tokens)
+        return Scratch(arena.flat("kv.k"), arena.flat("kv.v"), arena.flat("partial"), arena.flat("done"), self.tile_tokens)
 
     def _project(self, layer: LayerSpec, w: LayerWeights, h: Tensor, arena: Arena) -> HeadViews:
         """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""

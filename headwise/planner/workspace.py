@@ -98,6 +98,7 @@ def workspace(
             add(f"mask.{window}", "always", C, slots)
     if "slots" in reads:
         add("span", "always", 4, kind="i32")
+        add("done", "always", max(x.n_kv_heads for x in layers), kind="i32")
         add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
     if spec.ple:
         add("ple", "always", C, len(layers) * spec.ple.dim)

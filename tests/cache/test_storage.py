@@ -44,7 +44,7 @@ def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int,
     k, v = torch.randn(total, 2, 32, generator=g), torch.randn(total, 2, 32, generator=g)
     cache = LayerCache(layer, KV_FORMATS[kv], n_tokens=total, chunk=chunk, device=CPU)
     flat = LayerCache(replace(layer, window=None), KV_FORMATS[kv], n_tokens=total, chunk=chunk, device=CPU)
-    scratch = Scratch(torch.empty(chunk * 64), torch.empty(chunk * 64), None, chunk)
+    scratch = Scratch(torch.empty(chunk * 64), torch.empty(chunk * 64), None, None, chunk)
     at = 0
     for n in steps:
         part = slice(at, at + n)

@@ -1,0 +1,110 @@
+"""Compiles every row of the table for its cards; a JSON line each. A program of its own: it stands in for the driver."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import torch
+from kernels.compiling import Compiled
+
+import headwise.kernels.attend as portable
+from headwise.kernels.configs import TABLE, Config
+from headwise.kernels.stored import Sequences, Slots, Stored
+
+CARDS = {"ampere": (80, 86, 89), "hopper": (90,)}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+BLOCKS = {"q8_0": (torch.int8, 1), "q4_0": (torch.uint8, 2)}
+
+
+def ints(*x: int) -> torch.Tensor:
+    return torch.tensor(x, dtype=torch.int32)
+
+
+def cache(width: int, kv: str) -> Stored:
+    if kv == "bf16":
+        return Stored(torch.empty(1024, 4, width, dtype=torch.bfloat16))
+    if kv == "fp8":
+        return Stored(torch.empty(1024, 4, width, dtype=torch.float8_e4m3fn))
+    kind, packed = BLOCKS[kv]
+    return Stored(torch.empty(1024, 4, width // packed, dtype=kind), torch.empty(1024, 4, width // 32, dtype=torch.float16))
+
+
+def compile_one(kernel: object, capability: int, phase: str, D: int, one: bool, kv: str, config: Config) -> dict[str, object]:
+    compiled = Compiled(kernel, capability)
+    portable._attend, portable.merge = compiled, lambda *args, **options: None
+    E, T = D + 128 * one, 1 if phase == "decode" else 128
+    q, out = torch.empty(T, 32, E, dtype=torch.bfloat16), torch.empty(T, 32, D, dtype=torch.bfloat16)
+    k, v = cache(E, kv), None if one else cache(D, kv)
+    portable.attend(
+        q, k, v, out, Sequences(ints(0, T), ints(512), T, 512), Slots(ints(0)), scale=1.0, n_splits=4 if phase == "decode" else 1,
+        scratch=torch.empty(10**6), config=config,
+    )  # fmt: skip
+    r = compiled.reports[0]
+    return {
+        "card": capability, "phase": phase, "head_dim": D, "one": one, "kv": kv, "config": str(config), "registers": r.registers,
+        "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+    }  # fmt: skip
+
+
+def hopper(capability: int = 90) -> list[dict[str, object]]:
+    """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss."""
+    import headwise.kernels.attend_hopper as prefill
+    import headwise.kernels.decode_hopper as decode
+
+    out = []
+
+    def compiled(module: object, name: str, launch: object, label: str) -> None:
+        original = getattr(module, name)
+        stand_in = Compiled(original, capability)
+        setattr(module, name, stand_in)
+        launch()  # type: ignore[operator]
+        setattr(module, name, original)
+        r = stand_in.reports[0]
+        out.append({"kernel": label, "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes,
+                    "wgmma": "wgmma.mma_async" in r.ptx})  # fmt: skip
+
+    decode.merge = lambda *args, **options: None
+    seqs, flat = Sequences(ints(0, 128), ints(512), 128, 512), Slots(ints(0))
+
+    def tensors(H: int, E: int, D: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty(T, H, E, dtype=torch.bfloat16), torch.empty(T, H, D, dtype=torch.bfloat16)
+
+    q, o = tensors(32, 640, 512, 128)
+    compiled(prefill, "_one512", lambda: prefill.attend_one512(q, cache(640, "bf16"), o, seqs, flat, scale=1.0), "one tensor, 512")
+    for D, window, ring in ((64, 128, 700), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
+        q2, o2 = tensors(32, D, D, 128)
+        k, slots = cache(D, "bf16"), Slots(ints(0), ring)
+        compiled(prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: prefill.attend_two(q, k, k, o, seqs, s, scale=1.0,
+        window=w),
+                 f"two tensors, {D}, window {window}")  # fmt: skip
+    lone, scratch = Sequences(ints(0, 1), ints(512), 1, 512), torch.empty(10**6)
+    for D, one, window in ((512, True, None), (256, False, 1024), (128, False, None), (64, False, 128)):
+        for kv in ("bf16", "fp8", "q8_0", "q4_0"):
+            E = D + 128 * one
+            q1, o1 = tensors(32, E, D, 1)
+            k, v, slots = cache(E, kv), None if one else cache(D, kv), Slots(ints(0), 1600 if window else 0)
+            compiled(decode, "_decode", lambda q=q1, o=o1, k=k, v=v, s=slots, w=window: decode.attend_decode(
+                q, k, v, o, lone, s, scale=1.0, window=w, n_splits=4, scratch=scratch), f"decode, {D}, {kv}")  # fmt: skip
+    return out
+
+
+def main(part: int, parts: int) -> None:
+    kernel = portable._attend
+    jobs = [
+        (card, phase, D, one, kv, row.floats if kv == "bf16" else row.blocks)
+        for arch, rows in TABLE.items()
+        for (phase, D, one), row in rows.items()
+        for card in CARDS[arch]
+        for kv in ("bf16", "fp8", "q8_0", "q4_0")
+        if card != 86 or kv == "bf16"  # sm86 and sm89 differ little; fp8 is integer arithmetic on both
+    ]
+    if part == parts - 1:
+        for found in hopper():
+            print(json.dumps(found | {"shared_limit": SHARED[90]}), flush=True)
+    for job in jobs[part::parts]:
+        print(json.dumps(compile_one(kernel, *job)), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

@@ -1,0 +1,67 @@
+"""Compiles kernels for cards that are not here: a driver that only says which card it is, and ptxas's own report."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
+
+
+class Report(NamedTuple):
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    ptx: str
+
+
+class Card:
+    """What triton asks a driver while it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.capability  # triton keeps what it compiled by device
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+class Compiled:
+    """Stands where a kernel stood: a launch compiles it for `capability` and keeps the report."""
+
+    def __init__(self, kernel: Any, capability: int) -> None:
+        self.kernel, self.capability, self.reports = kernel, capability, []
+
+    def __getitem__(self, grid: object) -> Any:
+        def launch(*args: object, **options: object) -> None:
+            driver.set_active(Card(self.capability))
+            self.reports.append(report(self.kernel.warmup(*args, grid=grid, **options), self.capability))
+
+        return launch
+
+
+def report(compiled: Any, capability: int) -> Report:
+    arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(compiled.asm["ptx"])
+        f.flush()
+        said = subprocess.run([PTXAS, "-v", f"--gpu-name={arch}", f.name, "-o", "/dev/null"], capture_output=True, text=True).stderr
+    registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    assert registers, said
+    return Report(int(registers[1]), max(map(int, spills), default=0), compiled.metadata.shared, compiled.asm["ptx"])

@@ -1,0 +1,185 @@
+"""The attention kernel against fp64, in triton's interpreter: pairs of everything it claims, on shapes that break masks.
+
+bf16 is left to the GPU: the interpreter of triton 3.6 multiplies it wrongly (facts of triton, not of the kernel).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from kernels.cases import Case, run_all
+
+BOUND = {"f32": 1e-5, "f16": 2e-3}
+CHOICES: dict[str, list[object]] = {
+    "D": [64, 128, 256, 512],
+    "heads": [(1, 1), (2, 1), (6, 2), (5, 1), (7, 1), (16, 1), (8, 4)],
+    "shape": [  # keys and queries of each sequence
+        ((1,), (1,)),
+        ((37,), (37,)),
+        ((70, 33), (1, 1)),
+        ((41, 1, 23), (20, 1, 5)),
+        ((50, 17), (3, 0)),
+        ((66,), (8,)),
+    ],
+    "tail": [0, 16, 32],
+    "window": [None, 1, 16, 17, 40],
+    "layout": ["flat", "ring", "pages"],
+    "kv": ["f32", "f16", "fp8", "q8_0", "q4_0"],
+    "splits": [1, 2, 5],
+    "softcap": [None, 4.0],
+    "sinks": [False, True],
+    "scale": [None, 1.0],
+    "rows": [16, 32],
+    "pack": [1, 2, 16],
+}
+
+
+def allowed(c: dict[str, object]) -> bool:
+    """Combinations that exist: a ring has a window, one tensor is a global layer's, blocks of 32 fill its tail, drafts are few."""
+    queries = c["shape"][1]  # type: ignore[index]
+    return not (
+        (c["layout"] == "ring" and c["window"] is None)
+        or (c["tail"] and c["window"] is not None)
+        or (c["tail"] == 16 and c["kv"] in ("q8_0", "q4_0"))
+        or (c["splits"] != 1 and (max(queries) > 8 or c["pack"] != 16))
+    )
+
+
+def pairwise(seed: int = 3) -> list[dict[str, object]]:
+    """Cases in which every allowed pair of choices occurs: greedy, from random candidates."""
+    rng = random.Random(seed)
+    names = list(CHOICES)
+
+    def pairs(c: dict[str, object]) -> set[tuple[object, ...]]:
+        return {(a, repr(c[a]), b, repr(c[b])) for a, b in itertools.combinations(names, 2)}
+
+    def candidate() -> dict[str, object]:
+        while True:
+            c = {n: rng.choice(v) for n, v in CHOICES.items()}
+            if allowed(c):
+                return c
+
+    reachable = set().union(*(pairs(candidate()) for _ in range(20000)))
+    out: list[dict[str, object]] = []
+    while reachable:
+        best = max((candidate() for _ in range(60)), key=lambda c: len(pairs(c) & reachable))
+        if pairs(best) & reachable:
+            out.append(best)
+            reachable -= pairs(best)
+    return out
+
+
+def case_of(c: dict[str, object], seed: int) -> Case:
+    keys, queries = c["shape"]  # type: ignore[misc]
+    H, G = c["heads"]  # type: ignore[misc]
+    names = ("D", "tail", "window", "layout", "kv", "splits", "softcap", "sinks", "scale", "rows", "pack")
+    rest = {n: c[n] for n in names}
+    dtype = "f32" if c["kv"] == "f32" else "f16"
+    return Case(H=H, G=G, keys=keys, queries=queries, dtype=dtype, seed=seed, **rest)  # type: ignore[arg-type]
+
+
+PAIRS = [case_of(c, i) for i, c in enumerate(pairwise())]
+EDGE = Case(D=64, H=4, G=2, keys=(90,), queries=(7,), kv="f32", dtype="f32", window=33)
+EDGES = [
+    replace(EDGE, keys=(n,), queries=(t,), layout=layout)
+    for n in (7, 32, 33, 34, 90)
+    for t in (1, 7)
+    for layout in ("flat", "ring")
+]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[Case, dict[str, float | bool]]:
+    cases = [*PAIRS, *EDGES]
+    half = len(cases) // 2
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [*itertools.chain(*pool.map(run_all, (cases[:half], cases[half:])))]
+    return dict(zip(cases, found, strict=True))
+
+
+@pytest.mark.parametrize("case", PAIRS, ids=lambda c: f"{c.seed}")
+def test_every_pair_of_claims_gives_the_formula(case: Case, results: dict[Case, dict[str, float | bool]]) -> None:
+    got = results[case]
+    assert got["finite"], case
+    assert got["error"] < BOUND[case.dtype], (case, got)
+    assert max(case.queries) * case.H * case.D < 256 or got["correlation"] > 0.9999, (case, got)
+
+
+@pytest.mark.parametrize("case", EDGES, ids=lambda c: f"{c.keys[0]}-{c.queries[0]}-{c.layout}")
+def test_the_windows_edge_and_the_rings_wrap(case: Case, results: dict[Case, dict[str, float | bool]]) -> None:
+    """One key too many or too few at W - 1, W, W + 1, and a ring that has wrapped."""
+    assert results[case]["error"] < 1e-5, (case, results[case])
+
+
+def call(**changes: object) -> None:
+    """A call that is refused before it is launched: no interpreter needed."""
+    from headwise.kernels.attend import attend
+    from headwise.kernels.stored import Sequences, Slots, Stored
+
+    def ints(*x: int) -> torch.Tensor:
+        return torch.tensor(x, dtype=torch.int32)
+
+    a: dict[str, object] = {
+        "q_NHE": torch.zeros(3, 4, 64, dtype=torch.float16),
+        "k": Stored(torch.zeros(32, 2, 64, dtype=torch.float16)),
+        "v": Stored(torch.zeros(32, 2, 64, dtype=torch.float16)),
+        "out_NHD": torch.zeros(3, 4, 64, dtype=torch.float16),
+        "seqs": Sequences(ints(0, 3), ints(9), 3, 9),
+        "slots": Slots(ints(0)),
+        "scale": 1.0,
+    }
+    attend(**(a | changes))  # type: ignore[arg-type]
+
+
+def half(*shape: int) -> torch.Tensor:
+    return torch.zeros(*shape, dtype=torch.float16)
+
+
+def wrong(name: str) -> tuple[dict[str, object], str]:
+    from headwise.kernels.stored import Slots, Stored
+
+    one = torch.tensor([0], dtype=torch.int32)
+    return {
+        "head_dim": ({"q_NHE": half(3, 4, 96),
+                      "k": Stored(half(32, 2, 96)), "v": Stored(half(32, 2, 96)), "out_NHD": half(3, 4, 96)},
+                     "head_dim 96 not in (64, 128, 256, 512)"),
+        "tail": ({"q_NHE": half(3, 4, 88), "k": Stored(half(32, 2, 88)), "v": None}, "24 rotated values"),
+        "heads": ({"q_NHE": half(3, 5, 64), "out_NHD": half(3, 5, 64)}, "5 query heads over 2 KV heads"),
+        "window": ({"window": 0}, "a window of 0 keys"),
+        "key size": ({"k": Stored(half(32, 2, 128))}, "keys of 128 values for queries of 64"),
+        "two types": ({"v": Stored(torch.zeros(32, 2, 64, dtype=torch.int8), half(32, 2, 2))}, "torch.int8"),
+        "query stride": ({"q_NHE": half(3, 64, 4).transpose(1, 2)}, "query strides"),
+        "cache stride": ({"k": Stored(half(2, 32, 64).transpose(0, 1))}, "cache strides"),
+        "table": ({"slots": Slots(one.long())}, "slot table of torch.int64"),
+        "ring and pages": ({"slots": Slots(one, 16, 16)}, "a ring of 16 and pages of 16"),
+        "scratch": ({"n_splits": 2, "scratch": torch.zeros(5)}, "2 splits need scratch of"),
+    }[name]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "head_dim",
+        "tail",
+        "heads",
+        "window",
+        "key size",
+        "two types",
+        "query stride",
+        "cache stride",
+        "table",
+        "ring and pages",
+        "scratch",
+    ],
+)
+def test_misuse_is_refused_before_launch_with_both_numbers(name: str) -> None:
+    changes, message = wrong(name)
+    with pytest.raises(ValueError, match="attend") as caught:
+        call(**changes)
+    assert message in str(caught.value)

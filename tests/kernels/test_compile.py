@@ -1,0 +1,51 @@
+"""Every row of the table, compiled for its cards without one: a row that spills or does not fit must not be offered."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+PARTS = 2
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict[str, Any]]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))}
+    env.pop("TRITON_INTERPRET", None)
+    runs = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "compile_rows.py"), str(part), str(PARTS)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
+        )
+        for part in range(PARTS)
+    ]  # fmt: skip
+    out = []
+    for run in runs:
+        printed, said = run.communicate(timeout=600)
+        assert run.returncode == 0, said[-3000:]
+        out += [json.loads(line) for line in printed.splitlines()]
+    return out
+
+
+def test_every_row_fits_its_cards_shared_memory(rows: list[dict[str, Any]]) -> None:
+    """A launch that asks for more fails on the user's card, at the first long prompt."""
+    assert len(rows) > 100
+    assert not [r for r in rows if r["shared_bytes"] > r["shared_limit"]]
+
+
+def test_no_row_spills(rows: list[dict[str, Any]]) -> None:
+    """Spilled registers go through device memory: slower than the slower tile that does not."""
+    assert not [r for r in rows if r["spill_bytes"] >= 64]
+
+
+def test_the_hopper_kernels_use_the_asynchronous_matrix_unit(rows: list[dict[str, Any]]) -> None:
+    gluon = [r for r in rows if "kernel" in r]
+    assert len(gluon) == 21
+    assert all(r["wgmma"] for r in gluon)
