@@ -193,15 +193,6 @@ def _text_file(name: str) -> str:
         raise UsageError(f"{name} cannot be read", why=str(error), do="name a UTF-8 text file") from error
 
 
-def _chat(t: Any, text: str, template: str | None) -> list[int]:
-    from headwise.text.template import render_chat
-
-    bos = t.token(t.bos_id) if t.bos_id is not None else None
-    eos = t.token(min(t.eos_ids)) if t.eos_ids else None
-    rendered = render_chat(template or t.chat_template, [{"role": "user", "content": text}], bos_token=bos, eos_token=eos, extra={})
-    return t.encode(rendered, parse_special=True)
-
-
 def _run(args: argparse.Namespace) -> int:
     text = _prompt(args)
     demo = args.prompt is None and args.file is None
@@ -209,11 +200,15 @@ def _run(args: argparse.Namespace) -> int:
     source = _open(args, weights=True)
     from headwise.engine.llm import LLM, prompt_too_long, run_context, tokenizer_of
     from headwise.engine.sample import Sampling
+    from headwise.text.chat import encode_chat
 
     console = _stderr()
     tokenizer = tokenizer_of(source)
     template = None if args.chat_template is None else _text_file(args.chat_template)
-    prompt = _chat(tokenizer, text, template) if args.chat or template else tokenizer.encode(text)
+    if args.chat or template:
+        prompt = encode_chat(tokenizer, [{"role": "user", "content": text}], template=template)
+    else:
+        prompt = tokenizer.encode(text)
     if demo:  # a small model repeats itself when greedy: its own suggested sampling, with a seed so that it repeats
         settings = {"temperature": 0.8, "top_p": 0.95, "seed": 7}
     else:

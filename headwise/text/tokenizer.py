@@ -12,6 +12,8 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from tokenizers.normalizers import Replace, Sequence
+
 from headwise.errors import UsageError
 from headwise.spec.gguf import GgufFile, read_gguf
 from headwise.text.from_gguf import vocabulary_from_gguf
@@ -19,6 +21,7 @@ from headwise.text.from_hf import vocabulary_from_hf
 from headwise.text.pieces import pieces_of
 from headwise.text.vocabulary import Vocabulary
 
+SEAM = "\ufdd0"  # no character: Unicode keeps it for a program's own use
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -56,13 +59,19 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
         self._encoding = threading.Lock()  # the library's switch for special tokens is a setting, not an argument
 
-    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> list[int]:
+    @property
+    def guarded_texts(self) -> tuple[str, ...]:
+        """The control tokens and tags that nobody may type, as they are spelt."""
+        return tuple(sorted({text for i in self._guarded if (text := self.token(i))}))
+
+    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False, seams: bool = False) -> list[int]:
         """Token ids of `text`.
 
         Args:
             add_bos: begin with the BOS token if the model wants one; never a second one after a template's own.
             parse_special: False for text from outside: `<|turn>` in it becomes its letters, never the control token.
                 True for a rendered chat template.
+            seams: `text` holds SEAMs; they are left out, and what holds one inside is no control token.
         Raises:
             UsageError: `text` holds half of a surrogate pair, which no UTF-8 and so no token can express.
         """
@@ -75,9 +84,20 @@ class Tokenizer:
             )
         with self._encoding:
             self._rust.encode_special_tokens = not parse_special
-            ids = self._rust.encode(text, add_special_tokens=False).ids
-        if not parse_special and not self._guarded.isdisjoint(ids):  # merges of the file's own led to a control token
-            ids = [spelt for i in ids for spelt in (self._spell(i) if i in self._guarded else (i,))]
+            normalizer = self._rust.normalizer
+            try:
+                if seams:  # control tokens are found before a text is normalised
+                    drop = Replace(SEAM, "")
+                    self._rust.normalizer = Sequence([drop] if normalizer is None else [drop, normalizer])
+                encoded = self._rust.encode(text, add_special_tokens=False)
+            finally:
+                if seams:
+                    self._rust.normalizer = normalizer or Sequence([])
+        ids = encoded.ids
+        if (seams or not parse_special) and not self._guarded.isdisjoint(ids):  # merges of the file's own led to a control token
+            spans = zip(ids, encoded.offsets, strict=True)
+            typed = [i in self._guarded and (not parse_special or SEAM in text[start:stop]) for i, (start, stop) in spans]
+            ids = [part for i, plain in zip(ids, typed, strict=True) for part in (self._spell(i) if plain else (i,))]
         if add_bos and self.add_bos and self.bos_id is not None and not (parse_special and ids[:1] == [self.bos_id]):
             return [self.bos_id, *ids]
         return ids
