@@ -65,11 +65,11 @@ def compare(llm: LLM, url: str, *, as_json: bool, console: Console, send: Send |
         ProbeError: the server cannot be reached, is of an unknown kind, or answers without tokens or log-probabilities.
     """
     send = send or _http(url)
-    engine, version, ask = _identify(send, url)
+    engine, version, ask, room = _identify(send, url)
     rows = []
     for name, text in PROMPTS.items():
         ids = llm.tokenizer.encode(text)
-        ids = ids[: max(1, llm.plan.workload.context - N_TOKENS - 1)]
+        ids = ids[: max(1, min(room or llm.plan.workload.context, llm.plan.workload.context) - N_TOKENS - 1)]
         steps = ask(ids, llm.tokenizer.decode(ids))
         if not steps:
             raise ProbeError(
@@ -177,24 +177,26 @@ def _http(url: str) -> Send:
     return send
 
 
-def _identify(send: Send, url: str) -> tuple[str, str, Callable[[list[int], str], list[Step]]]:
-    """Which engine answers, its version, and how to ask it."""
+def _identify(send: Send, url: str) -> tuple[str, str, Callable[[list[int], str], list[Step]], int | None]:
+    """Which engine answers, its version, how to ask it, and the tokens of its context where it says."""
     props = send("/props", None)
     if isinstance(props, dict) and "default_generation_settings" in props:
-        return "llama-server", str(props.get("build_info", "")), lambda ids, _: _llama_server(send, ids)
+        room = props["default_generation_settings"].get("n_ctx")
+        return "llama-server", str(props.get("build_info", "")), lambda ids, _: _llama_server(send, ids), room
     version = send("/api/version", None)
     if isinstance(version, dict) and "version" in version:
         running = (send("/api/ps", None) or {}).get("models") or (send("/api/tags", None) or {}).get("models") or []
         if not running:
             raise ProbeError("Ollama has no model", why="none is running or pulled", do="ollama run MODEL, then again")
         name = str(running[0]["name"])
-        return "ollama", f"{version['version']} ({name})", lambda _, text: _ollama(send, name, text)
+        return "ollama", f"{version['version']} ({name})", lambda _, text: _ollama(send, name, text), None
     models = send("/v1/models", None)
     if isinstance(models, dict) and models.get("data"):
         vllm = send("/version", None)
         name = str(models["data"][0]["id"])
         engine = "vllm" if isinstance(vllm, dict) else "OpenAI-compatible server"
-        return engine, str((vllm or {}).get("version", "")), lambda ids, _: _openai(send, name, ids)
+        room = models["data"][0].get("max_model_len")
+        return engine, str((vllm or {}).get("version", "")), lambda ids, _: _openai(send, name, ids), room
     raise ProbeError(
         f"no engine that is known answers at {url}", why="tried llama-server, Ollama and /v1/models", do="check the URL"
     )
@@ -208,10 +210,20 @@ def _missing(what: str) -> ProbeError:
 
 def _llama_server(send: Send, ids: list[int]) -> list[Step]:
     body = {"prompt": ids, "n_predict": N_TOKENS, "temperature": 0, "n_probs": TOP, "return_tokens": True, "cache_prompt": False}
-    steps = send("/completion", body).get("completion_probabilities")
+    answer = send("/completion", body)
+    steps = answer.get("completion_probabilities")
     if not steps:
         raise _missing("completion_probabilities")
-    return [(s["id"], {c["id"]: c["logprob"] for c in s.get("top_logprobs", [])}) for s in steps]
+    out: list[Step] = []
+    rest = iter(steps)
+    step = next(rest)
+    for token in answer.get("tokens") or [s["id"] for s in steps]:  # a token that ends amid a character has no step of its own
+        if step is not None and step["id"] == token:
+            out.append((token, {c["id"]: c["logprob"] for c in step.get("top_logprobs", [])}))
+            step = next(rest, None)
+        else:
+            out.append((token, {}))
+    return out
 
 
 def _openai(send: Send, model: str, ids: list[int]) -> list[Step]:

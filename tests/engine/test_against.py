@@ -7,7 +7,7 @@ import io
 import json
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -64,6 +64,7 @@ class Fake:
         steps = self.answer(ids)
         if self.kind == "llama":
             return {
+                "tokens": [t for t, _ in steps],
                 "completion_probabilities": [
                     {"id": t, "top_logprobs": [{"id": i, "logprob": p} for i, p in c.items()]} for t, c in steps
                 ]
@@ -108,6 +109,13 @@ def compared(fake: Fake) -> tuple[int, str]:
     with served(fake) as url:
         code = against.compare(llm(), url, as_json=False, console=Console(file=out, width=120))
     return code, out.getvalue()
+
+
+def rows_of(fake: Fake) -> list[dict[str, Any]]:
+    printed = io.StringIO()
+    with served(fake) as url, redirect_stdout(printed):
+        against.compare(llm(), url, as_json=True, console=Console(file=io.StringIO()))
+    return json.loads(printed.getvalue())["prompts"]
 
 
 @pytest.mark.parametrize(("kind", "name"), [("llama", "llama-server b9999"), ("vllm", "vllm 0.33.0")])
@@ -171,3 +179,34 @@ def test_json_has_stable_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert answer.keys() == {"model", "engine", "version", "agrees", "prompts"}
     assert answer["prompts"][0].keys() >= {"prompt", "tokens", "equal", "ties", "mean_difference", "max_difference", "agrees"}
     assert torch.isfinite(torch.tensor([p["max_difference"] for p in answer["prompts"]])).all()
+
+
+def test_a_llama_server_that_leaves_out_half_characters_is_compared_at_the_right_positions() -> None:
+    """llama-server b1-0c1e570 gave 22 steps for 32 tokens of Cyrillic and Arabic; every later position was off."""
+
+    class Silent(Fake):
+        def post(self, path: str, body: dict[str, Any]) -> Any:
+            answer = super().post(path, body)
+            del answer["completion_probabilities"][1]
+            return answer
+
+    rows = rows_of(Silent("llama"))
+
+    assert all(r["agrees"] and r["equal"] == r["tokens"] == 4 for r in rows)
+
+
+def test_prompts_are_cut_to_the_servers_context() -> None:
+    """A server with 4,096 tokens refused the long prompt, and with it the comparison."""
+    asked: list[int] = []
+
+    class Small(Fake):
+        def get(self, path: str) -> Any:
+            return {"default_generation_settings": {"n_ctx": 40}} if path == "/props" else None
+
+        def post(self, path: str, body: dict[str, Any]) -> Any:
+            asked.append(len(body["prompt"]))
+            return super().post(path, body)
+
+    rows_of(Small("llama"))
+
+    assert max(asked) == 40 - 4 - 1
