@@ -18,7 +18,7 @@ from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
 from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.read import Source, open_model
 from headwise.weights.listing import list_checkpoint
 from headwise.weights.names import stored_types
@@ -295,17 +295,16 @@ def explain(
     return device, formats, choose_layers(source.spec, kv=formats, dtype=dtype, device=device)
 
 
+def _layer_json(layer: LayerSpec) -> dict[str, object]:
+    return {key: getattr(layer, key) for key in ("index", "kind", "head_dim", "window", "kv_source", "k_eq_v")}
+
+
 def explain_json(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, object]:
     return {
         "model": spec.name,
         "layers": [
-            {
-                "index": layer.index,
-                "kind": layer.kind,
-                "head_dim": layer.head_dim,
-                "window": layer.window,
-                "kv_source": layer.kv_source,
-                "k_eq_v": layer.k_eq_v,
+            _layer_json(layer)
+            | {
                 "backend": choice.backend.name,
                 "verdict": choice.backend.verdict,
                 "refusals": [{"backend": r.backend, "reason": r.reason} for r in choice.refusals],
@@ -329,20 +328,8 @@ def explain_rival_json(spec: ModelSpec, engine: str, answer: EngineExplanation) 
         "model": spec.name,
         "engine": engine,
         "layers": [
-            {
-                "index": layer.index,
-                "kind": layer.kind,
-                "head_dim": layer.head_dim,
-                "window": layer.window,
-                "kv_source": layer.kv_source,
-                "k_eq_v": layer.k_eq_v,
-                "backend": choice.backend,
-                "verdict": choice.verdict,
-                "why": choice.why,
-                "source": choice.source,
-                "refusals": [],
-            }
-            for layer, choice in zip(spec.layers, answer.choices, strict=True)
+            _layer_json(layer) | {"backend": c.backend, "verdict": c.verdict, "why": c.why, "source": c.source, "refusals": []}
+            for layer, c in zip(spec.layers, answer.choices, strict=True)
         ],
         "notes": list(answer.notes),
     }

@@ -34,6 +34,20 @@ _GEMMA4: dict[str, Any] = dict(
     vocab_size_per_layer_input=320,
 )
 _PLAIN: dict[str, Any] = dict(vocab_size=320, hidden_size=96, num_hidden_layers=4, max_position_embeddings=512)
+_GEMMA3 = _PLAIN | dict(
+    num_hidden_layers=6,
+    intermediate_size=160,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    sliding_window=13,
+    layer_types=[SLIDING, SLIDING, FULL] * 2,
+    query_pre_attn_scalar=24,
+    rope_parameters={
+        SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
+        FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+    },
+)
 _LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10_000.0,
@@ -82,41 +96,10 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
             moe_intermediate_size=48,
         ),
     ),
-    "gemma3": (
-        "gemma3_text",
-        _PLAIN
-        | dict(
-            num_hidden_layers=6,
-            intermediate_size=160,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            sliding_window=13,
-            layer_types=[SLIDING, SLIDING, FULL] * 2,
-            query_pre_attn_scalar=24,
-            rope_parameters={
-                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
-            },
-        ),
-    ),
+    "gemma3": ("gemma3_text", _GEMMA3),
     "gemma3-5to1": (  # the pattern and scale that GGUF's gemma3 has no keys for
         "gemma3_text",
-        _PLAIN
-        | dict(
-            num_hidden_layers=6,
-            intermediate_size=160,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=32,
-            sliding_window=13,
-            layer_types=[SLIDING] * 5 + [FULL],
-            query_pre_attn_scalar=32,
-            rope_parameters={
-                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-                FULL: {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
-            },
-        ),
+        _GEMMA3 | dict(layer_types=[SLIDING] * 5 + [FULL], query_pre_attn_scalar=32),
     ),
     "exaone4": (
         "exaone4",

@@ -176,6 +176,21 @@ class _Common:
         listed = self.config.strings("layer_types", options=(FULL, SLIDING), length=self.n_layers)
         return listed or [default(i) for i in range(self.n_layers)]
 
+    def layer(self, index: int, *, window: int | None, rope: RopeSpec | None, mlp: MlpSpec, **more: Any) -> LayerSpec:
+        """A layer with a cache of its own, scale head_dim ** -0.5 where `more` names no other."""
+        return LayerSpec(
+            index=index,
+            n_heads=self.n_heads,
+            n_kv_heads=self.n_kv_heads,
+            head_dim=self.head_dim,
+            window=window,
+            kv_source=None,
+            k_eq_v=False,
+            rope=rope,
+            mlp=mlp,
+            **{"scale": self.head_dim**-0.5, **more},
+        )
+
     def model(self, name: str, family: str, layers: list[LayerSpec], norms: Norms, **more: Any) -> ModelSpec:
         config = self.config
         bos = config.ids("bos_token_id")
@@ -288,9 +303,7 @@ def _ropes_by_type(
 ) -> dict[tuple[str, int], RopeSpec]:
     """(type of layer, head size) -> rope, of a family with one rope for sliding and one for full layers."""
     given = config.section("rope_parameters") if "rope_parameters" in config else Config(defaults, where=config.where)
-    ropes = {
-        (kind, dim): _rope(given.section(kind), dim, theta=defaults[kind]["rope_theta"]) for kind, dim in heads
-    }
+    ropes = {(kind, dim): _rope(given.section(kind), dim, theta=defaults[kind]["rope_theta"]) for kind, dim in heads}
     given.refuse_unread(harmless=(FULL, SLIDING))
     return ropes
 
@@ -410,14 +423,9 @@ def _gemma3(config: Config, name: str) -> ModelSpec:
     scale = config.number("query_pre_attn_scalar") ** -0.5
     softcap = config.optional_number("attn_logit_softcapping")
     layers = [
-        LayerSpec(
-            index=i,
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
+        c.layer(
+            i,
             window=window if kind == SLIDING else None,
-            kv_source=None,
-            k_eq_v=False,
             rope=ropes[kind, c.head_dim],
             scale=scale,
             softcap=softcap,
@@ -456,16 +464,10 @@ def _exaone4(config: Config, name: str) -> ModelSpec:
     types = c.layer_types(lambda i: FULL if window is None or i in full else SLIDING)
     rope = _single_rope(c)
     layers = [
-        LayerSpec(
-            index=i,
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
+        c.layer(
+            i,
             window=window if kind == SLIDING else None,
-            kv_source=None,
-            k_eq_v=False,
             rope=rope if window is None or kind == SLIDING else None,  # full layers of a hybrid have no rope
-            scale=c.head_dim**-0.5,
             qk_norm=True,
             mlp=MlpSpec(width=c.width, activation=c.activation),
         )
@@ -563,22 +565,7 @@ def _plain_layers(
     """Layers of the Llama kind: pre-norm, one rope, scale head_dim ** -0.5."""
     rope = _single_rope(c, default_theta=default_theta)
     return [
-        LayerSpec(
-            index=i,
-            n_heads=c.n_heads,
-            n_kv_heads=c.n_kv_heads,
-            head_dim=c.head_dim,
-            window=window,
-            kv_source=None,
-            k_eq_v=False,
-            rope=rope,
-            scale=c.head_dim**-0.5,
-            sinks=sinks,
-            qk_norm=qk_norm,
-            qkv_bias=c.bias,
-            o_bias=c.bias,
-            mlp=mlp,
-        )
+        c.layer(i, window=window, rope=rope, mlp=mlp, sinks=sinks, qk_norm=qk_norm, qkv_bias=c.bias, o_bias=c.bias)
         for i, (window, mlp) in enumerate(zip(windows, mlps, strict=True))
     ]
 
