@@ -375,6 +375,7 @@ def _verify(args: argparse.Namespace) -> int:
             chunk=args.ubatch,
             allow_fallback=args.allow_fallback,
             check=False,
+            load=args.against is not None,
             progress=progress,
         )
     if args.against:

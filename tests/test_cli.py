@@ -174,6 +174,15 @@ def test_a_request_is_refused_before_the_weights_are_loaded(
     assert words in err
 
 
+def test_verify_reads_no_weights(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checking the kernels for a model of 17 GiB took the minutes and the memory of loading it."""
+    monkeypatch.setattr("headwise.engine.llm.load_weights", lambda *a, **k: pytest.fail("the weights are loaded"))
+    code, out, _ = run(capsys, "verify", "--device", "cpu", "--context", "600", "--json")
+
+    assert code == 0
+    assert all(check["ok"] for check in json.loads(out)["checks"])
+
+
 def test_a_command_in_an_error_is_not_broken_over_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
     """Advice is made to be pasted; a pipe is 80 columns wide for rich, and the path of this file is longer."""
     path = f"/{'x' * 100}/model.gguf"

@@ -119,6 +119,7 @@ class LLM:
         chunk: most tokens of one prefill step.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
+        load: False stops before the weights, with a plan and what `check` needs.
     Raises:
         SpecError, PlanError, BackendError, UsageError: before the first tensor is read wherever that is possible.
     """
@@ -134,6 +135,7 @@ class LLM:
         chunk: int = DEFAULT_CHUNK,
         allow_fallback: bool = False,
         check: bool = True,
+        load: bool = True,
         ignore_keys: Sequence[str] = (),
         tokenizer: Tokenizer | None = None,
         progress: Progress | None = None,
@@ -178,6 +180,8 @@ class LLM:
         self.checks_cached = False
         if check:  # before the weights: a wrong kernel is found before a long load, and the two never hold memory at once
             self.check(cache_file=default_cache_file(os.environ), on_warning=on_warning)
+        if not load:
+            return
         before_bytes = _before_loading(self.device)
         self.weights = load_weights(
             self.spec,
