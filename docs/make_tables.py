@@ -1,0 +1,46 @@
+"""Tables of the docs from the results they report: `python docs/make_tables.py` writes them between their marks."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks/results"
+
+
+def newest(name: str) -> dict[str, Any]:
+    return json.loads(sorted(RESULTS.glob(f"{name}_*.json"))[-1].read_text())
+
+
+def number(x: object) -> str:
+    return f"{x:.1e}" if isinstance(x, float) else str(x).split(": ", 1)[0]
+
+
+def converter() -> str:
+    found = newest("llamacpp_converter")
+    lines = [
+        "| model | converted, headwise | converted, llama.cpp | our file, llama.cpp | why not equal |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["models"]:
+        cells = (row["converted, headwise"], row["converted, llama.cpp"], row["twin, llama.cpp"])
+        lines.append(f"| {row['model']} | {' | '.join(map(number, cells))} | {row['note'] or ''} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"converter": ("docs/llamacpp.md", converter)}
+
+
+def marked(text: str, name: str, table: str) -> str:
+    """`text` with the table between its marks."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+    return re.sub(pattern, lambda m: m[1] + table + m[2], text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    for name, (page, make) in TABLES.items():
+        path = ROOT / page
+        path.write_text(marked(path.read_text(), name, make()))
