@@ -71,8 +71,9 @@ def fetch(name: str, *, weights: bool) -> Path:
         raise _offline(repository, error) from error
     except HfHubHTTPError as error:
         raise SpecError(f"the Hub refused {repository}", why=_line(error), do="try again later") from error
-    except unreachable as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    except (*unreachable, RuntimeError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left on device" in str(error):
             raise SpecError(
                 f"no room on disk for {repository}",
                 why=_line(error),
@@ -81,6 +82,12 @@ def fetch(name: str, *, weights: bool) -> Path:
         if isinstance(error, PermissionError):
             raise SpecError(
                 f"{repository} cannot be stored", why=_line(error), do="set HF_HOME to a directory that you may write"
+            ) from error
+        if isinstance(error, RuntimeError) and not isinstance(error, unreachable):  # hf_xet's, huggingface_hub issue 3036
+            raise SpecError(
+                f"the download of {repository} broke off",
+                why=_line(error),
+                do="run it again: what came is kept; HF_HUB_DISABLE_XET=1 downloads in the plain way",
             ) from error
         raise _offline(repository, error) from error
 

@@ -183,6 +183,8 @@ def test_what_is_no_repository_is_refused_before_the_network(name: str) -> None:
         (ConnectionResetError("reset"), "cannot be reached", "connect"),
         (OSError(errno.ENOSPC, "No space left on device"), "no room on disk", "HF_HOME"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "no room on disk", "HF_HOME"),
+        (RuntimeError("CAS service error : IO Error: No space left on device (os error 28)"), "no room on disk", "HF_HOME"),
+        (RuntimeError("Data processing error: CAS service error"), "broke off", "HF_HUB_DISABLE_XET"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be stored", "HF_HOME"),
         (errors.HFValidationError("Repo id must ..."), "names no repository", "hf:"),
     ],

@@ -292,16 +292,26 @@ def test_damaged_parameters_are_a_spec_error_not_a_default(store):
     refused("gemma4", [store.root], "parameters")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_store_of_another_user_says_how_to_get_in(store):
-    """The Linux service's store belongs to the user `ollama`."""
+@pytest.mark.parametrize("locked", ["manifests", "manifests/registry.ollama.ai/library/gemma4/latest", "blobs"])
+def test_a_store_of_another_user_says_how_to_get_in(store, monkeypatch, locked):
+    """The Linux service's store belongs to the user `ollama`. (The system calls fail here: root may read everything.)"""
     store.gguf()
-    manifests = store.root / "manifests"
-    manifests.chmod(0)
-    try:
-        refused("gemma4", [store.root], "may not be read", "usermod -aG ollama")
-    finally:
-        manifests.chmod(0o755)
+    inside = str(store.root / locked)
+
+    def forbidding(real):
+        def call(path, *args, **more):
+            if str(path).startswith(inside):
+                raise PermissionError(13, "Permission denied")
+            return real(path, *args, **more)
+
+        return call
+
+    monkeypatch.setattr(Path, "iterdir", forbidding(Path.iterdir))
+    monkeypatch.setattr(Path, "open", forbidding(Path.open))
+    if locked == "blobs":
+        monkeypatch.setattr(os, "stat", forbidding(os.stat))
+
+    refused("gemma4", [store.root], "may not be read", "usermod -aG ollama")
 
 
 JSON = st.recursive(
