@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Scratch, Span, carve
+from headwise.cache.storage import LayerCache, Scratch, Segment, Span, carve
 
 SPLIT_BELOW = 2  # KV heads; with fewer the CPU operator would run on one core
 SPLIT_MIN_KEYS = 1024  # per run: splitting costs about ten small operators
@@ -125,9 +125,13 @@ def attend(
         raise ValueError(f"{backend} has no softcap")
     operator, D = OPERATORS[backend], out_THD.shape[-1]
     converted = not cache.k.native(q_THE.dtype)
+    segments = cache.segments(span)
+    if span.n == 1 and len(segments) == 1 and backend == "torch-flash-cpu" and not converted and sinks_H is None:
+        _decode_cpu(q_THE, cache, segments[0], scale, out_THD)
+        return
     q_HTE = q_THE.transpose(0, 1)
     total_TH: Tensor | None = None
-    for segment in cache.segments(span):
+    for segment in segments:
         step = scratch.tile_tokens if converted else segment.stop - segment.start
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
@@ -150,6 +154,23 @@ def attend(
             del out_HTE, part_THD  # one partial result lives at a time: the plan reserves room for one
     if sinks_H is not None and total_TH is not None:  # the sink joins the denominator only
         out_THD.mul_(torch.sigmoid(total_TH - sinks_H[None, :])[..., None])
+
+
+def _decode_cpu(q_1HE: Tensor, cache: LayerCache, segment: Segment, scale: float, out_1HD: Tensor) -> None:
+    """One query, one run of slots, nothing to convert or merge: the same operator with half of the views around it."""
+    _, H, E = q_1HE.shape
+    G, D = cache.k.data_SGD.shape[1], out_1HD.shape[-1]
+    k_GSE = cache.k.data_SGD[segment.start : segment.stop].transpose(0, 1)
+    v_GSE = k_GSE if cache.v is None else cache.v.data_SGD[segment.start : segment.stop].transpose(0, 1)
+    q_GRE = q_1HE.view(G, H // G, E)
+    if G < SPLIT_BELOW and k_GSE.shape[1] >= 2 * SPLIT_MIN_KEYS:
+        out, _ = _split_cpu(q_GRE, k_GSE, v_GSE, scale)
+        out_1HD.copy_(out[:, 0, :D])
+        return
+    out, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_GRE[None], k_GSE[None], v_GSE[None], 0.0, False, scale=scale
+    )
+    out_1HD.view(1, G, H // G, D).copy_(out[..., :D] if E != D else out)
 
 
 def _tile(cache: LayerCache, start: int, stop: int, scratch: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
