@@ -6,12 +6,14 @@ Exit status: 0 fine, 1 a blocking problem, 2 usage, 130 interrupted. Every verb 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -109,9 +111,14 @@ def _verify_parser(p: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns our errors into messages; anything else is a bug and shows its traceback."""
     argv = sys.argv[1:] if argv is None else argv
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # a pipe whose encoding has no block characters is no reason to stop
+            stream.reconfigure(errors="replace")
     try:
         args = _parser().parse_args(argv)
-        return _VERBS[args.verb](args)
+        status = _VERBS[args.verb](args)
+        sys.stdout.flush()
+        return status
     except HeadwiseError as error:
         return _fail(error, as_json="--json" in argv)
     except KeyboardInterrupt:
@@ -119,9 +126,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         _stderr().show_cursor()  # a bar that was just being drawn leaves it hidden
         print("\ninterrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe went away
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.ENOSPC):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered goes nowhere
+        if error.errno == errno.EPIPE:  # the reader of a pipe went away
+            return 0
+        return _fail(HeadwiseError("standard output cannot be written", why=str(error), do="make room where it goes"))
 
 
 def _fail(error: HeadwiseError, *, as_json: bool = False) -> int:
@@ -132,12 +143,17 @@ def _fail(error: HeadwiseError, *, as_json: bool = False) -> int:
     return error.exit_code
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> NoReturn:
+        raise  # rich calls this where it caught the error; its own way out is exit code 1
+
+
 def _stderr() -> Console:
-    return Console(stderr=True)
+    return _Console(stderr=True)
 
 
 def _stdout() -> Console:
-    return Console()
+    return _Console()
 
 
 @contextmanager
@@ -180,17 +196,20 @@ def _prompt(args: argparse.Namespace) -> str:
     if args.prompt is not None:
         return args.prompt
     if args.file is not None:
-        return sys.stdin.read() if args.file == "-" else _text_file(args.file)
+        return _text_file(args.file)
     from headwise.text.demo import demo_prompt
 
     return demo_prompt()
 
 
 def _text_file(name: str) -> str:
+    """The text of a file, or of standard input for `-`."""
     try:
-        return Path(name).read_text(encoding="utf-8")
+        return (sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{name} cannot be read", why=str(error), do="name a UTF-8 text file") from error
+        raise UsageError(
+            f"{'standard input' if name == '-' else name} cannot be read", why=str(error), do="name a UTF-8 text file"
+        ) from error
 
 
 def _run(args: argparse.Namespace) -> int:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from checkpoints import folder
@@ -242,6 +244,52 @@ def test_a_card_without_bf16_is_planned_as_it_is_explained(capsys: pytest.Captur
     assert json.loads(planned)["kv"]["format"] == {"global": "f16", "sliding": "f16"}
     assert json.loads(planned)["dtype"] == "f16"
     assert "KV f16" in explained
+
+
+def headwise(*argv: str, **more: Any) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run([sys.executable, "-m", "headwise", *argv], stderr=subprocess.PIPE, timeout=120, **more)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    """A pipe of other bytes was a traceback, or half a surrogate pair, by the locale."""
+    done = headwise("run", "-", input=b"caf\xff", env=os.environ | {"PYTHONIOENCODING": "utf-8:strict"})
+
+    assert done.returncode == 2
+    assert b"standard input cannot be read" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="writes to /dev/full")
+@pytest.mark.parametrize(
+    "argv", [("plan", "tiny-hybrid"), ("plan", "tiny-hybrid", "--json"), ("run", "-p", "x", "--max-tokens", "2")]
+)
+def test_a_full_disk_under_standard_output_is_said(argv: tuple[str, ...]) -> None:
+    """It ended in a traceback, or in Python's own exit code 120 when the last buffer was lost."""
+    with open("/dev/full", "wb") as full:
+        done = headwise(*argv, stdout=full)
+
+    assert done.returncode == 1
+    assert b"standard output cannot be written" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    """`headwise explain ... | head` closes the pipe."""
+    read, write = os.pipe()
+    os.close(read)
+    done = headwise("explain", "gemma-4-31b", "--gpu", "rtx4090", stdout=write)
+    os.close(write)
+
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_a_terminal_without_block_characters_is_served() -> None:
+    """Windows pipes are cp1252; the layer map was a UnicodeEncodeError there."""
+    done = headwise(
+        "explain", "tiny-hybrid", "--gpu", "cpu", stdout=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "cp1252"}
+    )
+
+    assert done.returncode == 0
+    assert b"10/10 layers fused" in done.stdout
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="has no SIGINT of this kind")

@@ -129,7 +129,7 @@ def test_every_verb_prints_for_people(argv: list[str], code: int, words: str, ca
 
 
 def test_the_prompt_comes_from_standard_input(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("def add(a, b):"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"def add(a, b):")))
 
     assert main(["run", "-", "--max-tokens", "1", "--device", "cpu", "--no-check", "--json"]) == 0
     assert '"prefill_tokens": 7' in capsys.readouterr().out
