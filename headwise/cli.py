@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _plan_parser(verbs.add_parser("plan", help="memory to the byte, before anything is loaded"))
     _explain_parser(verbs.add_parser("explain", help="which backend each layer would run on, and why"))
     _verify_parser(verbs.add_parser("verify", help="check every backend in use against the reference"))
+    _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     return parser
 
 
@@ -106,6 +107,11 @@ def _verify_parser(p: argparse.ArgumentParser) -> None:
     _common(p, optional_model=True)
     _loading(p)
     p.add_argument("--against", metavar="URL", help="compare greedy tokens and log-probabilities with a running server")
+
+
+def _bench_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("what", choices=("attention",))
+    p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -411,9 +417,17 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if all(c.ok for c in checks) else 1
 
 
+def _bench(args: argparse.Namespace) -> int:
+    from headwise.bench.attention import bench
+
+    bench(as_json=args.json, say=lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True))
+    return 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
     "explain": _explain,
     "verify": _verify,
+    "bench": _bench,
 }

@@ -1,0 +1,311 @@
+"""How fast attention is on this card, beside what the card can do and what PyTorch has for the same shape.
+
+Every candidate is compared with the formula in fp64 before it is timed. Prefill: candidates in turn, one launch each round,
+median of the rounds. Decode: launches over caches in rotation, so that the second-level cache is cold, replayed as one graph.
+Ceilings are measured in the same run: the best matrix product of several sizes, and reading a gibibyte.
+Operations are useful ones only: 4 * heads * head_dim for each query and each key it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.attention.capability import DeviceKind
+from headwise.attention.choose import choose_layers
+from headwise.cache.storage import LayerCache, Scratch, Span
+from headwise.engine.runner import attend_functions
+from headwise.errors import UsageError
+from headwise.planner.workspace import partial_values
+from headwise.spec.kv import KV_FORMATS, k_values, v_values
+from headwise.spec.layers import LayerSpec, MlpSpec, ModelSpec
+from headwise.spec.rope import proportional_rope
+
+ROUNDS = 15
+ERROR = 1e-2  # relative, bf16
+CHECKED = 16  # last queries of a prefill that are held to the formula
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """One row: a layer of a known model at one length."""
+
+    name: str
+    head_dim: int
+    heads: int
+    kv_heads: int
+    window: int | None = None
+    one: bool = False  # one tensor for K and V, 128 rotated dims
+    length: int
+    decode: bool = False
+    kv: str = "bf16"
+
+
+_GLOBAL = Shape(name="Gemma 4 31B global", head_dim=512, heads=32, kv_heads=4, one=True, length=131072, decode=True)
+SHAPES = (
+    Shape(name="Gemma 4 31B sliding", head_dim=256, heads=32, kv_heads=16, window=1024, length=32768),
+    Shape(name="causal 256", head_dim=256, heads=32, kv_heads=16, length=16384),
+    Shape(name="Gemma 4 31B global", head_dim=512, heads=32, kv_heads=4, one=True, length=8192),
+    Shape(name="Gemma 4 31B global", head_dim=512, heads=32, kv_heads=4, one=True, length=32768),
+    Shape(name="Gemma 4 E4B global", head_dim=512, heads=8, kv_heads=2, length=32768),
+    Shape(name="Llama, Qwen3, EXAONE", head_dim=128, heads=32, kv_heads=8, length=16384),
+    Shape(name="Gemma 4 31B sliding", head_dim=256, heads=32, kv_heads=16, window=1024, length=32768, decode=True),
+    *(replace(_GLOBAL, length=n) for n in (8192, 32768, 131072)),
+    *(replace(_GLOBAL, kv=kv) for kv in ("fp8", "q8_0", "q4_0")),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """`tflops` of a prefill, `tb_s` of a decode; `fraction` of the measured ceiling."""
+
+    shape: Shape
+    who: str
+    us: float
+    low_us: float
+    high_us: float
+    tflops: float | None
+    tb_s: float | None
+    fraction: float
+    error: float
+
+
+def layer_of(shape: Shape) -> LayerSpec:
+    rope = proportional_rope(shape.head_dim, 1e6, partial=0.25) if shape.one else None
+    return LayerSpec(
+        index=0, n_heads=shape.heads, n_kv_heads=shape.kv_heads, head_dim=shape.head_dim, window=shape.window, kv_source=None,
+        k_eq_v=shape.one, rope=rope, scale=shape.head_dim**-0.5, mlp=MlpSpec(width=1, activation="silu"),
+    )  # fmt: skip
+
+
+def pairs(length: int, window: int | None) -> int:
+    """Queries times the keys each sees, causal."""
+    if window is None or window >= length:
+        return length * (length + 1) // 2
+    return window * (window + 1) // 2 + (length - window) * window
+
+
+class Ours:
+    """The chosen backend of a shape over caches of random keys."""
+
+    def __init__(self, shape: Shape, device: torch.device, n_caches: int) -> None:
+        layer = layer_of(shape)
+        spec = ModelSpec(
+            name="bench", family="bench", layers=(layer,), vocab_size=1, hidden=1, max_context=shape.length, rms_eps=1e-6,
+            norms="pre", tied=True,
+        )  # fmt: skip
+        kind = DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
+        fmt = KV_FORMATS[shape.kv]
+        choice = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind)
+        self.name = choice[0].backend.name
+        self.attend = attend_functions(choice)[0]
+        self.layer, self.shape = layer, shape
+        n = 1 if shape.decode else shape.length
+        chunk = 1 if shape.decode else shape.length
+        self.caches = [LayerCache(layer, fmt, n_tokens=shape.length, chunk=chunk, device=device) for _ in range(n_caches)]
+        for cache in self.caches:
+            for values in (cache.k, cache.v):
+                if values is not None:
+                    room = torch.empty(4096, shape.kv_heads, values.n_values, device=device)
+                    for start in range(0, cache.n_slots, 4096):
+                        stop = min(start + 4096, cache.n_slots)
+                        x = torch.randn(stop - start, shape.kv_heads, values.n_values, device=device, dtype=torch.bfloat16)
+                        values.write(start, x, room[: stop - start])
+        self.q = torch.randn(n, shape.heads, k_values(layer), device=device, dtype=torch.bfloat16)
+        if shape.one:  # as the decoder hands it over: the dims that rotate stand at the end
+            self.q[..., :64] = 0
+            self.q[..., 256:320] = 0
+        self.out = torch.full((n, shape.heads, shape.head_dim), float("nan"), device=device, dtype=torch.bfloat16)
+        device_span = torch.tensor([0, n, shape.length, 0], dtype=torch.int32, device=device)
+        self.span = Span(shape.length - n, n, None, device_span)
+        done = torch.zeros(shape.kv_heads, dtype=torch.int32, device=device)
+        self.scratch = Scratch(None, None, torch.empty(partial_values(layer), device=device), done, chunk)
+
+    def __call__(self, i: int = 0) -> None:
+        self.attend(self.q, self.caches[i], self.span, scale=self.layer.scale, scratch=self.scratch, out_THD=self.out)
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of the first cache as floats, in order of position (the last ones it holds)."""
+        cache, n = self.caches[0], self.shape.length
+        out = []
+        for values in (cache.k, cache.v or cache.k):
+            room = None
+            if not values.native(torch.bfloat16):
+                room = torch.empty(cache.n_slots, self.shape.kv_heads, values.n_values, device=self.q.device, dtype=torch.bfloat16)
+            x = values.read(0, cache.n_slots, room)
+            if cache.window is not None:
+                x = x.roll(-(n % cache.n_slots), 0) if n > cache.n_slots else x[:n]
+            out.append(x[-n:])
+        return out[0], out[1][..., : self.shape.head_dim]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Tensor:
+    """The last queries in fp64, head by head."""
+    T, n = q.shape[0], k.shape[0]
+    at = torch.arange(n - T, n, device=q.device)[:, None]
+    j = torch.arange(n, device=q.device)[None]
+    seen = (j <= at) & (j > at - shape.window) if shape.window else j <= at
+    group = shape.heads // shape.kv_heads
+    out = torch.empty(T, shape.heads, shape.head_dim, dtype=torch.float64, device=q.device)
+    for h in range(shape.heads):
+        s = (q[:, h].double() @ k[:, h // group].double().T * scale).masked_fill(~seen, float("-inf"))
+        out[:, h] = s.softmax(-1) @ v[:, h // group].double()
+    return out
+
+
+def rivals(ours: Ours) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """PyTorch's operators on the same keys, two tensors where they know no other way; those that refuse are left out."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    shape = ours.shape
+    if shape.decode or shape.window is not None:
+        return
+    k, v = ours.held()
+    q = ours.q.transpose(0, 1)[None]
+    if shape.one:  # K as the model computes it has head_dim values: the same work, other numbers, so its own formula
+        q = ours.q[..., : shape.head_dim].transpose(0, 1)[None].contiguous()
+        k = k[..., : shape.head_dim]
+    group = shape.heads // shape.kv_heads
+    kb, vb = (x.transpose(0, 1)[None].contiguous() for x in (k, v))
+    for name, backend, expand in (
+        ("torch flash", SDPBackend.FLASH_ATTENTION, False),
+        ("torch cuDNN", SDPBackend.CUDNN_ATTENTION, False),
+        ("torch efficient", SDPBackend.EFFICIENT_ATTENTION, True),
+    ):
+        keys, values = (x.repeat_interleave(group, 1) if expand else x for x in (kb, vb))
+
+        def run(keys: Tensor = keys, values: Tensor = values, backend: Any = backend, gqa: bool = not expand) -> Tensor:
+            with sdpa_kernel(backend):
+                out = torch.nn.functional.scaled_dot_product_attention(
+                    q, keys, values, is_causal=True, scale=ours.layer.scale, enable_gqa=gqa
+                )
+            return out[0].transpose(0, 1)
+
+        yield name, run
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).norm() / want.norm())
+
+
+def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each call, one launch each round, measured by device events."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            call()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3)
+    return times
+
+
+def ceilings(device: torch.device) -> tuple[float, float]:
+    """TFLOP/s of the best bf16 product of three sizes, and TB/s of reading a gibibyte."""
+    best = 0.0
+    for n in (4096, 8192, 12288):
+        a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+        us = statistics.median(in_turn({"": lambda a=a, b=b: a @ b}, 12)[""])
+        best = max(best, 2 * n**3 / us / 1e6)
+    big = torch.empty(2**27, device=device, dtype=torch.int64).random_()
+    us = statistics.median(in_turn({"": lambda: big.sum()}, 12)[""])
+    return best, 2**30 / us / 1e6
+
+
+def graph_times(ours: Ours, rounds: int) -> list[float]:
+    """Microseconds of one decode launch, caches in rotation, replayed as one graph."""
+    ours()
+    torch.cuda.synchronize()
+    repeats = max(1, 24 // len(ours.caches))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for i in range(len(ours.caches)):
+                ours(i)
+    n = repeats * len(ours.caches)
+    return [t / n for t in in_turn({"": graph.replay}, rounds)[""]]
+
+
+def cache_bytes(shape: Shape) -> int:
+    """What one decode launch reads."""
+    layer, fmt = layer_of(shape), KV_FORMATS[shape.kv]
+    keys = min(shape.length, shape.window or shape.length)
+    return keys * shape.kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))
+
+
+def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) -> list[Row]:
+    n_caches = max(3, -(-(2**28) // cache_bytes(shape))) if shape.decode else 1
+    ours = Ours(shape, device, n_caches)
+    ours()
+    torch.cuda.synchronize()
+    k, v = ours.held()
+    n = min(CHECKED, ours.q.shape[0])
+    want = formula(ours.q[-n:], k, v, shape, ours.layer.scale)
+    error = relative(ours.out[-n:], want)
+    if not error < ERROR:
+        raise RuntimeError(f"{ours.name} is wrong at {shape}: relative error {error:.1e}; nothing is timed")
+    if shape.decode:
+        us = graph_times(ours, ROUNDS)
+        middle = statistics.median(us)
+        tb_s = cache_bytes(shape) / middle / 1e6
+        return [Row(shape=shape, who=ours.name, us=middle, low_us=min(us), high_us=max(us), tflops=None, tb_s=tb_s,
+                    fraction=tb_s / ceiling[1], error=error)]  # fmt: skip
+    calls: dict[str, Callable[[], Any]] = {ours.name: ours}
+    errors = {ours.name: error}
+    for name, call in rivals(ours):
+        try:
+            got = call()
+        except RuntimeError:  # "No available kernel": the operator does not take this shape
+            continue
+        calls[name] = call
+        errors[name] = error if shape.one else relative(got[-n:], want)
+    work = 4 * shape.heads * shape.head_dim * pairs(shape.length, shape.window)
+    out = []
+    for name, us in in_turn(calls, ROUNDS).items():
+        middle = statistics.median(us)
+        tflops = work / middle / 1e6
+        out.append(Row(shape=shape, who=name, us=middle, low_us=min(us), high_us=max(us), tflops=tflops, tb_s=None,
+                       fraction=tflops / ceiling[0], error=errors[name]))  # fmt: skip
+    return out
+
+
+def bench(*, as_json: bool, say: Callable[[str], None]) -> dict[str, Any]:
+    """The table, row by row as it is measured.
+
+    Raises:
+        UsageError: no NVIDIA card is here.
+    """
+    if not torch.cuda.is_available():
+        raise UsageError("nothing to measure", why="PyTorch sees no NVIDIA card", do="run it on the machine with the card")
+    device = torch.device("cuda")
+    ceiling = ceilings(device)
+    head = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "matrix_tflops": ceiling[0], "read_tb_s": ceiling[1],
+    }  # fmt: skip
+    say(f"{head['gpu']}: bf16 products {ceiling[0]:.0f} TFLOP/s, reads {ceiling[1]:.2f} TB/s")
+    rows: list[dict[str, Any]] = []
+    for shape in SHAPES:
+        for row in measure(shape, device, ceiling):
+            rows.append(asdict(row))
+            rate = f"{row.tflops:.0f} TFLOP/s" if row.tflops else f"{row.tb_s:.2f} TB/s"
+            what = "decode" if shape.decode else "prefill"
+            window = f" window {shape.window}" if shape.window else ""
+            say(f"{what:<8}{shape.name:<22}{shape.head_dim}{window:<12} {shape.length:>7} {shape.kv:<5}{row.who:<17}"
+                f"{row.us:>10.1f} us  {rate:>12}  {row.fraction:>4.0%}")  # fmt: skip
+        torch.cuda.empty_cache()
+    result = head | {"rows": rows}
+    if as_json:
+        print(json.dumps(result))
+    return result
