@@ -66,7 +66,6 @@ class Capability:
     head_dims: Collection[int]
     reads: Literal["slots", "tiles", "scores"] = "tiles"
     one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs it takes; None: any in head_dims
-    two_tensors: Collection[int] | None = None  # head sizes it takes with a tensor each for K and V; None: head_dims
     kv: tuple[str, ...] = ALL_KV
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
@@ -97,8 +96,6 @@ class Capability:
                 return f"one-tensor key size {need.key_dim} not in {listed(self.head_dims)}"
             if self.one_tensor is not None and (need.head_dim, need.key_dim) not in self.one_tensor:
                 return f"one tensor for K and V with keys of {need.key_dim} values for head_dim {need.head_dim}: not among its own"
-        elif self.two_tensors is not None and need.head_dim not in self.two_tensors:
-            return f"head_dim {need.head_dim} with two tensors for K and V not in {listed(self.two_tensors)}"
         if need.window is not None and not self.windowed:
             return f"window {need.window}: it takes no window"
         if need.softcap is not None and not self.softcap:
@@ -130,7 +127,6 @@ BACKENDS: Sequence[Capability] = (
         head_dims=KERNEL_DIMS,
         reads="slots",
         one_tensor=((512, 640),),
-        two_tensors=(64, 128, 256),
         kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
         dtypes=("f16", "bf16"),
         floats_as_activations=True,

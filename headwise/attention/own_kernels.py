@@ -49,10 +49,12 @@ def attend(
     rows = span.n * q_THE.shape[1] // G
     keys = span.stop if cache.window is None else min(span.stop, cache.window + span.n - 1)
     few = rows <= FEW_ROWS
+    pair = v is not None and D == 512  # decoded by the portable kernel: two tiles of both do not fit shared memory
     merged = hopper and rows <= MERGED_ROWS  # by the launch itself
-    share = 0.75 if merged else 1.0 if hopper else 2.0
+    share = 2.0 if pair or not hopper else 0.75 if merged else 1.0
     n_splits = splits(keys, rows, G, D, q_THE.device, scratch.partial, share) if few else 1
-    if not hopper or not (few or cache.k.native(q_THE.dtype)):
+    global_only = D == 512 and (cache.window is not None or sinks_H is not None)  # the prefill kernels of 512 have neither
+    if not hopper or not (cache.k.native(q_THE.dtype) or few) or (pair and few) or (global_only and not few):
         portable.attend(
             q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H,
             n_splits=n_splits, scratch=scratch.partial,
@@ -67,6 +69,8 @@ def attend(
         )  # fmt: skip
     elif v is None:
         attend_hopper.attend_one512(q_THE, k, out_THD, seqs, slots, scale=scale)
+    elif pair:
+        attend_hopper.attend_pair512(q_THE, k, v, out_THD, seqs, slots, scale=scale)
     else:
         attend_hopper.attend_two(q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H)
 

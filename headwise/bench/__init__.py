@@ -1,1 +1,1 @@
-"""The test track: `headwise bench`. Imports the rooms it measures; nothing imports it but the command line."""
+"""The test track: `headwise bench attention`. Imports the rooms it measures; nothing imports it but the command line."""

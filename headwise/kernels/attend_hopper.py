@@ -1,13 +1,14 @@
 """Prefill attention on Hopper: TMA loads, asynchronous matrix products, and warps with roles. Gluon, for triton 3.6.
 
-Two kernels. `_one512` is for head_dim 512 with one tensor for K and V; its 64 x 512 accumulator fills half the registers of a
+Three kernels. `_one512` is for head_dim 512 with one tensor for K and V; its 64 x 512 accumulator fills half the registers of a
 multiprocessor, so two warpgroups hold half of it each, and the products of one hide the softmax of the other:
 
     warpgroup 1   S(i) = Q K(i) | softmax -> P(i) in shared memory | left half of O += P(i) V(i)
     warpgroup 2                 | right half of O += P(i-1) V(i-1) |
     producer      loads a half of tile i + 2 as soon as that half of tile i is done with
 
-`_two` is for two tensors up to head_dim 256: two warpgroups with 64 queries each, products of the next tile issued before the
+`_pair512` is the same with a tensor each for K and V, one tile of both in flight: twice the traffic. `_two` is for two tensors
+up to head_dim 256: two warpgroups with 64 queries each, products of the next tile issued before the
 softmax of this one.
 
 Shapes    as in `attend`; K and V in the type of the queries (bf16, f16); pages of 64 slots, or contiguous.
@@ -267,6 +268,172 @@ def attend_one512(
     _one512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
         desc(q2, 64), desc(q2, 128), desc(k2, 256), desc(k2, 128), out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table,
         slots.table.stride(0), H, G, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0, SKEW=skew, dtype=dtype, num_warps=4,
+    )  # fmt: skip
+    return out_NHD
+
+
+@gluon.jit
+def _pair_load(
+    qd, kd, vd, starts, lengths, table, table_stride, GROUP: gl.constexpr, sq, sk, sv, bq, k_full, k_empty, v_full, v_empty,
+    PAGED: gl.constexpr,
+):  # fmt: skip
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    h = gl.program_id(0)
+    g = h // GROUP
+    if block * 64 < T:
+        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
+        mbarrier.expect(bq, 64 * 512 * 2)
+        for half in gl.static_range(2):
+            tma.async_copy_global_to_shared(qd, [q0 + block * 64, h * 512 + half * 256], bq, sq.index(half))
+        for i in range(tiles):
+            slot = _slot(table, seq, table_stride, i, PAGED)
+            for half in gl.static_range(2):
+                mbarrier.wait(k_empty.index(half), (i & 1) ^ 1)
+                mbarrier.expect(k_full.index(half), 64 * 256 * 2)
+                tma.async_copy_global_to_shared(kd, [slot, g * 512 + half * 256], k_full.index(half), sk.index(half))
+            for half in gl.static_range(2):
+                mbarrier.wait(v_empty.index(half), (i & 1) ^ 1)
+                mbarrier.expect(v_full.index(half), 64 * 256 * 2)
+                tma.async_copy_global_to_shared(vd, [slot, g * 512 + half * 256], v_full.index(half), sv.index(half))
+
+
+@gluon.jit
+def _pair_right(starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype: gl.constexpr):
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    row: gl.constexpr = gl.SliceLayout(1, accl)
+    if block * 64 < T:
+        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
+        acc = gl.zeros([64, 256], gl.float32, accl)
+        for i in range(tiles):
+            b = i % 2
+            mbarrier.wait(p_full.index(b), (i // 2) & 1)
+            acc = acc * gl.expand_dims(sa.index(b).load(row), 1)
+            mbarrier.wait(v_full.index(1), i & 1)
+            mbarrier.wait(go, i & 1)
+            acc = warpgroup_mma(sp.index(b), sv.index(1), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(1), count=1)
+            mbarrier.arrive(p_empty.index(b), count=1)
+        b = tiles % 2
+        mbarrier.wait(p_full.index(b), (tiles // 2) & 1)
+        acc = acc / gl.expand_dims(sa.index(b).load(row), 1)
+        om = block * 64 + gl.arange(0, 64, row)
+        on = 256 + gl.arange(0, 256, gl.SliceLayout(0, accl))
+        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
+        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+
+
+@gluon.jit
+def _pair_left(
+    starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
+    dtype: gl.constexpr,
+):  # fmt: skip
+    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    if block * 64 < T:
+        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
+        acc = gl.zeros([64, 256], gl.float32, accl)
+        m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
+        l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
+        pos_q = past + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, sl))
+        cols = gl.arange(0, 64, gl.SliceLayout(0, sl))
+        mbarrier.wait(bq, 0)
+        for i in range(tiles):
+            b = i % 2
+            s = gl.zeros([64, 64], gl.float32, sl)
+            for half in gl.static_range(2):
+                mbarrier.wait(k_full.index(half), i & 1)
+                s = warpgroup_mma(sq.index(half), sk.index(half).permute((1, 0)), s, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(0), count=1)
+            mbarrier.arrive(k_empty.index(1), count=1)
+            if i > 0:
+                mbarrier.arrive(go, count=1)
+            if i * 64 + 63 > past + block * 64:
+                s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
+            m_new = gl.maximum(m, gl.max(s, 1) * scale)
+            p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
+            a = gl.exp2(m - m_new)
+            l = l * a + gl.sum(p, 1)
+            m = m_new
+            p16 = p.to(dtype)
+            mbarrier.wait(p_empty.index(b), ((i // 2) & 1) ^ 1)
+            sp.index(b).store(p16)
+            sa.index(b).store(a)
+            fence_async_shared()
+            mbarrier.arrive(p_full.index(b), count=1)
+            acc = acc * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, accl)), 1)
+            mbarrier.wait(v_full.index(0), i & 1)
+            acc = warpgroup_mma(gl.convert_layout(p16, gl.DotOperandLayout(0, accl, 2)), sv.index(0), acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(v_empty.index(0), count=1)
+        mbarrier.arrive(go, count=1)
+        b = tiles % 2
+        mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
+        sa.index(b).store(l)
+        mbarrier.arrive(p_full.index(b), count=1)
+        acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
+        om = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, accl))
+        on = gl.arange(0, 256, gl.SliceLayout(0, accl))
+        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
+        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+
+
+@gluon.jit
+def _pair512(
+    qd, kd, vd, out, starts, lengths, table, table_stride, H, scale, GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    sq = gl.allocate_shared_memory(dtype, [2, 64, 256], qd.layout)
+    sk = gl.allocate_shared_memory(dtype, [2, 64, 256], kd.layout)
+    sv = gl.allocate_shared_memory(dtype, [2, 64, 256], vd.layout)
+    play: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    sp = gl.allocate_shared_memory(dtype, [2, 64, 64], play)
+    sa = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    bq = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bq, count=1)
+    mbarrier.init(go, count=1)
+    for i in gl.static_range(2):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=1)
+        mbarrier.init(p_full.index(i), count=1)
+        mbarrier.init(p_empty.index(i), count=1)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_pair_left, (starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
+                      dtype)),
+        (_pair_right, (starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype)),
+        (_pair_load, (qd, kd, vd, starts, lengths, table, table_stride, GROUP, sq, sk, sv, bq, k_full, k_empty, v_full,
+        v_empty, PAGED)),
+    ], [4, 1], [216, 24])  # fmt: skip
+
+
+def attend_pair512(
+    q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float
+) -> Tensor:
+    """Prefill at head_dim 512 with a tensor each for K and V (Gemma 4 E2B, E4B); no window, softcap or sinks."""
+    _, H, _ = q_NHE.shape
+    G = k.data_SGW.shape[1]
+    dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
+
+    def desc(x: Tensor) -> TensorDescriptor:
+        layout = gl.NVMMASharedLayout.get_default_for([64, 256], dtype)
+        return TensorDescriptor.from_tensor(x.flatten(1), [64, 256], layout)
+
+    _pair512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
+        desc(q_NHE), desc(k.data_SGW), desc(v.data_SGW), out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table,
+        slots.table.stride(0), H,
+        scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0, dtype=dtype, num_warps=4,
     )  # fmt: skip
     return out_NHD
 

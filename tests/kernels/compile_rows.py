@@ -72,6 +72,8 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
 
     q, o = tensors(32, 640, 512, 128)
     compiled(prefill, "_one512", lambda: prefill.attend_one512(q, cache(640, "bf16"), o, seqs, flat, scale=1.0), "one tensor, 512")
+    pair, k512 = tensors(32, 512, 512, 128), cache(512, "bf16")
+    compiled(prefill, "_pair512", lambda: prefill.attend_pair512(pair[0], k512, k512, pair[1], seqs, flat, scale=1.0), "pair, 512")
     for D, window, ring in ((64, 128, 700), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
         q2, o2 = tensors(32, D, D, 128)
         k, slots = cache(D, "bf16"), Slots(ints(0), ring)
