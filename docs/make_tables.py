@@ -31,7 +31,28 @@ def converter() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"converter": ("docs/llamacpp.md", converter)}
+def attention() -> str:
+    found = newest("attention_h200")
+    lines = [
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, "
+        f"reads {found['read_tb_s']:.2f} TB/s.",
+        "",
+        "| | shape | tokens | KV | who | us | rate | of the card |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        s = row["shape"]
+        store = "one tensor" if s["one"] else "two tensors"
+        what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
+        what += f", window {s['window']}" if s["window"] else ""
+        rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tb_s']:.2f} TB/s"
+        cells = ("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"], f"{row['us']:,.1f}", rate,
+                 f"{row['fraction']:.0%}")  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {"attention": ("docs/kernels.md", attention), "converter": ("docs/llamacpp.md", converter)}
 
 
 def marked(text: str, name: str, table: str) -> str:
