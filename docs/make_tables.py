@@ -52,7 +52,47 @@ def attention() -> str:
     return "\n".join(lines) + "\n"
 
 
-TABLES = {"attention": ("docs/kernels.md", attention), "converter": ("docs/llamacpp.md", converter)}
+def cpu() -> str:
+    found = newest("cpu_decode")
+    lines = [
+        f"{found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}, "
+        f"{found['rounds']} rounds.",
+        "",
+        "| | prefill tok/s | decode tok/s | decode, slowest to fastest |",
+        "|---|---|---|---|",
+    ]
+    for who, speed in found["engines"].items():
+        decode = speed["decode_tok_s"]
+        spread = f"{decode['min']:.0f} to {decode['max']:.0f}"
+        lines.append(f"| {who} | {speed['prefill_tok_s']['median']:,.0f} | {decode['median']:.0f} | {spread} |")
+    return "\n".join(lines) + "\n"
+
+
+def cuda() -> str:
+    found = newest("cuda_check_h200")
+    worst = max(max(f["max_abs_error"].values()) for f in found["families"])
+    held = "all" if all(f["planned"] == f["allocated"] for f in found["families"]) else "not all"
+    lines = [
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}: {len(found['families'])} families, largest difference of a "
+        f"logit {worst:.1e}; planned = allocated in {held}.",
+        "",
+        "| activations | KV | planned = allocated | peak above it | first start, checked | prefill tok/s | decode tok/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["embedded"]:
+        same = f"{row['planned']:,}" if row["planned"] == row["allocated"] else f"{row['planned']:,} / {row['allocated']:,}"
+        cells = (row["dtype"], row["kv"], same, f"{max(0, row['peak'] - row['planned']):,} B", f"{row['ready_s']:.1f} s",
+                 f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.0f}")  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {
+    "cpu": ("docs/measurements.md", cpu),
+    "cuda": ("docs/measurements.md", cuda),
+    "attention": ("docs/kernels.md", attention),
+    "converter": ("docs/llamacpp.md", converter),
+}
 
 
 def marked(text: str, name: str, table: str) -> str:

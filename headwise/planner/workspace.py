@@ -116,8 +116,6 @@ def workspace(
         add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
         add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
     add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
-    if not tiles:  # quantising holds as much again on the way; where there are tiles, their room is free then
-        add("kv.write on the way", "always", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32", reserved=True)
     # one result and, per query and head, a few log-sum-exps; CUDA's operator runs one head of each group at a time, with
     # an fp32 accumulator beside its part of the result
     result = max(x.n_heads * (k_values(x) + 8) for x in layers)

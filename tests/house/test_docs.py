@@ -131,7 +131,8 @@ def test_the_readme_quotes_the_benchmark() -> None:
     cuda = json.loads(max((ROOT / "benchmarks/results").glob("cuda_check_*.json")).read_text())
     (said_cuda,) = re.findall(r"embedded model at (\d+) tok/s", text)
     assert round(cuda["embedded"][0]["decode_tok_s"]) == int(said_cuda)
-    assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 10 * 1024  # "up to 10 KB above it"
+    assert max(e["peak"] - e["planned"] for e in cuda["embedded"] if e["kv"] == e["dtype"]) <= 10 * 1024  # "up to 10 KB above it"
+    assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 0.5e6  # "up to 0.5 MB above it"
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
 
 
