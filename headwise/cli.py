@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _plan_parser(verbs.add_parser("plan", help="memory to the byte, before anything is loaded"))
     _explain_parser(verbs.add_parser("explain", help="which backend each layer would run on, and why"))
     _verify_parser(verbs.add_parser("verify", help="check every backend in use against the reference"))
+    _doctor_parser(verbs.add_parser("doctor", help="what the log of Ollama, llama.cpp or vLLM proves about attention and cache"))
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     return parser
 
@@ -107,6 +108,14 @@ def _verify_parser(p: argparse.ArgumentParser) -> None:
     _common(p, optional_model=True)
     _loading(p)
     p.add_argument("--against", metavar="URL", help="compare greedy tokens and log-probabilities with a running server")
+
+
+def _doctor_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("log", nargs="?", metavar="LOG", help="a log file; - is standard input")
+    p.add_argument("--systemd", metavar="UNIT", help="the log of a service, from journald")
+    p.add_argument("--ollama", action="store_true", help="the log of this machine's Ollama")
+    p.add_argument("--model", metavar="MODEL", help="whose log it is: a .gguf file, a directory, ollama:NAME or a catalogue name")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
@@ -424,10 +433,27 @@ def _bench(args: argparse.Namespace) -> int:
     return 0
 
 
+def _doctor(args: argparse.Namespace) -> int:
+    from headwise.doctor.diagnose import diagnose
+    from headwise.doctor.look import log_of
+    from headwise.doctor.report import view
+    from headwise.spec.read import open_model
+
+    model = open_model(args.model, env=os.environ).spec if args.model else None
+    with log_of(args.log, unit=args.systemd, ollama=args.ollama, env=os.environ) as (file, name):
+        found = diagnose(file, name, model=model, env=os.environ)
+    if args.json:
+        print(json.dumps(found.to_json()))
+    else:
+        _stdout().print(view(found), soft_wrap=True)
+    return 1 if found.wrong else 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
     "explain": _explain,
     "verify": _verify,
     "bench": _bench,
+    "doctor": _doctor,
 }

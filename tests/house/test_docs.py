@@ -18,13 +18,14 @@ import pytest
 import headwise
 from headwise.attention.docs import markdown
 from headwise.cli import _parser
+from headwise.doctor.docs import pages
 from headwise.hardware.gpus import GPUS
 from headwise.spec.catalogue import specs
 
 ROOT = Path(__file__).parents[2]
 # Flags of other programs that the pages speak of.
 THEIRS = {"--swa-full", "--fit"}
-PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "tools").rglob("*.md")]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tools").rglob("*.md")]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -36,6 +37,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 def test_the_backends_page_is_current() -> None:
     assert (ROOT / "docs/backends.md").read_text() == markdown()
+
+
+def test_the_doctors_pages_are_current() -> None:
+    made = pages(ROOT / "docs")
+    for path, text in made.items():
+        assert path.read_text(encoding="utf-8") == text, f"python -m headwise.doctor.docs docs: {path.name}"
+    assert {*(ROOT / "docs/checks").glob("*.md")} <= set(made)
 
 
 def _pictures() -> dict[str, str]:
