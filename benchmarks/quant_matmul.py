@@ -1,0 +1,231 @@
+"""How fast is a product with quantised weights on this card, and which launch is the fastest?
+
+    PYTHONPATH=. python benchmarks/quant_matmul.py OUT.json [SECONDS]
+
+For each type and shape, and 1 to 16 rows of activations: every candidate launch is compared with the fp64 product of the
+dequantised values, then timed as a CUDA graph over copies of the weights in rotation, so that the second-level cache is cold.
+Beside them PyTorch's product with bf16 weights of the same shape. The ceiling is reading two gibibytes, measured in the same run.
+Programs are compiled by several processes first; what is not done after SECONDS (170) is left out, and listed as such.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from headwise.kernels.matvec import TOLERANCE, Config, config_for, matvec, partial_floats, reference
+from headwise.kernels.tiled import LAYOUTS, Planes
+from headwise.weights.blocks import dequantise, row_bytes
+from headwise.weights.retile import empty, retile
+
+COLD_BYTES = 256 << 20  # of copies in rotation; an H200's second-level cache holds 60 MB
+DOWN, UP, OUT, QKV, HEAD = (5376, 21504), (43008, 5376), (5376, 8192), (16384, 5376), (262144, 5376)  # N, K of Gemma 4 31B
+SMALL = (2816, 2112)  # K of the shared expert of 26B-A4B
+SHAPES: dict[str, tuple[tuple[int, int], ...]] = {
+    "q4_k": (DOWN, UP, QKV, OUT),
+    "q6_k": (DOWN, HEAD),
+    "q8_0": (DOWN, SMALL),
+    "q5_k": (DOWN,),
+    "q5_0": (DOWN,),
+    "q4_0": (DOWN, SMALL),
+    "mxfp4": ((5760, 2880),),
+}
+TOKENS = (1, 2, 4, 8, 16)
+HALF_AT = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "mxfp4": ()}  # f16 fields of a block; the others': 0
+dtype = torch.bfloat16
+
+
+def candidates(type_name: str, T: int, shape: tuple[int, int]) -> Iterator[Config]:
+    """A handful of launches; those that would leave a program without work are left out."""
+    N, K = shape
+    units = K // LAYOUTS[type_name].unit
+    thorough = type_name == "q4_k" and shape in (DOWN, UP)
+    if T <= 2:
+        tiles = [(16, 8, 4), (32, 8, 4), (64, 8, 4), (32, 8, 2), (16, 8, 1)]
+        if thorough:
+            tiles += [(128, 8, 4), (16, 16, 4), (64, 8, 2), (32, 8, 1)]
+        for rows, step, warps in tiles:
+            for splits in (1, 2, 4, 8):
+                if 264 <= -(-N // rows) * splits <= 8192 and units // splits >= 2 * step:
+                    yield Config(rows, step, warps, splits)
+        yield Config(32, 8, 4, 2, ahead=False)
+    launches = [(32, 8, 2, 3), (64, 8, 4, 3), (64, 8, 2, 3), (32, 8, 1, 1), (64, 8, 4, 1)]
+    for rows, step, warps, stages in launches[:2] if T <= 2 else launches:
+        for splits in (1, 2, 4, 8):
+            if 132 <= -(-N // rows) * splits <= 4096 and units // splits >= 4 * step:
+                yield Config(rows, step, warps, splits, stages=stages, matrix=True)
+
+
+def random_blocks(type_name: str, shape: tuple[int, int]) -> Tensor:
+    """Random bytes under sensible scales."""
+    N, K = shape
+    block_bytes = row_bytes(type_name, LAYOUTS[type_name].block)
+    blocks = torch.randint(0, 256, (N, K // LAYOUTS[type_name].block, block_bytes), dtype=torch.uint8, device="cuda")
+    for at in HALF_AT.get(type_name, (0,)):
+        d = torch.rand(*blocks.shape[:2], 1, device="cuda") * 1e-3 + 1e-4
+        blocks[..., at : at + 2] = d.half().view(torch.uint8)
+    if type_name == "mxfp4":
+        blocks[..., 0] = torch.randint(115, 125, blocks.shape[:2], device="cuda")
+    return blocks.view(N, -1)
+
+
+def compile_all(jobs: list[tuple[str, int, Config, bool]]) -> None:
+    """Compiles launches into triton's cache on disk: small matrices of the same programs."""
+    for type_name, T, config, masked in jobs:
+        K = config.units * LAYOUTS[type_name].unit * config.splits * 2 * 8 + (LAYOUTS[type_name].block if masked else 0)
+        w = empty(type_name, (64, K), "cuda")
+        x, out = torch.zeros(T, K, device="cuda", dtype=dtype), torch.empty(T, 64, device="cuda", dtype=dtype)
+        scratch, done = torch.empty(T * 64 * 8, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
+        try:
+            matvec(x, w, out, scratch=scratch, done=done, config=config)
+        except Exception as error:  # the table says so when its turn comes
+            print(type_name, T, config, type(error).__name__, str(error)[:200], flush=True)
+
+
+def graph_us(calls: list[Callable[[], object]], rounds: int = 9) -> list[float]:
+    """Microseconds a call, sorted: all calls as one graph, replayed."""
+    calls[0]()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    repeats = max(1, 8 // len(calls))
+    graph.replay()
+    out = []
+    for _ in range(rounds):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        out.append(1e3 * start.elapsed_time(stop) / repeats / len(calls))
+    return sorted(out)
+
+
+def read_tb_s() -> float:
+    big = torch.empty(2**28, dtype=torch.int64, device="cuda").random_()
+    return 2**31 / statistics.median(graph_us([lambda: big.sum()] * 2)) / 1e6
+
+
+def expected(x: Tensor, blocks: Tensor, type_name: str) -> Tensor:
+    """The product in fp64, a few thousand rows of the matrix at a time."""
+    return torch.cat([reference(x, dequantise(part, type_name, torch.float32)) for part in blocks.split(4096)], dim=1)
+
+
+def measure(type_name: str, shape: tuple[int, int], ceiling: float, deadline: float) -> Iterator[dict[str, Any]]:
+    N, K = shape
+    blocks = random_blocks(type_name, shape)
+    copies: list[Planes] = []
+    for _ in range(max(2, -(-COLD_BYTES // blocks.numel()))):
+        planes = empty(type_name, shape, "cuda")
+        for start in range(0, N, 4096):  # what is expanded on the way is several times the blocks
+            stop = min(start + 4096, N)
+            part = Planes(type_name, K, planes.low[start:stop], None if planes.high is None else planes.high[start:stop],
+                          planes.head[start:stop])  # fmt: skip
+            retile(blocks[start:stop], type_name, part)
+        copies.append(planes)
+    dense = torch.randn(N, K, device="cuda", dtype=dtype) if N * K < 2**28 else None
+    denses = [dense.clone() for _ in range(max(1, COLD_BYTES // dense.nbytes))] if dense is not None else []
+    scratch, done = torch.empty(partial_floats(16, N, 8), device="cuda"), torch.zeros(N, dtype=torch.int32, device="cuda")
+    for T in TOKENS:
+        x = torch.randn(T, K, device="cuda", dtype=dtype)
+        out = torch.empty(T, N, device="cuda", dtype=dtype)
+        rows, left_out, torch_us, want = [], 0, None, expected(x, blocks, type_name)
+        if denses:
+            torch_us = statistics.median(graph_us([partial(torch.mm, x, d.t(), out=out) for d in denses]))
+        chosen = config_for(type_name, T, N, K, 132)
+        for config in dict.fromkeys([chosen, *candidates(type_name, T, shape)]):
+            if time.monotonic() > deadline:
+                left_out += 1
+                continue
+            try:
+                out.fill_(float("nan"))
+                done.zero_()
+                matvec(x, copies[0], out, scratch=scratch, done=done, config=config)
+                error = float((out - want).norm() / want.norm())
+                if not error < TOLERANCE[dtype] or int(done.abs().sum()):
+                    rows.append({"config": config._asdict(), "error": error, "wrong": True})
+                    continue
+                us = graph_us([partial(matvec, x, w, out, scratch=scratch, done=done, config=config) for w in copies])
+            except Exception as failed:
+                rows.append({"config": config._asdict(), "failed": f"{type(failed).__name__}: {str(failed)[:200]}"})
+                continue
+            mid = statistics.median(us)
+            rows.append({
+                "config": config._asdict(), "error": error, "us": mid, "low_us": us[0], "high_us": us[-1],
+                "tb_s": blocks.numel() / mid / 1e6, "fraction": blocks.numel() / mid / 1e6 / ceiling, "chosen": config == chosen,
+            })  # fmt: skip
+        timed = sorted((r for r in rows if "us" in r), key=lambda r: r["us"])
+        bad = [r for r in rows if "us" not in r]
+        title = f"{type_name} {N}x{K} T={T}"
+        print(f"{title}: torch bf16 {torch_us or 0:.1f} us; {len(rows)} launches, {len(bad)} refused, {left_out} left out")
+        for r in [*timed[:3], *(r for r in timed[3:] if r["chosen"])]:
+            c = Config(**r["config"])
+            print(f"  {r['us']:7.1f} us {r['tb_s']:.2f} TB/s {100 * r['fraction']:3.0f} %  error {r['error']:.1e}  "
+                  f"{'matrix' if c.matrix else 'vector'} rows {c.rows} units {c.units} warps {c.warps} splits {c.splits} "
+                  f"ahead {c.ahead} stages {c.stages}"
+                  + (" (chosen)" if r["chosen"] else ""))  # fmt: skip
+        for r in bad[:2]:
+            print("  ", r)
+        sys.stdout.flush()
+        yield {"type": type_name, "N": N, "K": K, "T": T, "torch_us": torch_us, "left_out": left_out, "launches": timed + bad}
+
+
+def main() -> None:
+    begin = time.monotonic()
+    deadline = begin + (float(sys.argv[2]) if len(sys.argv) > 2 else 170)
+    jobs = {}
+    for type_name, shapes in SHAPES.items():
+        for shape in shapes:
+            for T in (1, 2, 8, 16):
+                for c in [config_for(type_name, T, *shape, 132), *candidates(type_name, T, shape)]:
+                    masked = (shape[1] // LAYOUTS[type_name].unit) % c.units != 0
+                    key = (type_name, max(T, 8) if c.matrix else T, c._replace(splits=min(c.splits, 2)), masked)
+                    jobs[key] = None
+    n = max(1, min(14, (os.cpu_count() or 2) - 1))
+    listed = list(jobs)
+    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+        list(pool.map(compile_all, [listed[i::n] for i in range(n)]))
+    print(f"{len(listed)} programs compiled in {time.monotonic() - begin:.0f} s by {n} processes", flush=True)
+    ceiling = read_tb_s()
+    print(f"read ceiling {ceiling:.2f} TB/s", flush=True)
+    results = []
+    torch.manual_seed(0)
+    for type_name, shapes in SHAPES.items():
+        for shape in shapes:
+            results += measure(type_name, shape, ceiling, deadline)
+            torch.cuda.empty_cache()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    out = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling,
+        "seconds": time.monotonic() - begin, "results": results,
+    }  # fmt: skip
+    Path(sys.argv[1]).write_text(json.dumps(out, indent=1))
+    best = []
+    for r in results:
+        if r["launches"] and "us" in r["launches"][0]:
+            first = r["launches"][0]
+            best.append([r["type"], r["N"], r["K"], r["T"], round(first["us"], 1), round(first["fraction"], 2), first["config"]])
+    print(json.dumps({k: v for k, v in out.items() if k != "results"} | {"best": best}))
+
+
+if __name__ == "__main__":
+    main()

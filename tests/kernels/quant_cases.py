@@ -1,0 +1,80 @@
+"""Quantised products in triton's interpreter, one JSON line in and out per case; and random blocks for them."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import torch
+from torch import Tensor
+
+BLOCK = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "q8_0": 32, "q5_0": 32, "q4_0": 32, "mxfp4": 32}
+BLOCK_BYTES = {"q4_k": 144, "q5_k": 176, "q6_k": 210, "q8_0": 34, "q5_0": 22, "q4_0": 18, "mxfp4": 17}
+HALF_AT = {
+    "q4_k": (0, 2),
+    "q5_k": (0, 2),
+    "q6_k": (208,),
+    "mxfp4": (),
+}  # f16 fields of a block; of the others 0
+DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+
+
+def random_blocks(type_name: str, N: int, K: int, seed: int = 0) -> Tensor:
+    """Rows of a file, uint8 (N, bytes): every bit random but the exponents of the scales."""
+    g = torch.Generator().manual_seed(seed)
+    n = K // BLOCK[type_name]
+    blocks = torch.randint(0, 256, (N, n, BLOCK_BYTES[type_name]), dtype=torch.uint8, generator=g)
+    for at in HALF_AT.get(type_name, (0,)):
+        d = (torch.rand(N, n, 1, generator=g) + 0.1) * 0.01
+        blocks[..., at : at + 2] = d.half().view(torch.uint8)
+    if type_name == "mxfp4":
+        blocks[..., 0] = torch.randint(110, 130, (N, n), generator=g)
+    return blocks.view(N, -1)
+
+
+def values(blocks: Tensor, type_name: str) -> Tensor:
+    """What the gguf package says the blocks are."""
+    import gguf
+
+    return torch.from_numpy(gguf.dequantize(blocks.numpy(), gguf.GGMLQuantizationType[type_name.upper()]))
+
+
+def product(case: dict[str, object]) -> dict[str, object]:
+    from headwise.kernels.matvec import Config, matvec
+    from headwise.weights.retile import empty, retile
+
+    name, T, N, K = str(case["type"]), int(case["T"]), int(case["N"]), int(case["K"])  # type: ignore[call-overload]
+    blocks = random_blocks(name, N, K, seed=T + N + K)
+    w = empty(name, (N, K), "cpu")
+    retile(blocks, name, w)
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(T, K + 16, generator=g).to(DTYPES[str(case["dtype"])])[:, :K]  # rows further apart than they are long
+    out = torch.full((T, N + 3), float("nan"))[:, :N]
+    config = Config(**case["config"])  # type: ignore[arg-type]
+    scratch, done = torch.full((T * N * config.splits,), float("nan")), torch.zeros(N, dtype=torch.int32)
+    matvec(x, w, out, scratch=scratch, done=done, config=config)
+    want = x.double() @ values(blocks, name).double().T
+    return {"error": float((out - want).norm() / want.norm()), "done": int(done.abs().sum())}
+
+
+def run_all(cases: list[dict[str, object]]) -> list[dict[str, object]]:
+    """Every case in one process with the interpreter."""
+    import subprocess
+    from pathlib import Path
+
+    here = Path(__file__)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parents[1])))}
+    text = "\n".join(map(json.dumps, cases))
+    done = subprocess.run([sys.executable, str(here)], input=text, capture_output=True, text=True, env=env, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        print(json.dumps(product(json.loads(line))), flush=True)
