@@ -87,7 +87,27 @@ def cuda() -> str:
     return "\n".join(lines) + "\n"
 
 
+def doctor() -> str:
+    found = newest("doctor_matrix")
+    lines = [
+        f"{found['date']}, commit {found['commit']}, llama-server {' '.join(found['server'])}: {len(found['cases'])} cases, "
+        f"{found['false_fused']} layer kinds called fused that are not.",
+        "",
+        "| case | truth: sliding, global | verdict: sliding, global | KV type | problems and warnings |",
+        "|---|---|---|---|---|",
+    ]
+    for row in found["cases"]:
+        truth = "did not start" if row["truth"] is None else both(row["truth"])
+        lines.append(f"| {row['case']} | {truth} | {both(row['verdict'])} | {row['kv']} | {', '.join(row['checks'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def both(kinds: dict[str, str]) -> str:
+    return kinds["sliding"] if kinds["sliding"] == kinds["global"] else f"{kinds['sliding']}, {kinds['global']}"
+
+
 TABLES = {
+    "matrix": ("docs/doctor.md", doctor),
     "cpu": ("docs/measurements.md", cpu),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),

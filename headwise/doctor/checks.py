@@ -135,6 +135,17 @@ CHECKS: tuple[Check, ...] = (
         sources="llama.cpp ggml-cuda/fattn.cu:737-755, fattn-common.cuh:53",
     ),
     Check(
+        id="kv-in-host-memory",
+        title="The cache lies in host memory",
+        severity="problem",
+        looks_at="KV buffers on the CPU where layers are on a GPU",
+        believed="--no-kv-offload saves VRAM at little cost.",
+        true="With flash attention the node stays on the GPU, and K and V of every layer are copied there at each step, over PCIe; "
+        "without it, attention is computed on the CPU.",
+        cure="Leave out --no-kv-offload; a quantised cache or fewer slots save memory better.",
+        sources="llama.cpp src/llama-graph.cpp build_attn_mha; benchmarks/doctor_matrix.py",
+    ),
+    Check(
         id="swa-full",
         title="Sliding layers hold the whole context",
         severity="problem",

@@ -1,6 +1,6 @@
 """The pages of docs/checks/ and the tables of docs/doctor.md, from `checks.py` and `proofs.py`.
 
-    python -m headwise.doctor.docs DOCS
+python -m headwise.doctor.docs DOCS
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ ROWS: tuple[Row, ...] = (
     row(
         "fa_node",
         "(FLASH_ATTN",
-        r"node #\s*\d+ \(FLASH_ATTN\w*\):.*?\[\s*(?P<device>[A-Za-z]\w*)\s.*?cache_[kv]_l(?P<layer>\d+)",
+        r"node #\s*\d+ \(FLASH_ATTN\w*\):.*?\[\s*(?P<device>[A-Za-z]\w*).*?cache_[kv]_l(?P<layer>\d+)",
     ),
     row(
         "softmax_node",
@@ -93,11 +93,13 @@ ROWS: tuple[Row, ...] = (
     ),
     row("kv_filtered", ": filtered", r"layer\s+(?P<layer>\d+): filtered"),
     row("swa_full", "using full-size SWA cache"),
-    row("kv_buffer", "KV buffer size", r"(?P<device>\w+) KV buffer size =\s+(?P<mib>[\d.]+) MiB"),
+    row("kv_buffer", "KV buffer size", r"(?P<device>[A-Za-z]\w*)(?:\[\S*\])? KV buffer size =\s+(?P<mib>[\d.]+) MiB"),
     row("v_padded", "padding V cache to", r"padding V cache to (?P<values>\d+)"),
     # memory and the graph
-    row("model_buffer", "model buffer size", r"(?P<device>\w+) model buffer size =\s+(?P<mib>[\d.]+) MiB"),
-    row("compute_buffer", "compute buffer size", r"(?P<device>\w+) compute buffer size =\s+(?P<mib>[\d.]+) MiB"),
+    row("model_buffer", "model buffer size", r"(?P<device>[A-Za-z]\w*)(?:\[\S*\])? model buffer size =\s+(?P<mib>[\d.]+) MiB"),
+    row(
+        "compute_buffer", "compute buffer size", r"(?P<device>[A-Za-z]\w*)(?:\[\S*\])? compute buffer size =\s+(?P<mib>[\d.]+) MiB"
+    ),
     row("splits", "graph splits = ", r"graph splits = (?P<pp>\d+)(?: \(with bs=(?P<bs>\d+)\), (?P<tg>\d+) \(with bs=1\))?"),
     row("splits", ", splits = ", r"nodes = [\d /]+, splits = (?P<pp>\d+)(?: / (?P<tg>\d+))?"),
     row("fit", "MiB of device memory vs.", r"projected to use (?P<need>\d+) MiB of device memory vs\. (?P<free>\d+) MiB"),

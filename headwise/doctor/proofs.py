@@ -76,14 +76,6 @@ PROOFS: tuple[Proof, ...] = (
         source=f"{_LC} src/llama-model.cpp:1604, 1911-1924",
     ),
     Proof(
-        id="cache-on-cpu",
-        engines="llama.cpp",
-        verdict="offloaded",
-        sees="layers on the GPU, and KV buffers on the CPU alone (--no-kv-offload)",
-        why="the attention of a cache in host memory is computed there; the automatic probe is wrong here by its own comment",
-        source=f"{_LC} src/llama-context.cpp:530 (TODO), src/llama-graph.cpp build_attn",
-    ),
-    Proof(
         id="probe-enabled",
         engines="llama.cpp (-fa auto), Ollama from 0.30",
         verdict="fused",

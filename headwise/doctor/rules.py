@@ -111,20 +111,15 @@ def _attention_cure(case: Case, v: LayerVerdict) -> str:
         return "update Ollama to 0.20.4 or newer; until then OLLAMA_FLASH_ATTENTION=0 (and no OLLAMA_KV_CACHE_TYPE)"
     if v.proof == "graph-dump" and not gpu_devices(load):
         return "see no-gpu"
-    if v.proof == "cache-on-cpu":
-        return "leave out --no-kv-offload (-nkvo)"
     if load.has("fa_forced_off"):
-        return "this architecture has no flash attention in llama.cpp: use an f16 V cache (OLLAMA_KV_CACHE_TYPE=f16, "
-        "--cache-type-v f16)"
+        return "an f16 V cache (OLLAMA_KV_CACHE_TYPE=f16, --cache-type-v f16): this architecture has no flash attention there"
     if load.has("ol_fa_pre_turing"):
-        return (
-            "Ollama 0.30 or newer runs flash attention on this card; with 0.20 to 0.24 it stays off for Gemma 4 below compute 7.5"
-        )
+        return "Ollama 0.30 or newer runs it on this card; 0.20.4 to 0.24 keep it off for Gemma 4 below compute capability 7.5"
     if load.has("ol_fa_no_gpu"):
         return "update the driver (7 or newer counts), and Ollama to 0.30 or newer"
     if v.proof == "off":
         return "OLLAMA_FLASH_ATTENTION=1" if engine == "ollama" else "-fa auto"
-    if v.proof == "extra-splits" or "iq4" in kv:
+    if kv not in ("", "f16", "bf16", "f32", "q8_0"):
         return "--cache-type-k q8_0 --cache-type-v q8_0 (kernels exist for them), then look for `splits = 2`"
     mismatch = load.last("fa_mismatch")
     if mismatch is not None and case.kv.in_use not in (None, "f16", "bf16", "f32"):
@@ -151,7 +146,7 @@ def _probe_skipped(case: Case) -> Iterator[Finding]:
 def _splits(case: Case) -> Iterator[Finding]:
     load = case.load
     splits, offloaded = load.last("splits"), load.last("offloaded")
-    if splits is None or offloaded is None or offloaded.whole("done") < offloaded.whole("of"):
+    if splits is None or offloaded is None or offloaded.whole("done") < offloaded.whole("of") or host_cache(load):
         return
     healthy = (len(gpu_devices(load)) or 1) + 1
     if splits.whole("pp") > healthy:
@@ -190,6 +185,23 @@ def _no_gpu(case: Case) -> Iterator[Finding]:
             *devices[:1],
             also=[e for v in bad[:1] for e in v.evidence],
         )
+
+
+def _host_cache(case: Case) -> Iterator[Finding]:
+    if case.load.family == "ggml" and (found := host_cache(case.load)) and gpu_devices(case.load):
+        yield _finding(
+            "kv-in-host-memory",
+            "the cache lies in host memory, the layers on the GPU",
+            "K and V of every layer cross the bus at each step",
+            "leave out --no-kv-offload (-nkvo)",
+            *found[-2:],
+        )
+
+
+def host_cache(load: Load) -> list[Fact]:
+    """The cache's buffers where all of them are in host memory."""
+    used = [f for f in load.all("kv_buffer") if f.number("mib") > 0]
+    return used if not any(is_gpu(f.text("device")) for f in used) else []
 
 
 def _partial(case: Case) -> Iterator[Finding]:
@@ -638,7 +650,7 @@ def _ps(case: Case) -> Iterator[Finding]:
 
 
 def _quiet(case: Case) -> Iterator[Finding]:
-    if not any(v.verdict == "unproven" for v in case.layers) or case.kv.verdict == "refused":
+    if any(v.verdict != "unproven" for v in case.layers) or case.kv.verdict == "refused":
         return
     engine = case.load.engine
     cure = {
@@ -699,6 +711,7 @@ RULES = (
     _splits,
     _no_gpu,
     _partial,
+    _host_cache,
     _kv,
     _probe_skipped,
     _estimates,

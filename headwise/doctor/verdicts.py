@@ -216,20 +216,16 @@ def _on_cpu(load: Load) -> tuple[str, Fact] | None:
     offloaded = load.last("offloaded")
     if offloaded is not None and offloaded.whole("done") == 0:
         return "no-gpu", offloaded
-    cache, compute = _used(load, "kv_buffer"), _used(load, "compute_buffer")
-    gpus = gpu_devices(load)
-    if cache and not any(is_gpu(f.text("device")) for f in cache):
-        if gpus or (offloaded is not None and offloaded.whole("done")):
-            return "cache-on-cpu", cache[-1]
-        if compute or load.has("no_gpu", "gpu_device", "model_buffer"):
-            return "no-gpu", load.last("no_gpu") or cache[-1]
+    cache, gpus = _used(load, "kv_buffer"), gpu_devices(load)
+    devices = load.all("gpu_device")
+    if devices and not any(is_gpu(f.text("device")) for f in devices) and not gpus:
+        return "no-gpu", devices[-1]  # llama.cpp says "offloaded 11/11" of a build with a backend and no device, too
     if gpus or (offloaded is not None and offloaded.whole("done")):
         return None
+    if cache and not any(is_gpu(f.text("device")) for f in cache) and load.has("compute_buffer", "no_gpu", "model_buffer"):
+        return "no-gpu", load.last("no_gpu") or cache[-1]
     if load.has("no_gpu"):
         return "no-gpu", load.all("no_gpu")[-1]
-    devices = load.all("gpu_device")
-    if devices and not any(is_gpu(f.text("device")) for f in devices):
-        return "no-gpu", devices[-1]
     libraries = {f.text("library").lower() for f in load.all("gpu_ollama")}
     if libraries and libraries <= {"cpu"}:
         return "no-gpu", load.all("gpu_ollama")[-1]
@@ -245,6 +241,7 @@ def _on_gpu(load: Load, spec: ModelSpec | None, groups: list[tuple[LayerKind, in
     part = offloaded is not None and 0 < offloaded.whole("done") < offloaded.whole("of")
     cache = _used(load, "kv_buffer")
     on_gpu = whole or part or (bool(cache) and all(is_gpu(f.text("device")) for f in cache))
+    host = bool(cache) and not any(is_gpu(f.text("device")) for f in cache)  # --no-kv-offload: its copies cut the graph, too
     proof, proven, shown = None, False, evidence(probe or request, offloaded or (cache[-1] if cache else None))
     wrong: dict[LayerKind, str] = {}
     if probe is not None and on_gpu:
@@ -254,12 +251,16 @@ def _on_gpu(load: Load, spec: ModelSpec | None, groups: list[tuple[LayerKind, in
         shown = evidence(request, offloaded, splits)
         if extra <= 0:
             proof, proven = "healthy-splits", True
-        else:
+        elif not host:
             total = n_layers(load, spec)
             for kind, count in groups:
                 if extra % 2 == 0 and (extra // 2 == total or (kind == "global" and extra // 2 == count)):
                     wrong[kind] = "extra-splits"
     behind = _layers_on_cpu(load, spec, groups) if part else {}
+    if part and "all" in behind and len(groups) > 1:  # how many is known, of which kind is not
+        groups = [("all", n_layers(load, spec))]
+    if part and not behind:
+        proven = False
     for kind, count in groups:
         if kind in wrong:
             yield LayerVerdict(kind=kind, count=count, verdict="offloaded", proof=wrong[kind], evidence=shown)
@@ -286,9 +287,22 @@ def _layers_on_cpu(load: Load, spec: ModelSpec | None, groups: list[tuple[LayerK
     swa = {f.whole("layer"): f.whole("swa") for f in load.all("layer_device") if "swa" in f.value}
     if len(groups) > 1 and len(swa) >= total:
         return {kind: sum(bool(swa.get(i)) == (kind == "sliding") for i in range(first)) for kind, _ in groups}
-    if len(groups) > 1:  # of which kind is not known; the sliding ones are most of them
-        return {}
+    if len(groups) > 1:
+        shared = {c.kind: _share_on_cpu(load, c) for c in caches(load)}
+        if all(shared.get(kind) is not None for kind, _ in groups):
+            return {kind: shared[kind] or 0 for kind, _ in groups}
     return {"all": min(first, total)}
+
+
+def _share_on_cpu(load: Load, cache: Cache) -> int | None:
+    """Layers of a cache whose part of it lies in host memory, from the buffers that were made for it."""
+    size = cache.fact.where.line or 0
+    begin = max((f.where.line or 0 for f in load.all("kv_kind") if (f.where.line or 0) < size), default=0)
+    mine = [f for f in load.all("kv_buffer") if begin < (f.where.line or 0) < size]
+    total = sum(f.number("mib") for f in mine)
+    if not cache.layers or not begin or not total:
+        return None
+    return round(cache.layers * sum(f.number("mib") for f in mine if not is_gpu(f.text("device"))) / total)
 
 
 # --- the identity of the CPU's compute graph -------------------------------------------------------------------------

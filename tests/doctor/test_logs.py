@@ -71,13 +71,13 @@ WANTED = {
         "vllm", [("sliding", None, "fused"), ("global", None, "fused")], {6, 8}, (None, "unproven"), {"vllm-one-backend"}, 0),
     # a real llama-server (0c1e570, CPU build) with the embedded model
     "llamacpp_cpu_healthy": (
-        "llama.cpp", [("sliding", 8, "offloaded"), ("global", 2, "offloaded")], {176}, ("f16", "honoured"),
+        "llama.cpp", [("sliding", 8, "offloaded"), ("global", 2, "offloaded")], {5}, ("f16", "honoured"),
         {"no-gpu", "slots-times-window", "context-in-use"}, 1),
     "llamacpp_cpu_fa_off": (
         "llama.cpp", [("sliding", 8, "materialised"), ("global", 2, "materialised")], {161}, ("f16", "honoured"),
         {"attention-materialised"}, 1),
     "llamacpp_cpu_q8": (
-        "llama.cpp", [("sliding", 8, "offloaded"), ("global", 2, "offloaded")], {177}, ("q8_0", "honoured"), {"no-gpu"}, 1),
+        "llama.cpp", [("sliding", 8, "offloaded"), ("global", 2, "offloaded")], {5}, ("q8_0", "honoured"), {"no-gpu"}, 1),
     "llamacpp_cpu_q8_off": ("llama.cpp", [("all", 10, "unproven")], {151}, (None, "refused"), {"kv-type-refused"}, 1),
     "llamacpp_cpu_swafull": (
         "llama.cpp", [("all", None, "offloaded")], {1}, (None, "unproven"), {"no-gpu", "swa-full", "prompt-truncated"}, 1),
@@ -231,11 +231,37 @@ def test_a_second_gpu_has_a_split_of_its_own() -> None:
     assert "several-gpus" in ids(d)
 
 
-def test_a_cache_in_host_memory_is_attention_on_the_cpu() -> None:
-    """The probe says enabled with --no-kv-offload, too (its own TODO)."""
+def test_a_cache_in_host_memory_is_its_own_fault() -> None:
+    """The attention node stays on the GPU; its K and V cross the bus at each step."""
     d = gpu(kv_device="CPU")
 
-    assert [(v.verdict, v.proof) for v in d.layers] == [("offloaded", "cache-on-cpu")] * 2
+    assert {v.verdict for v in d.layers} == {"fused"}
+    assert "kv-in-host-memory" in ids(d) and d.wrong
+    assert {v.verdict for v in gpu("enabled", kv_device="CPU", splits=122, probe="").layers} == {"unproven"}
+
+
+def test_layers_of_unknown_kind_are_not_called_fused() -> None:
+    """6 of 11 on the GPU, and a log that does not say which: all were called fused."""
+    text = "\n".join(line for line in start(done=41).splitlines() if "KV buffer" not in line)
+
+    assert layers(of(text.replace("offloaded", "print_info: n_layer = 60\noffloaded"))) == [
+        ("all", 20, "offloaded"), ("all", 40, "fused")]  # fmt: skip
+
+
+def test_buffers_say_which_layers_are_on_the_cpu() -> None:
+    """17 of 50 sliding and 3 of 10 global layers."""
+    text = start(done=41)
+    for mib, share in ((2560, 0.3), (1200, 0.34)):
+        line = f"llama_kv_cache:      CUDA0 KV buffer size =  {mib}.00 MiB\n"
+        halves = [("CPU", mib * share), ("CUDA0", mib * (1 - share))]
+        text = text.replace(line, "".join(f"llama_kv_cache: {device} KV buffer size = {n:.2f} MiB\n" for device, n in halves))
+
+    assert layers(of(text)) == [
+        ("sliding", 17, "offloaded"),
+        ("sliding", 33, "fused"),
+        ("global", 3, "offloaded"),
+        ("global", 7, "fused"),
+    ]
 
 
 def test_layers_left_on_the_cpu_are_counted() -> None:
