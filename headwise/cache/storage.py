@@ -82,6 +82,11 @@ class Values:
         else:
             self.data_SGD = torch.zeros(n_slots, n_heads, n_values, dtype=DTYPES[fmt.name], device=device)
 
+    @property
+    def needs_scratch(self) -> bool:
+        """Whether `write` goes through an fp32 scratch."""
+        return self.fmt.quantised or self.fmt.name == "fp8"
+
     def native(self, dtype: torch.dtype) -> bool:
         """Whether attention reads these values as they lie."""
         return self.data_SGD.dtype == dtype
@@ -170,7 +175,7 @@ class LayerCache:
                 continue
             for slot, token, n in self.slots(start, x.shape[0]):
                 part = x[token : token + n]
-                values.write(slot, part, None if scratch is None else carve(scratch, part.shape))
+                values.write(slot, part, carve(scratch, part.shape) if scratch is not None and values.needs_scratch else None)
 
     def segments(self, span: Span) -> list[Segment]:
         """What the queries of `span` read, once their own keys are written."""

@@ -51,6 +51,17 @@ def test_a_cache_read_by_tiles_gives_the_same_at_every_chunk(name: str, kv: str)
         assert (llm.logits(IDS, chunk=chunk) - whole).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("kind", ["global", "sliding"])
+@pytest.mark.parametrize("kv", ["bf16", "fp8", "q8_0"])
+def test_one_kind_alone_is_stored_in_another_type(kind: str, kv: str) -> None:
+    """A global layer's row (640 values) was carved from the scratch that a sliding layer's (2 x 256) had been planned for."""
+    llm = LLM(kv={kind: kv}, device="cpu", context=64, chunk=16, check=False)
+    whole = LLM(device="cpu", context=64, chunk=16, check=False).logits(IDS)
+
+    assert 0 < (llm.logits(IDS) - whole).abs().mean() < 0.2
+    assert llm.plan.total_bytes == allocated_bytes(llm.runner)
+
+
 def test_greedy_tokens_are_the_arg_max_of_the_logits() -> None:
     llm = load("qwen3")
     tokens = llm.generate(IDS[:20], max_tokens=5).tokens
