@@ -13,11 +13,11 @@ from torch import Tensor
 
 from headwise.cache.storage import LayerCache, Scratch, Span, Values
 from headwise.kernels import attend as portable
+from headwise.kernels.configs import doublings
 from headwise.kernels.stored import Sequences, Slots, Stored
 
 FEW_ROWS = 32  # (query, head) pairs of a group that a decode launch takes
 MERGED_ROWS = 4  # up to as many, the launch itself merges the partial results
-KEYS_A_PROGRAM = 128  # fewer are not worth a partial result
 
 
 def attend(
@@ -89,7 +89,8 @@ def splits(keys: int, rows: int, G: int, D: int, device: torch.device, partial: 
         return 1
     wanted = max(1, int(_processors(device) * share) // G)
     room = partial.numel() // (G * max(16, 1 << (rows - 1).bit_length()) * (D + 2))
-    return max(1, min(wanted, room, -(-keys // KEYS_A_PROGRAM)))
+    return max(1, min(wanted, room, doublings(keys)))
+
 
 
 @remember

@@ -1,5 +1,3 @@
-
-
 import os
 
 # GNU OpenMP's threads spin between operators; beside another process on the same cores they spin while it runs, and decode

@@ -15,6 +15,7 @@ from torch import Tensor
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.attention.choose import LayerGroup, activation_type, choose_layers, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
+from headwise.engine.replay import own_stream
 from headwise.engine.runner import Runner, attend_functions
 from headwise.engine.sample import Sampler, Sampling
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
@@ -182,7 +183,9 @@ class LLM:
             self.check(cache_file=default_cache_file(os.environ), on_warning=on_warning)
         if not load:
             return
-        before_bytes = _before_loading(self.device)
+        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        with own_stream(stream):
+            before_bytes = _before_loading(self.device)
         self.weights = load_weights(
             self.spec,
             self.source.path,
@@ -191,7 +194,7 @@ class LLM:
             groups=groups(self.spec, self.plan.resident),
             progress=None if progress is None else lambda done, total: progress("weights", done, total),
         )
-        self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes)
+        self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes, stream=stream)
         self._tokenizer = tokenizer
         self._timing = _Timing()
 

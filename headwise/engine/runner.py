@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -17,9 +17,13 @@ from headwise.attention.choose import Choice
 from headwise.attention.reference import visible
 from headwise.cache.storage import LayerCache, slot_positions
 from headwise.engine.measure import Peak, storages
+from headwise.engine.replay import Replay, own_stream, records
 from headwise.errors import PlanError
+from headwise.kernels.configs import doublings
 from headwise.model.arena import TORCH, Arena
-from headwise.model.decoder import Decoder, Step
+from headwise.model.decoder import Decoder
+from headwise.model.heads import Step
+from headwise.model.ops import PLAIN, fused
 from headwise.planner.memory import Plan
 from headwise.planner.workspace import ring_slots, ropes
 from headwise.weights.blocks import Weight
@@ -41,6 +45,7 @@ class Runner:
 
     Args:
         before_bytes: what the process had allocated on a GPU before the weights were loaded.
+        stream: of a GPU, on which every step runs: a step is recorded on it, and cuBLAS has its workspace there already.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class Runner:
         device: torch.device,
         *,
         before_bytes: int = 0,
+        stream: torch.cuda.Stream | None = None,
     ) -> None:
+        self.stream = stream
         w = plan.workload
         self.plan, self.device, self.chunk = plan, device, w.chunk
         self.spec, self.context = plan.spec, w.context
@@ -61,19 +68,23 @@ class Runner:
             layer.index: LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
             for layer in self.spec.kv_layers
         }
-        self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk)
+        self.fused = self.device.type == "cuda" and w.fused
+        ops = fused() if self.fused else PLAIN
+        self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk, ops)
         self.rings = ring_slots(self.spec, n_tokens=w.context, chunk=w.chunk)
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]
         done = self.arena.flat("done")
         if done is not None:
             done.zero_()
         self.arena.eps.fill_(self.spec.rms_eps)
+        self.arena.eps_value = self.spec.rms_eps
         for i, (rope, _) in enumerate(self.ropes):
             live = [f for f in rope.inv_freq if f != 0.0]
             self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
         self.position = 0
         self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
+        self.replay = Replay(self.device) if self.fused and records(self.spec, weights) else None
         with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
             self._known = storages(self)
 
@@ -97,11 +108,13 @@ class Runner:
                 do=f"--context {min(self.spec.max_context, self.position + n)}",
             )
         ids_T = self.arena.take("ids", n)
-        if n == 1:
-            ids_T.fill_(ids[0])
-        else:
-            ids_T.copy_(torch.tensor(ids))
-        with torch.inference_mode():
+        with torch.inference_mode(), self._own_stream():
+            if n == 1:
+                ids_T.fill_(ids[0])
+            else:
+                ids_T.copy_(torch.tensor(ids))
+            if self.fused:
+                return self._fused(ids_T, n)
             if self.device.type != "cpu":  # a GPU's allocator counts by itself
                 with self.arena.lent():
                     return self._forward(ids_T, n)
@@ -118,9 +131,35 @@ class Runner:
         self.position += n
         return x
 
+    def _fused(self, ids_T: Tensor, n: int) -> Tensor:
+        """A step of our kernels, which take positions from the device; one of a single token is recorded and replayed."""
+        from headwise.kernels.heads import rope_tables
+
+        span = self.arena.take("span", 4)
+        stop = self.position + n
+        span[1:2].fill_(n)
+        span[2:3].fill_(stop)
+        step = Step(ids_T, self.position, self.arena)
+
+        def forward() -> Tensor:
+            for i, (rope, pairs) in enumerate(self.ropes):
+                cos, sin = (self.arena.take(f"rope.{i}.{t}", n, pairs) for t in ("cos", "sin"))
+                rope_tables(span, self.arena.take(f"rope.{i}.freq", pairs), cos, sin, rope.magnitude)
+            return self.decoder.forward(step, self.caches)
+
+        with self.arena.lent():
+            x = self.replay.run(("step", doublings(stop)), forward) if self.replay and n == 1 else forward()
+        self.position = stop
+        return x
+
     def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
-        with torch.inference_mode(), nullcontext() if self.device.type == "cpu" else self.arena.lent():
+        with torch.inference_mode(), nullcontext() if self.device.type == "cpu" else self.arena.lent(), self._own_stream():
+            if self.replay and out is None and x_TD.data_ptr() == self.arena.take("x", 1, self.spec.hidden).data_ptr():
+                return self.replay.run(("logits",), lambda: self.decoder.logits(x_TD, self.arena))
             return self.decoder.logits(x_TD, self.arena, out)
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        return own_stream(self.stream)
 
     def _fill_tables(self, n: int) -> None:
         """Rope tables and ring masks of this step, shared by all layers."""

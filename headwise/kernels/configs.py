@@ -81,3 +81,11 @@ def config_for(D: int, *, one: bool, blocks: bool, rows: int, arch: Arch) -> Con
     phase: Phase = "decode" if rows <= DECODE_ROWS else "prefill"
     row = TABLE[arch][(phase, D, one and D == 512)]
     return row.blocks if blocks else row.floats
+
+
+KEYS_A_PROGRAM = 128  # of a decode; fewer are not worth a partial result
+
+
+def doublings(keys: int) -> int:
+    """Shares of `keys`, a power of two: a recorded decode step is replayed until the next doubling."""
+    return 1 << (-(-keys // KEYS_A_PROGRAM) - 1).bit_length()

@@ -33,6 +33,7 @@ class Arena:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._kept: dict[object, Any] = {}
         self.eps = self._flat["eps"]
+        self.eps_value = 0.0  # the same, for a kernel's argument
 
     def _hold(self) -> Tensor:
         return torch.empty(self._reserved_bytes, dtype=torch.uint8, device=self.storage.device)

@@ -13,28 +13,11 @@ from torch import Tensor
 
 from headwise.model.arena import Arena
 from headwise.model.linear import linear
-from headwise.model.norm import rms_norm
-from headwise.spec.layers import Activation, MlpSpec, MoeSpec
-
-SWIGLU_ALPHA, SWIGLU_LIMIT = 1.702, 7.0  # gpt-oss; transformers 5.23 GptOssConfig
+from headwise.model.ops import Ops
+from headwise.spec.layers import MlpSpec, MoeSpec
 
 
-def gelu_tanh_(x: Tensor) -> Tensor:
-    return torch.ops.aten.gelu_(x, approximate="tanh")
-
-
-def _activate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """gate := act(gate) * up, in place; the clamped form is gpt-oss's gate * sigmoid(alpha * gate) * (up + 1)."""
-    if kind == "swiglu_clamped":
-        gate.clamp_(max=SWIGLU_LIMIT)
-        up.clamp_(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1.0)
-        up.mul_(gate)
-        return gate.mul_(SWIGLU_ALPHA).sigmoid_().mul_(up)
-    (gelu_tanh_ if kind == "gelu_tanh" else torch.ops.aten.silu_)(gate)
-    return gate.mul_(up)
-
-
-def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Arena) -> Tensor:
+def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """out = down(act(gate(h)) * up(h))."""
     T, W, tile = h.shape[0], mlp.width, arena.flat("weight.tile")
     both = arena.take("gate_up", T, 2 * W)
@@ -47,11 +30,11 @@ def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Are
     if mlp.bias:
         gate.add_(w["gate_bias"])
         up.add_(w["up_bias"])
-    linear(_activate(mlp.activation, gate, up), w["down"], out, tile)
+    linear(ops.gate(mlp.activation, gate, up), w["down"], out, tile)
     return out.add_(w["down_bias"]) if mlp.bias else out
 
 
-def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena) -> Tensor:
+def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """out = the chosen experts' MLPs of `h`, weighted; the router looks at `routed_by`."""
     T, E, K, W = h.shape[0], moe.n_experts, moe.n_active, moe.width
     tile = arena.flat("weight.tile")
@@ -78,24 +61,24 @@ def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Ten
         if moe.bias:
             gate.add_(w["experts_gate_bias"][e])
             up.add_(w["experts_up_bias"][e])
-        y = linear(_activate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), tile)
+        y = linear(ops.gate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), tile)
         if moe.bias:
             y.add_(w["experts_down_bias"][e])
         out.index_add_(0, token, y.mul_(weight[token, slot, None]))
     return out
 
 
-def experts_beside_dense(mlp: MlpSpec, w: Mapping[str, Any], x: Tensor, h: Tensor, out: Tensor, arena: Arena) -> Tensor:
+def experts_beside_dense(mlp: MlpSpec, w: Mapping[str, Any], x: Tensor, h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """Gemma 4 26B-A4B: norm(dense(h)) + norm(experts(norm(x))); the router reads the raw residual x, normed and scaled.
 
     Source: transformers 5.23 models/gemma4/modeling_gemma4.py `Gemma4TextDecoderLayer`, `Gemma4TextRouter`.
     """
     assert mlp.moe is not None
-    dense(mlp, w, h, out, arena)
-    rms_norm(out, w["mlp_post_norm_1"], out, arena)
-    routed_by = rms_norm(x, w["router_scale"], arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
-    rms_norm(x, w["experts_norm"], h, arena)
+    dense(mlp, w, h, out, arena, ops)
+    ops.norm(out, w["mlp_post_norm_1"], out, arena)
+    routed_by = ops.norm(x, w["router_scale"], arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
+    ops.norm(x, w["experts_norm"], h, arena)
     total = arena.take("expert.total", *x.shape)
-    routed_experts(mlp.moe, w, routed_by, h, total, arena)
-    rms_norm(total, w["experts_post_norm"], total, arena)
+    routed_experts(mlp.moe, w, routed_by, h, total, arena, ops)
+    ops.norm(total, w["experts_post_norm"], total, arena)
     return out.add_(total)

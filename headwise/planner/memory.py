@@ -50,6 +50,11 @@ class Workload:
     cpu: bool = False
     reads: frozenset[str] = frozenset({"tiles"})  # what the layers' backends need beside the cache, see `workspace`
 
+    @property
+    def fused(self) -> bool:
+        """Whether every layer reads its cache by slots: then our kernels also do what stands between the products."""
+        return self.reads == {"slots"}
+
     def at(self, context: int) -> Workload:
         """This work with another context; a prefill step is never longer than that."""
         return replace(self, context=context, chunk=min(self.chunk, context))

@@ -107,15 +107,21 @@ def workspace(
 
     q_width = max(x.n_heads * x.head_dim for x in layers)
     add("qkv", "attention", C, max(x.n_heads * x.head_dim + 2 * x.n_kv_heads * x.head_dim for x in layers))
-    add("rope.tmp", "attention", C, max([0, *((x.n_heads + x.n_kv_heads) * x.rope.rotated_dims // 2 for x in layers if x.rope)]))
+    fused = set(reads) == {"slots"}  # norm, RoPE and store are one launch, which needs nothing beside its results
+    if fused:
+        add("q.own", "attention", C, max([0, *(x.n_heads * x.head_dim for x in layers if not x.k_eq_v)]))
+    else:
+        turning = [(x.n_heads + x.n_kv_heads) * x.rope.rotated_dims // 2 for x in layers if x.rope]
+        add("rope.tmp", "attention", C, max([0, *turning]))
+        add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
     add("attn", "attention", C, q_width)
     add("q.one", "attention", C, max([0, *(x.n_heads * k_values(x) for x in layers if x.k_eq_v)]))
-    add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
     loose = [x for x in spec.kv_layers if kv[x.kind].name != dtype]
     if tiles:
         add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
         add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
-    add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
+    if not fused:
+        add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
     # one result and, per query and head, a few log-sum-exps; CUDA's operator runs one head of each group at a time, with
     # an fp32 accumulator beside its part of the result
     result = max(x.n_heads * (k_values(x) + 8) for x in layers)

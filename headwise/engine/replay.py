@@ -1,0 +1,69 @@
+"""CUDA graphs: a decode step recorded once and replayed, so that its hundreds of launches cost the host one.
+
+What is recorded reads positions and ids from the device and writes to fixed buffers. What the host decides (into how many shares
+the keys are cut) is part of the key: a step is recorded anew when the context has doubled. The first run of a key is an
+ordinary one, which compiles kernels; the second is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from headwise.spec.layers import ModelSpec
+from headwise.weights.blocks import Weight
+
+
+def records(spec: ModelSpec, weights: Mapping[str, Weight]) -> bool:
+    """Whether a step can be recorded: no routed experts (the host reads their choice), no matrix that is expanded on the way."""
+    return not any(x.mlp.moe for x in spec.layers) and all(isinstance(w, Tensor) for w in weights.values())
+
+
+def own_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    """Runs what follows on `stream`, after what the caller has queued, and before what it queues next."""
+    return nullcontext() if stream is None else _on(stream)
+
+
+@contextmanager
+def _on(stream: torch.cuda.Stream) -> Iterator[None]:
+    caller = torch.cuda.current_stream(stream.device)
+    if caller == stream:
+        yield
+        return
+    stream.wait_stream(caller)
+    with torch.cuda.stream(stream):
+        yield
+    caller.wait_stream(stream)
+
+
+class Replay:
+    """Recorded steps by key."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seen: set[Hashable] = set()
+        self.graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def run(self, key: Hashable, forward: Callable[[], Tensor]) -> Tensor:
+        """`forward()`, or its replay; the result lies where it lay when it was recorded."""
+        found = self.graphs.get(key)
+        if found is None:
+            if key not in self.seen:
+                self.seen.add(key)
+                return forward()
+            found = self.graphs[key] = self._record(forward)
+        found[0].replay()
+        return found[1]
+
+    def _record(self, forward: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        torch.cuda.synchronize(self.device)
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            out = forward()
+        finally:
+            graph.capture_end()
+        return graph, out

@@ -1,0 +1,115 @@
+"""Norms, residuals and gates: one launch each, a program per row.
+
+Shapes    T rows of D values, D to 32,768; rows contiguous.
+Accuracy  fp32 inside, rounded where a result is stored; a residual is rounded once, as PyTorch's `add_` would.
+Cost      the bytes of what is read and written.
+Source    transformers 5.23: RMSNorm of each family (Gemma's weights are stored with their 1 added), gelu_pytorch_tanh, silu.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+WIDEST = 32_768
+
+
+@triton.jit
+def _norm(x_ptr, w_ptr, out_ptr, D, eps, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64) * D
+    i = tl.arange(0, BLOCK)
+    ok = i < D
+    x = tl.load(x_ptr + row + i, mask=ok, other=0).to(tl.float32)
+    y = x * tl.rsqrt(tl.sum(x * x) / D + eps)
+    if WEIGHT:
+        y = y * tl.load(w_ptr + i, mask=ok, other=0).to(tl.float32)
+    tl.store(out_ptr + row + i, y.to(out_ptr.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def _branch(
+    y_ptr, post_ptr, x_ptr, scale_ptr, next_ptr, h_ptr, D, eps, POST: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * D
+    i = tl.arange(0, BLOCK)
+    ok = i < D
+    y = tl.load(y_ptr + row + i, mask=ok, other=0).to(tl.float32)
+    x = tl.load(x_ptr + row + i, mask=ok, other=0).to(tl.float32)
+    if POST:
+        y = y * tl.rsqrt(tl.sum(y * y) / D + eps) * tl.load(post_ptr + i, mask=ok, other=0).to(tl.float32)
+    x = x + y
+    if SCALE:
+        x = x * tl.load(scale_ptr).to(tl.float32)
+    kind: tl.constexpr = x_ptr.dtype.element_ty
+    tl.store(x_ptr + row + i, x.to(kind), mask=ok)
+    if NEXT:
+        x = x.to(kind).to(tl.float32)
+        h = x * tl.rsqrt(tl.sum(x * x) / D + eps) * tl.load(next_ptr + i, mask=ok, other=0).to(tl.float32)
+        tl.store(h_ptr + row + i, h.to(kind), mask=ok)
+
+
+@triton.jit
+def _gate(g_ptr, u_ptr, stride, W, GELU: tl.constexpr, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * stride
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = i < W
+    g = tl.load(g_ptr + at + i, mask=ok, other=0).to(tl.float32)
+    u = tl.load(u_ptr + at + i, mask=ok, other=0).to(tl.float32)
+    if GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
+        g = g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    else:
+        g = g / (1.0 + tl.exp(-g))
+    tl.store(g_ptr + at + i, (g * u).to(g_ptr.dtype.element_ty), mask=ok)
+
+
+def norm(x_TD: Tensor, w_D: Tensor | None, out_TD: Tensor, eps: float) -> Tensor:
+    """out = x / sqrt(mean(x^2) + eps) * w."""
+    D = _checked("norm", x_TD, out_TD)
+    _norm[(x_TD.numel() // D,)](x_TD, x_TD if w_D is None else w_D, out_TD, D, eps, WEIGHT=w_D is not None, **_shape(D))
+    return out_TD
+
+
+def branch(
+    y_TD: Tensor, post_D: Tensor | None, x_TD: Tensor, next_D: Tensor | None, h_TD: Tensor, eps: float, scale: Tensor | None = None
+) -> Tensor:
+    """x := (x + norm(y) * post) * scale, and h := norm(x) * next, which is returned; x where `next_D` is None."""
+    D = _checked("branch", y_TD, x_TD)
+    if next_D is not None:
+        _checked("branch", x_TD, h_TD)
+    _branch[(y_TD.shape[0],)](
+        y_TD, y_TD if post_D is None else post_D, x_TD, y_TD if scale is None else scale, y_TD if next_D is None else next_D,
+        h_TD, D, eps, POST=post_D is not None, SCALE=scale is not None, NEXT=next_D is not None, **_shape(D),
+    )  # fmt: skip
+    return x_TD if next_D is None else h_TD
+
+
+def gate(gate_TW: Tensor, up_TW: Tensor, kind: str) -> Tensor:
+    """gate := act(gate) * up, in place; act is "gelu_tanh" or "silu". Both are halves of one buffer, or two alike."""
+    T, W = gate_TW.shape
+    if kind not in ("gelu_tanh", "silu") or up_TW.shape != (T, W) or gate_TW.stride() != up_TW.stride() or gate_TW.stride(1) != 1:
+        raise ValueError(
+            f"gate: {kind}, {tuple(gate_TW.shape)} and {tuple(up_TW.shape)}, strides {gate_TW.stride()}, {up_TW.stride()}"
+        )
+    _gate[(T, triton.cdiv(W, 1024))](gate_TW, up_TW, gate_TW.stride(0), W, GELU=kind == "gelu_tanh", BLOCK=1024, num_warps=4)
+    return gate_TW
+
+
+def _checked(name: str, a: Tensor, b: Tensor) -> int:
+    D = a.shape[-1]
+    if D > WIDEST or a.shape != b.shape or not a.is_contiguous() or not b.is_contiguous():
+        raise ValueError(f"{name}: {tuple(a.shape)} and {tuple(b.shape)} (alike, contiguous, rows of at most {WIDEST})")
+    return D
+
+
+def _shape(D: int) -> dict[str, int]:
+    block = triton.next_power_of_2(D)
+    return {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+
+
+def reference(x_TD: Tensor, w_D: Tensor | None, eps: float) -> Tensor:
+    x = x_TD.double()
+    y = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    return y if w_D is None else y * w_D.double()

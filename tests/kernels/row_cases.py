@@ -1,0 +1,159 @@
+"""Heads, norms, residuals and gates against PyTorch. A program of its own: it must start with TRITON_INTERPRET=1, or on a GPU.
+
+python -m kernels.row_cases [cpu|cuda]     prints a JSON object: case -> largest relative error (or mismatch of integers)
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from headwise.cache.storage import Values
+from headwise.kernels import heads as K
+from headwise.kernels import rows as R
+from headwise.kernels.stored import Stored
+from headwise.spec.kv import KV_FORMATS
+
+EPS = 1e-6
+HEADS = [  # name, T, position, H, G, A, pairs, one, owns, normed, v normed, ring, KV
+    ("gemma sliding", 5, 39, 4, 2, 256, 128, False, True, True, True, 41, "f16"),
+    ("gemma sliding q8_0", 3, 7, 4, 2, 256, 128, False, True, True, True, 12, "q8_0"),
+    ("gemma global", 3, 11, 4, 1, 512, 64, True, True, True, True, 0, "f16"),
+    ("gemma global q8_0", 2, 11, 4, 1, 512, 64, True, True, True, True, 0, "q8_0"),
+    ("gemma global q4_0", 2, 0, 2, 1, 512, 64, True, True, True, True, 0, "q4_0"),
+    ("gemma global fp8", 3, 5, 2, 1, 512, 64, True, True, True, True, 0, "fp8"),
+    ("gemma global, two tensors", 2, 4, 4, 2, 512, 64, False, True, True, True, 0, "q4_0"),
+    ("gemma shared", 3, 11, 4, 0, 256, 128, False, False, True, True, 0, "f16"),
+    ("qwen", 4, 2, 6, 3, 128, 64, False, True, True, False, 0, "fp8"),
+    ("llama", 3, 9, 3, 1, 64, 32, False, True, False, False, 0, "q4_0"),
+    ("exaone without rope", 2, 3, 4, 2, 128, 0, False, True, True, False, 0, "f16"),
+    ("odd pairs", 2, 3, 2, 1, 128, 20, False, True, True, True, 7, "q8_0"),
+]
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    if not torch.isfinite(got.float()).all():
+        return float("inf")
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30))
+
+
+def rotated(x: Tensor, cos: Tensor, sin: Tensor, P: int) -> Tensor:
+    half = x.shape[-1] // 2
+    out = x.clone()
+    a, b = x[..., :P], x[..., half : half + P]
+    out[..., :P] = a * cos - b * sin
+    out[..., half : half + P] = b * cos + a * sin
+    return out
+
+
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+
+
+def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[str, float]:
+    _, T, start, H, G, A, P, one, owns, norm, v_norm, ring, kv = case
+    stop, tail = start + T, 128 if one else 0
+    fmt = KV_FORMATS["f16" if kv == "f16" else kv]
+    n = H + G * (1 if one else 2)
+    qkv = torch.randn(T, n * A, dtype=dtype, device=device) * 3
+    q_w, k_w = (torch.rand(A, dtype=dtype, device=device) + 0.5 for _ in range(2))
+    position = torch.arange(start, stop, device=device)[:, None]
+    freq = 10000.0 ** -(torch.arange(P, device=device) / max(1, P)).float()
+    cos, sin = (torch.empty(T, P, dtype=torch.float32, device=device) for _ in range(2))
+    span = torch.tensor([0, T, stop, 0], dtype=torch.int32, device=device)
+    out: dict[str, float] = {}
+    if P:
+        K.rope_tables(span, freq, cos, sin, 1.0)
+        out["tables"] = max(
+            relative(cos, torch.cos(position * freq)), relative(sin, torch.sin(position * freq)) if stop > 1 else 0.0
+        )
+    slots = ring or stop + 3
+    k = Values(slots, G, A + tail, fmt, torch.device(device)) if owns else None
+    v = Values(slots, G, A, fmt, torch.device(device)) if owns and not one else None
+    q_out = torch.full((T, H, A + tail), float("nan"), dtype=dtype, device=device)
+    kept, kept_v = (None if x is None else Stored(x.data_SGD, x.scales_SGB) for x in (k, v))
+    K.heads(
+        qkv, q_out, kept, kept_v, span, head_dim=A,
+        pairs=P, cos_TP=cos, sin_TP=sin, q_norm=q_w if norm else None,
+        k_norm=k_w if norm else None, v_norm=v_norm, eps=EPS, ring=ring,
+    )  # fmt: skip
+    x = qkv.float().view(T, n, A)
+    c, s = cos[:, None, :], sin[:, None, :]
+    q, keys, values = x[:, :H], x[:, H : H + G], x[:, H + G :]
+    if norm:
+        q = normed(q) * q_w.float()
+    turned = rotated(q, c, s, P)
+    if one:
+        u = normed(keys)
+        key = rotated(u * k_w.float(), c, s, P)
+        pad = torch.zeros(T, G, tail - 2 * P, device=device)
+        keys = torch.cat((u, key[..., :P], key[..., A // 2 : A // 2 + P], pad), -1)
+        still = q * k_w.float()
+        still[..., :P] = 0
+        still[..., A // 2 : A // 2 + P] = 0
+        pad = torch.zeros(T, H, tail - 2 * P, device=device)
+        want = torch.cat((still, turned[..., :P], turned[..., A // 2 : A // 2 + P], pad), -1)
+    else:
+        want = turned
+        keys = rotated(normed(keys) * k_w.float() if norm else keys, c, s, P)
+        values = normed(values) if v_norm else values
+    out["q"] = relative(q_out, want)
+    for name, got, x_TGD in (("k", k, keys), ("v", v, values)):
+        if got is None:
+            continue
+        there = Values(slots, G, x_TGD.shape[-1], fmt, torch.device(device))
+        for t in range(T):
+            slot = (start + t) % ring if ring else start + t
+            there.write(slot, x_TGD[t : t + 1].contiguous(), torch.empty(1, *x_TGD.shape[1:], device=device))
+        a, b = (values_.read(0, slots, torch.empty(slots, G, x_TGD.shape[-1], device=device)) for values_ in (got, there))
+        out[name] = relative(a, b)
+        untouched = torch.ones(slots, dtype=torch.bool)
+        untouched[[(start + t) % ring if ring else start + t for t in range(T)]] = False
+        out[f"{name} elsewhere"] = float(a[untouched.to(a.device)].abs().sum())
+    return out
+
+
+def row_cases(device: str, dtype: torch.dtype) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for T, D in ((1, 256), (3, 100), (2, 2816), (2, 5376)):
+        x, y = (torch.randn(T, D, dtype=dtype, device=device) for _ in range(2))
+        w, post = (torch.rand(D, dtype=dtype, device=device) + 0.5 for _ in range(2))
+        scale = torch.tensor([0.7], dtype=dtype, device=device)
+        nan = torch.full_like(x, float("nan"))
+        out[f"norm {T}x{D}"] = relative(R.norm(x, w, nan.clone(), EPS), R.reference(x, w, EPS))
+        out[f"norm without weight {T}x{D}"] = relative(R.norm(x, None, nan.clone(), EPS), R.reference(x, None, EPS))
+        for p, s, nxt in itertools.product((None, post), (None, scale), (None, w)):
+            mine, h = x.clone(), nan.clone()
+            got = R.branch(y, p, mine, nxt, h, EPS, s)
+            want = (x.double() + (y.double() if p is None else R.reference(y, p, EPS))) * (1.0 if s is None else s.double())
+            label = f"branch {T}x{D} {p is not None} {s is not None} {nxt is not None}"
+            out[label] = max(relative(mine, want), relative(got, want if nxt is None else R.reference(mine, nxt, EPS)))
+    for T, W in ((1, 512), (3, 700), (2, 2112)):
+        both = torch.randn(T, 2 * W, dtype=dtype, device=device) * 3
+        for kind in ("gelu_tanh", "silu"):
+            g, u = both.clone().split(W, -1)
+            act = F.gelu(g.double(), approximate="tanh") if kind == "gelu_tanh" else F.silu(g.double())
+            want = act * u.double()
+            out[f"{kind} {T}x{W}"] = relative(R.gate(g, u, kind), want)
+    return out
+
+
+def main(device: str) -> dict[str, dict[str, float]]:
+    torch.manual_seed(0)
+    dtypes = {"f32": torch.float32, "f16": torch.float16} | ({"bf16": torch.bfloat16} if device == "cuda" else {})
+    out: dict[str, dict[str, float]] = {}
+    for name, dtype in dtypes.items():
+        out[f"rows {name}"] = row_cases(device, dtype)
+        for case in HEADS:
+            out[f"{case[0]} {name}"] = heads_case(case, device, dtype)
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1] if len(sys.argv) > 1 else "cpu")))

@@ -1,0 +1,68 @@
+"""The kernels around attention against PyTorch, in triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kernels.row_cases import HEADS
+
+from headwise.kernels.heads import heads
+from headwise.kernels.rows import branch, gate, norm
+from headwise.kernels.stored import Stored
+
+BOUND = {"f32": 2e-6, "f16": 1e-3}
+STORED = {"f16": 1e-3, "fp8": 2e-3, "q8_0": 1e-3, "q4_0": 3e-3}  # a value at the border of two steps may go either way
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    root = Path(__file__).parents[2]
+    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
+    done = subprocess.run([sys.executable, "-m", "kernels.row_cases"], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("case", HEADS, ids=lambda c: c[0])
+def test_heads_are_normed_rotated_and_stored(case: tuple[object, ...], dtype: str, results: dict[str, dict[str, float]]) -> None:
+    """A pair rotated with the wrong partner, a slot past the ring's end, a block that takes another block's scale."""
+    found = results[f"{case[0]} {dtype}"]
+
+    assert found["q"] < BOUND[dtype]
+    assert found.get("tables", 0.0) < 1e-6
+    assert all(found[name] < STORED[str(case[-1])] for name in ("k", "v") if name in found), found
+    assert all(n == 0 for name, n in found.items() if name.endswith("elsewhere"))
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_norms_residuals_and_gates(dtype: str, results: dict[str, dict[str, float]]) -> None:
+    for name, error in results[f"rows {dtype}"].items():
+        assert error < BOUND[dtype], name
+
+
+def test_misuse_is_refused_before_a_launch() -> None:
+    x = torch.zeros(2, 100)
+    with pytest.raises(ValueError, match="alike, contiguous"):
+        norm(x, None, torch.zeros(2, 99), 1e-6)
+    with pytest.raises(ValueError, match="alike, contiguous"):
+        branch(x.t(), None, x.t(), None, x, 1e-6)
+    with pytest.raises(ValueError, match="gate: relu"):
+        gate(x, x, "relu")
+    span = torch.zeros(4, dtype=torch.int32)
+    rest = {"pairs": 0, "cos_TP": None, "sin_TP": None, "q_norm": None, "k_norm": None, "v_norm": False, "eps": 1e-6, "ring": 0}
+    cache = Stored(torch.zeros(8, 1, 96))
+    with pytest.raises(ValueError, match="96 values a head"):
+        heads(torch.zeros(1, 3 * 96), torch.zeros(1, 1, 96), cache, cache, span, head_dim=96, **rest)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="for 3 heads of 1 tokens"):
+        heads(torch.zeros(1, 4 * 64), torch.zeros(1, 1, 64), cache, cache, span, head_dim=64, **rest)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="608 values a query"):
+        heads(torch.zeros(1, 2 * 512), torch.zeros(1, 1, 608), cache, None, span, head_dim=512, **rest)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="80 rotated pairs"):
+        heads(torch.zeros(1, 3 * 64), torch.zeros(1, 1, 64), cache, cache, span, head_dim=64, **(rest | {"pairs": 80}))  # type: ignore[arg-type]
