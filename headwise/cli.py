@@ -41,6 +41,12 @@ def _parser() -> argparse.ArgumentParser:
     _explain_parser(verbs.add_parser("explain", help="which backend each layer would run on, and why"))
     _verify_parser(verbs.add_parser("verify", help="check every backend in use against the reference"))
     _doctor_parser(verbs.add_parser("doctor", help="what the log of Ollama, llama.cpp or vLLM proves about attention and cache"))
+    _codex_parser(verbs.add_parser("codex-config", help="the configuration of Codex for a server on this machine"))
+    _settings_parser(
+        verbs.add_parser("ollama-env", help="the environment of Ollama that fits a model and cards"), "--engine-version", "0.20.4"
+    )
+    _settings_parser(verbs.add_parser("llama-flags", help="the flags of llama-server that fit"), "--version", "b10600, 2026-10-01")
+    _settings_parser(verbs.add_parser("vllm-args", help="the arguments of vLLM that fit"), "--version", "0.33.0")
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     return parser
 
@@ -115,6 +121,24 @@ def _doctor_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--systemd", metavar="UNIT", help="the log of a service, from journald")
     p.add_argument("--ollama", action="store_true", help="the log of this machine's Ollama")
     p.add_argument("--model", metavar="MODEL", help="whose log it is: a .gguf file, a directory, ollama:NAME or a catalogue name")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _codex_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--port", type=int, default=7433, metavar="N", help="of the server; default 7433")
+    p.add_argument("--model", metavar="NAME", help="as the server names it; default: the embedded tiny-hybrid")
+    p.add_argument("--context", type=int, metavar="N", help="tokens that the server was started with; default: all the model's")
+    p.add_argument("--write", type=Path, metavar="DIR", help="write the files there; nothing is overwritten")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _settings_parser(p: argparse.ArgumentParser, version: str, example: str) -> None:
+    p.add_argument("model", help="a directory, a .gguf file, ollama:NAME, hf:ORG/NAME, or a catalogue name")
+    p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB]", help="a card, or cpu; repeat for several cards")
+    p.add_argument("--context", type=int, metavar="N", help="tokens of one sequence; default: the most that fit")
+    p.add_argument(version, dest="version", metavar="V", help=f"of the engine, e.g. {example}; default: the newest known")
+    p.add_argument("--weights", metavar="q8_0|q4_k_m|...", help="count this weight type")
+    p.add_argument("--ignore-key", action="append", default=[], metavar="K", help="go on although nobody reads config key K")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
@@ -449,6 +473,47 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if found.wrong else 0
 
 
+def _codex_config(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from headwise.advice.codex import codex_config, write
+
+    advice = codex_config(model=args.model, port=args.port, context=args.context, env=os.environ)
+    if args.write:
+        advice = replace(advice, notes=(*advice.notes, *write(advice, args.write)))
+    return _advised(args, advice if args.json or not args.write else replace(advice, blocks=()))
+
+
+def _ollama_env(args: argparse.Namespace) -> int:
+    from headwise.advice.ollama import ollama_env
+
+    return _fitted(args, ollama_env)
+
+
+def _llama_flags(args: argparse.Namespace) -> int:
+    from headwise.advice.llama_cpp import llama_flags
+
+    return _fitted(args, llama_flags)
+
+
+def _vllm_args(args: argparse.Namespace) -> int:
+    from headwise.advice.vllm import vllm_args
+
+    return _fitted(args, vllm_args)
+
+
+def _fitted(args: argparse.Namespace, advise: Callable[..., Any]) -> int:
+    advice = advise(_open(args), gpus=args.gpu, context=args.context, version=args.version, weights=args.weights)
+    return _advised(args, advice)
+
+
+def _advised(args: argparse.Namespace, advice: Any) -> int:
+    from headwise.advice.setting import text
+
+    print(json.dumps(advice.to_json()) if args.json else text(advice))
+    return 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
@@ -456,4 +521,8 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "bench": _bench,
     "doctor": _doctor,
+    "codex-config": _codex_config,
+    "ollama-env": _ollama_env,
+    "llama-flags": _llama_flags,
+    "vllm-args": _vllm_args,
 }

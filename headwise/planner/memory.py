@@ -212,6 +212,20 @@ def _split(
     if spec.tied:
         outer_last += sizes["embed"]  # looked up on the first card, multiplied on the last
     fixed = [compute + (outer_first if i == 0 else 0) + (outer_last if i == len(targets) - 1 else 0) for i in range(len(targets))]
+    placed = spread(spec, layer_bytes, fixed, targets)
+    shares = tuple(Share(t, fixed[i] + sum(layer_bytes[n] for n in placed[i]), tuple(placed[i])) for i, t in enumerate(targets))
+    return shares, ("several cards are planned here; `headwise run` uses one card until running over several is built",)
+
+
+def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target]) -> list[list[int]]:
+    """The layers of each device, in order, every device filled to the same fraction of what it can use.
+
+    Where they do not fit, each device but the last takes what it holds, and the last the rest.
+
+    Args:
+        layer_bytes: of each layer, weights and cache.
+        fixed: what each device holds beside its layers.
+    """
     runs = _runs(spec)
     low, high = 0, 2**20  # fraction of usable bytes, in 2**-20; the smallest that places every layer
     if _place(runs, layer_bytes, fixed, targets, high) is None:
@@ -222,9 +236,7 @@ def _split(
             low = middle + 1
         else:
             high = middle
-    placed = _place(runs, layer_bytes, fixed, targets, high) or _place(runs, layer_bytes, fixed, targets, None) or []
-    shares = tuple(Share(t, fixed[i] + sum(layer_bytes[n] for n in placed[i]), tuple(placed[i])) for i, t in enumerate(targets))
-    return shares, ("several cards are planned here; `headwise run` uses one card until running over several is built",)
+    return _place(runs, layer_bytes, fixed, targets, high) or _place(runs, layer_bytes, fixed, targets, None) or []
 
 
 def _runs(spec: ModelSpec) -> list[tuple[int, ...]]:

@@ -21,7 +21,17 @@ from make_json import command, cut, sections  # noqa: E402
 sys.path.pop(0)
 SECTIONS = sections((DOCS / "json.md").read_text(encoding="utf-8"))
 RUN = {title: argv for title, body in SECTIONS.items() if (argv := command(body))}
-SAME_EVERYWHERE = ("plan", "plan for another engine", "plan without a model", "explain", "explain for another engine")
+SAME_EVERYWHERE = (
+    "plan",
+    "plan for another engine",
+    "plan without a model",
+    "explain",
+    "explain for another engine",
+    "llama-flags",
+    "ollama-env",
+    "vllm-args",
+    "codex-config",
+)
 
 
 def promised(title: str) -> set[str]:
