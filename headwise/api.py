@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import Choice, activation_type, choose_layers
+from headwise.attention.choose import Choice, activation_type, choose_layers, forced_backends
 from headwise.attention.engines import EngineExplanation, explain_engine
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
@@ -281,9 +281,19 @@ def rival_json(r: RivalAnswer) -> dict[str, object]:
 
 
 def explain(
-    source: Source, *, gpu: str | None, kv: str | None, kv_global: str | None = None, kv_sliding: str | None = None
+    source: Source,
+    *,
+    gpu: str | None,
+    kv: str | None,
+    kv_global: str | None = None,
+    kv_sliding: str | None = None,
+    backend: str | Mapping[str, str] | None = None,
 ) -> tuple[DeviceKind, dict[Kind, KVFormat], tuple[Choice, ...]]:
-    """Which backend headwise would run each layer on: on `gpu`, else the first detected card, else the CPU."""
+    """Which backend headwise would run each layer on: on `gpu`, else the first detected card, else the CPU.
+
+    Args:
+        backend: forced, as `headwise.LLM` takes it.
+    """
     device = CPU
     if gpu and gpu.lower() != "cpu":
         device = DeviceKind.of(find_gpu(gpu))
@@ -292,7 +302,8 @@ def explain(
         device = DeviceKind.of(known[0]) if known else CPU
     dtype = activation_type(None, [device])
     formats = kv_formats(kv, kv_global, kv_sliding, dtype)
-    return device, formats, choose_layers(source.spec, kv=formats, dtype=dtype, device=device)
+    choices = choose_layers(source.spec, kv=formats, dtype=dtype, device=device, forced=forced_backends(backend))
+    return device, formats, choices
 
 
 def _layer_json(layer: LayerSpec) -> dict[str, object]:

@@ -72,6 +72,7 @@ def _loading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
     p.add_argument("--device", metavar="cpu|cuda[:N]", help="default: CUDA where there is one")
     p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
+    p.add_argument("--backend", metavar="X|sliding=X,global=Y", help="force backends, where their rows take the layers")
     p.add_argument("--allow-fallback", action="store_true", help="accept layers that do not run fused")
 
 
@@ -107,6 +108,7 @@ def _plan_parser(p: argparse.ArgumentParser) -> None:
 def _explain_parser(p: argparse.ArgumentParser) -> None:
     _common(p, optional_model=True)
     p.add_argument("--gpu", metavar="NAME", help="a card of the table, or cpu; default: what is here")
+    p.add_argument("--backend", metavar="X|sliding=X,global=Y", help="as run would with these backends forced")
     p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
 
 
@@ -286,6 +288,7 @@ def _run(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             chunk=args.ubatch,
+            backend=args.backend,
             allow_fallback=args.allow_fallback,
             check=not args.no_check,
             progress=progress,
@@ -404,13 +407,17 @@ def _explain(args: argparse.Namespace) -> int:
 
     source = _open(args)
     if args.engine != "headwise":
+        if args.backend:
+            raise UsageError(f"--backend chooses among ours, not in {args.engine}", why="its choice is its own", do="leave it out")
         gpu, answer = api.explain_rival(args.engine, source, gpu=args.gpu, kv=args.kv)
         if args.json:
             print(json.dumps(api.explain_rival_json(source.spec, args.engine, answer)))
         else:
             _stdout().print(engine_view(source.spec, args.engine, gpu.label, answer))
         return 0 if answer.proven_fused else 1
-    device, formats, choices = api.explain(source, gpu=args.gpu, kv=args.kv, kv_global=args.kv_global, kv_sliding=args.kv_sliding)
+    device, formats, choices = api.explain(
+        source, gpu=args.gpu, kv=args.kv, kv_global=args.kv_global, kv_sliding=args.kv_sliding, backend=args.backend
+    )
     if args.json:
         print(json.dumps(api.explain_json(source.spec, choices) | {"device": device.label}))
     else:
@@ -431,6 +438,7 @@ def _verify(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             chunk=args.ubatch,
+            backend=args.backend,
             allow_fallback=args.allow_fallback,
             check=False,
             load=args.against is not None,

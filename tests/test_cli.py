@@ -94,6 +94,34 @@ def test_a_card_without_a_backend_exits_1(capsys: pytest.CaptureFixture[str]) ->
     assert "0/35 layers fused" in out
 
 
+@pytest.mark.parametrize("verb", ["run", "verify", "explain"])
+@pytest.mark.parametrize(
+    ("asked", "code", "words"),
+    [
+        ("global=headwise-triton", 1, "headwise-triton: runs on cuda, not on cpu"),
+        ("reference", 1, "reference is forced"),
+        ("sliding=cudnn", 2, "one of: headwise-hopper, headwise-triton"),
+        ("local=reference", 2, "a layer is global or sliding"),
+    ],
+)
+def test_a_backend_that_cannot_be_forced_is_refused(
+    capsys: pytest.CaptureFixture[str], verb: str, asked: str, code: int, words: str
+) -> None:
+    got, out, err = run(capsys, verb, "--backend", asked, *(("--gpu", "cpu") if verb == "explain" else ("--device", "cpu")))
+
+    assert got == code
+    assert words in " ".join((out + err).split())
+
+
+def test_verify_checks_the_forced_backend(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(
+        capsys, "verify", "--device", "cpu", "--ubatch", "64", "--backend", "sliding=reference", "--allow-fallback", "--json"
+    )
+
+    assert code == 0
+    assert {c["window"]: c["backend"] for c in json.loads(out)["checks"]} == {256: "reference", None: "torch-flash-cpu"}
+
+
 def test_run_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
         capsys, "run", "-p", "import os\n", "--max-tokens", "3", "--json", "--device", "cpu", "--context", "512", "--no-check"

@@ -49,18 +49,89 @@ def activation_type(asked: str | None, devices: Collection[DeviceKind]) -> str:
     return "f16" if any(d.api == "cuda" and (d.capability or (0, 0)) < (8, 0) for d in devices) else "bf16"
 
 
-def choose(need: Need, backends: Sequence[Capability] = BACKENDS) -> Choice:
-    """The first backend that refuses nothing. The last row, the reference, takes everything: it is never fused."""
+def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str | None = None) -> Choice:
+    """The first backend that refuses nothing, or the one named. The last row, the reference, takes everything: it is never fused.
+
+    Raises:
+        BackendError: the forced backend refuses `need`; the words are its row's.
+    """
     reasons = {backend.name: backend.refusal(need) for backend in backends}
-    chosen = next((backend for backend in backends if reasons[backend.name] is None), None)
+    taking = [backend for backend in backends if reasons[backend.name] is None]
+    if forced is not None and reasons[forced] is not None:
+        fused = [backend.name for backend in taking if backend.verdict == "fused"]
+        do = f"--backend {fused[0]}" if fused else "no fused backend does: --backend reference --allow-fallback"
+        raise BackendError(f"{forced} does not take this layer", why=f"{forced}: {reasons[forced]}", do=do)
+    chosen = next((backend for backend in taking if forced in (None, backend.name)), None)
     if chosen is None:
         raise ValueError(f"no backend takes {need}, not even the reference")
+    for passed in taking[: taking.index(chosen)]:
+        reasons[passed.name] = f"not chosen: {forced} is forced"
     return Choice(chosen, tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None))
 
 
-def choose_layers(spec: ModelSpec, *, kv: Mapping[Kind, KVFormat], dtype: str, device: DeviceKind) -> tuple[Choice, ...]:
-    """One choice per layer of `spec` on `device`."""
-    return tuple(choose(need_for(layer, kv=kv[layer.kind], dtype=dtype, device=device)) for layer in spec.layers)
+def forced_backends(asked: str | Mapping[str, str] | None) -> dict[Kind, str]:
+    """The backend of each layer kind that `--backend` names: "X" for both, or "sliding=X,global=Y", or a mapping.
+
+    Raises:
+        UsageError: an unknown kind or backend, or a kind named twice.
+    """
+    if asked is None:
+        return {}
+    pairs = list(asked.items()) if isinstance(asked, Mapping) else _pairs(asked)
+    out: dict[Kind, str] = {}
+    for kind, name in pairs:
+        if kind not in ("sliding", "global"):
+            raise UsageError(
+                f"--backend names {kind!r}", why="a layer is global or sliding", do="--backend X, or --backend sliding=X,global=Y"
+            )
+        if kind in out:
+            raise UsageError(
+                f"--backend names {kind} twice", why=f"{out[kind]} and {name}", do=f"one of them: --backend {kind}={name}"
+            )
+        if name not in {b.name for b in BACKENDS}:
+            raise UsageError(
+                f"unknown backend {name!r}", why="the table has no such row", do=f"one of: {', '.join(b.name for b in BACKENDS)}"
+            )
+        out[kind] = name
+    return out
+
+
+def _pairs(asked: str) -> list[tuple[str, str]]:
+    if "=" not in asked:
+        return [("sliding", asked), ("global", asked)]
+    return [(kind, name) for kind, _, name in (part.partition("=") for part in asked.split(","))]
+
+
+def choose_layers(
+    spec: ModelSpec, *, kv: Mapping[Kind, KVFormat], dtype: str, device: DeviceKind, forced: Mapping[Kind, str] | None = None
+) -> tuple[Choice, ...]:
+    """One choice per layer of `spec` on `device`.
+
+    Args:
+        forced: the backend of a layer kind, see `forced_backends`.
+    Raises:
+        BackendError: a forced backend refuses a layer; UsageError: only kinds are forced that the model has no layer of.
+    """
+    forced = forced or {}
+    if forced and not any(layer.kind in forced for layer in spec.layers):
+        kinds = sorted({layer.kind for layer in spec.layers})
+        raise UsageError(
+            f"{spec.name} has no {' or '.join(forced)} layers",
+            why=f"its {len(spec.layers)} layers are {' and '.join(kinds)}",
+            do="leave --backend out",
+        )
+    out = []
+    for layer in spec.layers:
+        need = need_for(layer, kv=kv[layer.kind], dtype=dtype, device=device)
+        try:
+            out.append(choose(need, forced=forced.get(layer.kind)))
+        except BackendError as error:
+            raise BackendError(
+                f"{forced[layer.kind]} cannot run layer {layer.index} of {spec.name} on {device.label}",
+                why=f"{describe(layer)}: {error.why}",
+                do=error.do.replace("--backend ", f"--backend {layer.kind}="),
+            ) from error
+    return tuple(out)
 
 
 def require_fused(spec: ModelSpec, choices: Sequence[Choice], *, allow_fallback: bool, device: DeviceKind) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import LayerGroup, activation_type, choose_layers, group_layers, require_fused
+from headwise.attention.choose import LayerGroup, activation_type, choose_layers, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.replay import own_stream
 from headwise.engine.runner import Runner, attend_functions
@@ -118,6 +118,7 @@ class LLM:
         device: "cpu", "cuda" or "cuda:N"; default CUDA where there is one.
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
+        backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -134,6 +135,7 @@ class LLM:
         device: str | None = None,
         dtype: str | None = None,
         chunk: int = DEFAULT_CHUNK,
+        backend: str | Mapping[str, str] | None = None,
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -162,7 +164,7 @@ class LLM:
             "global": kv_format(names.get("global") or dtype),
             "sliding": kv_format(names.get("sliding") or dtype),
         }
-        self.choices = choose_layers(self.spec, kv=self.kv, dtype=dtype, device=kind)
+        self.choices = choose_layers(self.spec, kv=self.kv, dtype=dtype, device=kind, forced=forced_backends(backend))
         require_fused(self.spec, self.choices, allow_fallback=allow_fallback, device=kind)
         matched = match(self.spec, list_checkpoint(self.source.path))
         self.skipped = skipped_by_reason(matched)

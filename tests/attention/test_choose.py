@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from headwise.attention.capability import BACKENDS, CPU, DeviceKind, need_for
-from headwise.attention.choose import choose, choose_layers, group_layers, require_fused
+from headwise.attention.choose import choose, choose_layers, forced_backends, group_layers, require_fused
 from headwise.attention.torch_fused import OPERATORS
-from headwise.errors import BackendError
+from headwise.errors import BackendError, UsageError
 from headwise.hardware.gpus import find_gpu
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS
@@ -93,6 +93,100 @@ def test_a_card_without_a_fused_backend_is_refused_with_what_would_help() -> Non
     assert "runs on cuda, not on rocm" in caught.value.why
     assert "--allow-fallback" in caught.value.do
     require_fused(spec, choices, allow_fallback=True, device=device)
+
+
+def test_a_forced_backend_is_taken_and_the_rows_above_say_so() -> None:
+    choice = choose(NEED, forced="torch-efficient")
+    reasons = {r.backend: r.reason for r in choice.refusals}
+
+    assert choice.backend is ROWS["torch-efficient"]
+    assert reasons == {
+        "headwise-hopper": "not chosen: torch-efficient is forced",
+        "headwise-triton": "not chosen: torch-efficient is forced",
+        "flash-attn-2": "head_dim 512 not in 8..256, multiples of 8",
+        "torch-flash-cpu": "runs on cpu, not on cuda",
+    }
+
+
+def test_forcing_what_is_chosen_anyway_changes_nothing() -> None:
+    assert choose(NEED, forced="headwise-hopper") == choose(NEED)
+
+
+@pytest.mark.parametrize(("dim", "taken"), [(8, True), (256, True), (264, False)])
+def test_a_row_can_be_forced_at_its_edges_and_not_beyond(dim: int, taken: bool) -> None:
+    need = replace(NEED, head_dim=dim, key_dim=dim)
+    if taken:
+        assert choose(need, forced="flash-attn-2").backend.name == "flash-attn-2"
+        return
+    with pytest.raises(BackendError) as caught:
+        choose(need, forced="flash-attn-2")
+    assert f"flash-attn-2: head_dim {dim} not in 8..256" in caught.value.why
+    advice = caught.value.do.split()
+    assert choose(need, forced=advice[1]).backend.name == advice[1]  # the advice was tried
+
+
+@pytest.mark.parametrize(("capability", "taken"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
+def test_a_forced_backend_is_held_to_the_card(capability: tuple[int, int], taken: bool) -> None:
+    spec, device = catalogue.spec("llama-3.2-3b"), DeviceKind("cuda", capability, "the card")
+    kv = {"global": KV_FORMATS["f16"], "sliding": KV_FORMATS["f16"]}
+    if taken:
+        choices = choose_layers(spec, kv=kv, dtype="f16", device=device, forced={"global": "headwise-triton"})
+        assert {c.backend.name for c in choices} == {"headwise-triton"}
+        return
+    with pytest.raises(BackendError) as caught:
+        choose_layers(spec, kv=kv, dtype="f16", device=device, forced={"global": "headwise-triton"})
+    assert "layer 0 of llama-3.2-3b on the card" in caught.value.what
+    assert "compute capability 7.5, needs at least 8.0" in caught.value.why
+    assert caught.value.do == "--backend global=torch-efficient"
+
+
+def test_each_kind_is_forced_alone() -> None:
+    spec, device = catalogue.spec("gemma-4-31b"), DeviceKind.of(find_gpu("h200"))
+    choices = choose_layers(spec, kv=BF16, dtype="bf16", device=device, forced=forced_backends("sliding=torch-efficient"))
+
+    assert {(layer.kind, c.backend.name) for layer, c in zip(spec.layers, choices, strict=True)} == {
+        ("sliding", "torch-efficient"), ("global", "headwise-hopper"),
+    }  # fmt: skip
+
+
+def test_what_no_fused_row_takes_is_left_to_the_reference_in_words() -> None:
+    device = DeviceKind.of(find_gpu("rx7900xtx"))
+    with pytest.raises(BackendError) as caught:
+        choose_layers(catalogue.spec("qwen3-8b"), kv=BF16, dtype="bf16", device=device, forced={"global": "headwise-triton"})
+
+    assert caught.value.do == "no fused backend does: --backend global=reference --allow-fallback"
+
+
+def test_a_forced_reference_is_not_fused() -> None:
+    spec = catalogue.spec("gemma-4-e2b")
+    choices = choose_layers(spec, kv=BF16, dtype="bf16", device=CPU, forced=forced_backends("reference"))
+
+    with pytest.raises(BackendError) as caught:
+        require_fused(spec, choices, allow_fallback=False, device=CPU)
+    assert "torch-flash-cpu: not chosen: reference is forced" in caught.value.why
+    require_fused(spec, choices, allow_fallback=True, device=CPU)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ("flash-attn-3", "one of: headwise-hopper, headwise-triton, flash-attn-2"),
+        ("sliding=,global=reference", "unknown backend ''"),
+        ("windowed=reference", "--backend names 'windowed'"),
+        ("global=reference,global=flash-attn-2", "--backend names global twice"),
+        ("sliding=reference,", "--backend names ''"),
+        ({"all": "reference"}, "--backend names 'all'"),
+    ],
+)
+def test_a_backend_that_is_no_row_is_refused_with_the_list(asked: str | dict[str, str], words: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        forced_backends(asked)
+    assert words in str(caught.value)
+
+
+def test_a_kind_that_the_model_lacks_is_not_forced_in_silence() -> None:
+    with pytest.raises(UsageError, match="has no sliding layers"):
+        choose_layers(catalogue.spec("llama-3.2-3b"), kv=BF16, dtype="bf16", device=CPU, forced={"sliding": "reference"})
 
 
 def test_groups_hold_every_layer_once() -> None:

@@ -138,6 +138,23 @@ def test_bad_settings_are_refused_before_loading(
         load("llama", **settings)
 
 
+def test_a_forced_backend_is_refused_before_the_weights_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("headwise.engine.llm.list_checkpoint", lambda path: pytest.fail("opened"))
+
+    with pytest.raises(BackendError, match="headwise-hopper: runs on cuda, not on cpu"):
+        LLM(device="cpu", backend="headwise-hopper")
+    with pytest.raises(BackendError, match="not chosen: reference is forced"):
+        LLM(device="cpu", backend={"global": "reference"})
+
+
+def test_a_forced_reference_gives_what_the_chosen_backend_gives() -> None:
+    forced = LLM(device="cpu", context=64, chunk=16, backend="global=reference", allow_fallback=True)
+    chosen = LLM(device="cpu", context=64, chunk=16)
+
+    assert [g.choice.backend.name for g in forced.groups] == ["torch-flash-cpu", "reference"]
+    assert (forced.logits(IDS) - chosen.logits(IDS)).abs().max() < 1e-3
+
+
 def test_a_model_too_large_for_memory_is_refused_before_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("headwise.engine.llm.cpu_memory", lambda: (2**30, 2**29))
     monkeypatch.setattr("headwise.engine.llm.load_weights", lambda *a, **k: pytest.fail("weights were read"))
