@@ -145,7 +145,11 @@ def _settings_parser(p: argparse.ArgumentParser, version: str, example: str) -> 
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
-    p.add_argument("what", choices=("attention",))
+    p.add_argument("what", choices=("attention", "engine"))
+    p.add_argument("models", nargs="*", metavar="MODEL", help="engine: catalogue names; default gemma-4-31b")
+    p.add_argument("--lengths", default="512,4096,31744", metavar="N,N", help="engine: prompts of so many tokens")
+    p.add_argument("--kv", default="bf16", metavar=KV_TYPES, help="engine: KV type of all layers")
+    p.add_argument("--ubatch", type=int, default=2048, metavar="N", help="engine: most tokens of one prefill step")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
@@ -459,9 +463,20 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from headwise.bench.attention import bench
+    def say(line: str) -> None:
+        print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    bench(as_json=args.json, say=lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True))
+    if args.what == "attention":
+        from headwise.bench import attention
+
+        attention.bench(as_json=args.json, say=say)
+        return 0
+    from headwise.bench import engine
+
+    lengths = [int(x) for x in args.lengths.split(",") if x.strip().isdigit()]
+    if not lengths or min(lengths) < 1:
+        raise UsageError(f"--lengths {args.lengths} names no length", why="numbers of tokens", do="--lengths 4096,31744")
+    engine.bench(args.models or ["gemma-4-31b"], lengths=lengths, kv=args.kv, ubatch=args.ubatch, as_json=args.json, say=say)
     return 0
 
 

@@ -60,7 +60,7 @@ class Runner:
     ) -> None:
         self.stream = stream
         w = plan.workload
-        self.plan, self.device, self.chunk = plan, device, w.chunk
+        self.plan, self.device, self.chunk, self.weights = plan, device, w.chunk, weights
         self.spec, self.context = plan.spec, w.context
         self.dtype = TORCH[w.dtype]
         self.arena = Arena(plan.buffers, device)

@@ -57,7 +57,7 @@ def load_weights(
     for name, stored in matched.types.items():
         if resident[name] not in FLOATS and (resident[name] != stored or stored not in BLOCK_TYPES):
             raise ValueError(f"{name} is stored as {stored} and cannot be kept as {resident[name]}")
-    weights = _allocate(specs, resident, groups or {}, device)
+    weights = allocate(specs, resident, groups or {}, device)
     total = sum(_n_bytes(weights[name]) for name in specs)
     done = 0
     files = _Files(listing)
@@ -70,7 +70,7 @@ def load_weights(
     return weights
 
 
-def _allocate(
+def allocate(
     specs: Mapping[str, TensorSpec],
     resident: Mapping[str, str],
     groups: Mapping[str, tuple[str, ...]],

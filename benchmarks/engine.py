@@ -1,0 +1,88 @@
+"""Whole-token speed beside transformers on the same card, in one run: `python benchmarks/engine.py OUT.json [MODEL ...]`.
+
+headwise's rows are `headwise bench engine`'s; transformers (sdpa) builds the same random shape in bf16 on the card and runs the
+same lengths, its cache growing as it does in `generate`.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import torch
+import transformers
+
+from headwise.bench.engine import bench, line
+from headwise.spec import catalogue
+
+LENGTHS = (512, 4096, 31744)
+DECODED = 12
+
+
+def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    config = dict(catalogue._entries()[name]["config"])
+    if isinstance(config.get("layer_types"), str):
+        config["layer_types"] = ["sliding_attention" if c == "S" else "full_attention" for c in config["layer_types"]]
+    kind = config.pop("model_type")
+    made = transformers.AutoConfig.for_model(kind, **config)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("cuda"):
+            model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    rows = []
+    for length in lengths:
+        ids = torch.randint(3, made.vocab_size, (1, length), device="cuda")
+        prefill, decode = [], []
+        with torch.inference_mode():
+            for _ in range(2):
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                out = model(ids, use_cache=True, logits_to_keep=1)
+                token = out.logits[:, -1].argmax(-1, keepdim=True)
+                token.item()
+                prefill.append(time.perf_counter() - start)
+            cache = out.past_key_values
+            for i in range(DECODED):
+                start = time.perf_counter()
+                token = model(token, past_key_values=cache, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+                token.item()
+                if i > 2:
+                    decode.append(time.perf_counter() - start)
+        rows.append({
+            "model": name, "who": "transformers", "weights": "bf16", "kv": "bf16", "tokens": length,
+            "prefill_tok_s": length / min(prefill), "decode_tok_s": 1 / statistics.median(decode),
+        })  # fmt: skip
+        print(line(rows[-1]), flush=True)
+        del out, cache
+        torch.cuda.empty_cache()
+    return rows
+
+
+def main(out: str, models: list[str]) -> None:
+    result: dict[str, Any] = {}
+    for name in models:
+        found = bench([name], lengths=LENGTHS, as_json=False, say=lambda s: print(s, flush=True))
+        rows = result.get("rows", []) + found["rows"]
+        result = found | {"rows": rows}
+        gc.collect()
+        torch.cuda.empty_cache()
+        try:
+            result["rows"] += theirs(name, LENGTHS)
+        except torch.OutOfMemoryError as error:
+            print(f"transformers: {error}".splitlines()[0], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        with open(out, "w") as file:
+            json.dump(result | {"commit": commit, "transformers": transformers.__version__}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:] or ["gemma-4-31b", "gemma-4-e4b", "llama-3.2-3b"])
