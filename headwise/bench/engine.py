@@ -168,9 +168,10 @@ def bench(
             best = allowed(p, length, ceiling)
             row = {
                 "model": name, "who": "headwise", "weights": "bf16", "kv": kv, "tokens": length,
-                "prefill_tok_s": length / prefill_s, "decode_tok_s": 1 / decode_s, "prefill_of_card": best[0] / prefill_s, "decode_of_card": best[1] / decode_s,
-                "error": error, "backends": sorted({c.backend.name for c in choices}), "planned_bytes": p.total_bytes,
-                "allocated_bytes": runner.allocated_bytes, "peak_bytes": runner.peak_bytes,
+                "prefill_tok_s": length / prefill_s, "decode_tok_s": 1 / decode_s,
+                "prefill_of_card": best[0] / prefill_s, "decode_of_card": best[1] / decode_s,
+                "error": error, "backends": sorted({c.backend.name for c in choices}),
+                "planned_bytes": p.total_bytes, "allocated_bytes": runner.allocated_bytes, "peak_bytes": runner.peak_bytes,
             }  # fmt: skip
             result["rows"].append(row)
             say(line(row))

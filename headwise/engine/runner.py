@@ -73,9 +73,10 @@ class Runner:
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk, ops)
         self.rings = ring_slots(self.spec, n_tokens=w.context, chunk=w.chunk)
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]
-        done = self.arena.flat("done")
-        if done is not None:
-            done.zero_()
+        for name in ("done", "span"):  # of the span a step writes two numbers; the first query and slot stay 0
+            zeros = self.arena.flat(name)
+            if zeros is not None:
+                zeros.zero_()
         self.arena.eps.fill_(self.spec.rms_eps)
         self.arena.eps_value = self.spec.rms_eps
         for i, (rope, _) in enumerate(self.ropes):
