@@ -106,8 +106,23 @@ def both(kinds: dict[str, str]) -> str:
     return kinds["sliding"] if kinds["sliding"] == kinds["global"] else f"{kinds['sliding']}, {kinds['global']}"
 
 
+def probe() -> str:
+    found = newest("probe_llamaserver_cpu")
+    lines = [
+        f"{found['date']}, llama-server {found['output']['server']['version']}, {found['machine']}.",
+        "",
+        "| tokens | first token | prefill tok/s | decode tok/s | verdict |",
+        "|---|---|---|---|---|",
+    ]
+    for p in found["output"]["points"]:
+        speeds = (f"{p['prefill_tok_s']:,.0f}", f"{p['decode_tok_s']:,.0f}")
+        lines.append(f"| {p['length']:,} | {p['ttft_s']:.3g} s | {' | '.join(speeds)} | {p['verdict']} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
     "matrix": ("docs/doctor.md", doctor),
+    "probe": ("docs/probe.md", probe),
     "cpu": ("docs/measurements.md", cpu),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),

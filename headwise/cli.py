@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _settings_parser(verbs.add_parser("llama-flags", help="the flags of llama-server that fit"), "--version", "b10600, 2026-10-01")
     _settings_parser(verbs.add_parser("vllm-args", help="the arguments of vLLM that fit"), "--version", "0.33.0")
+    _probe_parser(verbs.add_parser("probe", help="a running server at production-length prompts: speed, slope, slow or stuck"))
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     return parser
 
@@ -142,6 +143,29 @@ def _settings_parser(p: argparse.ArgumentParser, version: str, example: str) -> 
     p.add_argument("--weights", metavar="q8_0|q4_k_m|...", help="count this weight type")
     p.add_argument("--ignore-key", action="append", default=[], metavar="K", help="go on although nobody reads config key K")
     p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _lengths(text: str) -> list[int]:
+    try:
+        return [int(n) for n in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token counts, such as 512,2048") from None
+
+
+def _probe_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("url", metavar="URL", help="of llama-server, Ollama, vLLM, or any OpenAI-compatible server")
+    p.add_argument("--lengths", type=_lengths, metavar="N,N", help="prompt tokens; default those of 512,2048,8192,32768 that fit")
+    p.add_argument("--engine", choices=("ollama", "llama.cpp", "vllm", "openai"), help="default: whichever answers")
+    p.add_argument("--model", metavar="NAME", help="which of the server's models; default the running or first one")
+    p.add_argument("--compare", metavar="URL2", help="probe a second server too, and print the ratio per length")
+    p.add_argument("--gate", action="store_true", help="exit 1 also where a length is slow: a readiness check")
+    p.add_argument("--stall", type=float, metavar="SECONDS", help="stuck after so long without progress; default 60 or more")
+    p.add_argument("--limit", type=float, metavar="SECONDS", help="the most for one prompt, whatever happens; default 900")
+    p.add_argument("--model-source", metavar="MODEL", help="the served model as a file, ollama:NAME or catalogue name, to compare")
+    p.add_argument("--gpu", action="append", default=[], metavar="NAME", help="the server's card; default this machine's")
+    p.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's key")
+    p.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
+    p.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
@@ -462,6 +486,43 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if all(c.ok for c in checks) else 1
 
 
+def _probe(args: argparse.Namespace) -> int:
+    from headwise.doctor.page import probe_page
+    from headwise.doctor.probe import probe_json
+    from headwise.doctor.probe_view import live, probe_view
+    from headwise.doctor.visit import visit
+
+    with live(_stderr(), enabled=not args.json) as progress:
+        first, second = visit(
+            args.url,
+            lengths=args.lengths,
+            engine=args.engine,
+            model=args.model,
+            compare=args.compare,
+            stall_s=args.stall,
+            limit_s=args.limit,
+            model_source=args.model_source,
+            gpus=args.gpu,
+            api_key_env=args.api_key_env,
+            progress=progress,
+        )
+    if args.html:
+        _write(args.html, probe_page(first, second))
+    if args.json:
+        print(json.dumps(probe_json(first, second)))
+    else:
+        _stdout().print(probe_view(first, second))
+    bad = {"stuck", "failed"} | ({"slow"} if args.gate else set())
+    return 1 if any(p.verdict in bad for p in (first, second) if p) else 0
+
+
+def _write(name: str, text: str) -> None:
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{name} cannot be written", why=str(error), do="name a file in a directory of yours") from error
+
+
 def _bench(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -542,6 +603,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "plan": _plan,
     "explain": _explain,
     "verify": _verify,
+    "probe": _probe,
     "bench": _bench,
     "doctor": _doctor,
     "codex-config": _codex_config,

@@ -52,7 +52,7 @@ def _parts(d: Diagnosis) -> Iterator[RenderableType]:
     table.add_row("", "KV cache", Text(_kv(d), style=COLOUR[kv.verdict]), "")
     yield table
     for f in d.findings:
-        yield from _finding(f)
+        yield from finding_view(f)
     if not d.findings:
         yield Text("nothing to report", style="green")
 
@@ -70,7 +70,7 @@ def _kv(d: Diagnosis) -> str:
     return ", ".join(words)
 
 
-def _finding(f: Finding) -> Iterator[RenderableType]:
+def finding_view(f: Finding) -> Iterator[RenderableType]:
     sure = "" if f.sure == "proven" else f" ({f.sure})"
     yield Text.from_markup(f"\n[{COLOUR[f.severity]} bold]{f.severity}[/] [bold]{escape(f.what)}[/]{sure} [dim]{f.id}[/]")
     if f.why:

@@ -11,8 +11,6 @@ Ollama `/api/generate` with raw and logprobs.
 from __future__ import annotations
 
 import json
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ import torch
 from rich.console import Console
 
 from headwise import __version__
+from headwise.doctor.servers import Engine, Server, ask, http_at, identify
 from headwise.errors import ProbeError
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ PROMPTS = {
     "many languages": "Water, eau, agua, Wasser, вода, 水, مياه: the word for water in",
     "long": "\n".join(f"Line {i}: the number after {i} is {i + 1}." for i in range(300)) + "\nLine 300:",
 }
-Send = Callable[[str, dict[str, Any] | None], Any]
+NAMES = {"llama.cpp": "llama-server", "openai": "OpenAI-compatible server"}
 Step = tuple[str | int, dict[str | int, float]]  # the server's token and its candidates' log-probabilities
 
 
@@ -58,19 +57,21 @@ class Comparison:
         return self.tokens > 0 and self.equal + self.ties == self.tokens and self.mean_difference < MEAN_DIFFERENCE
 
 
-def compare(llm: LLM, url: str, *, as_json: bool, console: Console, send: Send | None = None) -> int:
+def compare(llm: LLM, url: str, *, as_json: bool, console: Console) -> int:
     """Prints the comparison; 0 where every prompt agrees, 1 where one does not.
 
     Raises:
         ProbeError: the server cannot be reached, is of an unknown kind, or answers without tokens or log-probabilities.
     """
-    send = send or _http(url)
-    engine, version, ask, room = _identify(send, url)
+    server = identify(http_at(url))
+    engine, room = NAMES.get(server.engine, server.engine), server.context
+    version = f"{server.version} ({server.model})" if server.engine == "ollama" else server.version
+    steps_of = _ASK[server.engine]
     rows = []
     for name, text in PROMPTS.items():
         ids = llm.tokenizer.encode(text)
         ids = ids[: max(1, min(room or llm.plan.workload.context, llm.plan.workload.context) - N_TOKENS - 1)]
-        steps = ask(ids, llm.tokenizer.decode(ids))
+        steps = steps_of(server, ids, llm.tokenizer.decode(ids))
         if not steps:
             raise ProbeError(
                 f"{engine} answered the prompt {name!r} with no tokens", why="nothing can be compared", do="check its log"
@@ -152,54 +153,9 @@ def _id(llm: LLM, token: str | int) -> int:
     return found[0]
 
 
-def _http(url: str) -> Send:
-    base = url.rstrip("/")
-    base = base if "://" in base else f"http://{base}"
-
-    def send(path: str, body: dict[str, Any] | None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(base + path, data, {"Content-Type": "application/json"})
-        try:
-            with urllib.request.urlopen(request, timeout=5 if body is None else TIMEOUT_S) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            if body is None and error.code in (404, 405):
-                return None
-            said = error.read(500).decode(errors="replace")
-            raise ProbeError(
-                f"{base}{path} answered {error.code}", why=said or error.reason, do="check the server's log"
-            ) from error
-        except (OSError, ValueError) as error:
-            if body is None and isinstance(error, ValueError):
-                return None  # a page, not JSON: another kind of server
-            raise ProbeError(f"{base}{path} gave no answer", why=str(error), do="check that the server runs at this URL") from error
-
-    return send
-
-
-def _identify(send: Send, url: str) -> tuple[str, str, Callable[[list[int], str], list[Step]], int | None]:
-    """Which engine answers, its version, how to ask it, and the tokens of its context where it says."""
-    props = send("/props", None)
-    if isinstance(props, dict) and "default_generation_settings" in props:
-        room = props["default_generation_settings"].get("n_ctx")
-        return "llama-server", str(props.get("build_info", "")), lambda ids, _: _llama_server(send, ids), room
-    version = send("/api/version", None)
-    if isinstance(version, dict) and "version" in version:
-        running = (send("/api/ps", None) or {}).get("models") or (send("/api/tags", None) or {}).get("models") or []
-        if not running:
-            raise ProbeError("Ollama has no model", why="none is running or pulled", do="ollama run MODEL, then again")
-        name = str(running[0]["name"])
-        return "ollama", f"{version['version']} ({name})", lambda _, text: _ollama(send, name, text), None
-    models = send("/v1/models", None)
-    if isinstance(models, dict) and models.get("data"):
-        vllm = send("/version", None)
-        name = str(models["data"][0]["id"])
-        engine = "vllm" if isinstance(vllm, dict) else "OpenAI-compatible server"
-        room = models["data"][0].get("max_model_len")
-        return engine, str((vllm or {}).get("version", "")), lambda ids, _: _openai(send, name, ids), room
-    raise ProbeError(
-        f"no engine that is known answers at {url}", why="tried llama-server, Ollama and /v1/models", do="check the URL"
-    )
+def _asked(server: Server, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    answer = ask(server.transport, path, body, timeout_s=TIMEOUT_S)
+    return answer if isinstance(answer, dict) else {}
 
 
 def _missing(what: str) -> ProbeError:
@@ -208,9 +164,9 @@ def _missing(what: str) -> ProbeError:
     )
 
 
-def _llama_server(send: Send, ids: list[int]) -> list[Step]:
+def _llama_server(server: Server, ids: list[int], _: str) -> list[Step]:
     body = {"prompt": ids, "n_predict": N_TOKENS, "temperature": 0, "n_probs": TOP, "return_tokens": True, "cache_prompt": False}
-    answer = send("/completion", body)
+    answer = _asked(server, "/completion", body)
     steps = answer.get("completion_probabilities")
     if not steps:
         raise _missing("completion_probabilities")
@@ -226,16 +182,16 @@ def _llama_server(send: Send, ids: list[int]) -> list[Step]:
     return out
 
 
-def _openai(send: Send, model: str, ids: list[int]) -> list[Step]:
+def _openai(server: Server, ids: list[int], _: str) -> list[Step]:
     body = {
-        "model": model,
+        "model": server.model,
         "prompt": ids,
         "max_tokens": N_TOKENS,
         "temperature": 0,
         "logprobs": TOP,
         "return_tokens_as_token_ids": True,
     }
-    choices = send("/v1/completions", body).get("choices") or [{}]
+    choices = _asked(server, "/v1/completions", body).get("choices") or [{}]
     found = choices[0].get("logprobs")
     if not found or not found.get("tokens"):
         raise _missing("logprobs")
@@ -247,10 +203,26 @@ def _openai(send: Send, model: str, ids: list[int]) -> list[Step]:
     return [(key(t), {key(c): p for c, p in (top or {}).items()}) for t, top in zip(found["tokens"], tops, strict=True)]
 
 
-def _ollama(send: Send, model: str, text: str) -> list[Step]:
+def _ollama(server: Server, _: list[int], text: str) -> list[Step]:
     options = {"temperature": 0, "num_predict": N_TOKENS}
-    body = {"model": model, "prompt": text, "raw": True, "stream": False, "options": options, "logprobs": True, "top_logprobs": TOP}
-    steps = send("/api/generate", body).get("logprobs")
+    body = {
+        "model": server.model,
+        "prompt": text,
+        "raw": True,
+        "stream": False,
+        "options": options,
+        "logprobs": True,
+        "top_logprobs": TOP,
+    }
+    steps = _asked(server, "/api/generate", body).get("logprobs")
     if not steps:
         raise _missing("logprobs")
     return [(s["token"], {c["token"]: c["logprob"] for c in s.get("top_logprobs", [])}) for s in steps]
+
+
+_ASK: dict[Engine, Callable[[Server, list[int], str], list[Step]]] = {
+    "llama.cpp": _llama_server,
+    "ollama": _ollama,
+    "vllm": _openai,
+    "openai": _openai,
+}

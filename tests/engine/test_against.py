@@ -59,6 +59,8 @@ class Fake:
         }.get((self.kind, path))
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
+        if path == "/api/show":
+            return {}
         tokenizer = llm().tokenizer
         ids = body["prompt"] if isinstance(body["prompt"], list) else tokenizer.encode(body["prompt"])
         steps = self.answer(ids)
@@ -67,7 +69,7 @@ class Fake:
                 "tokens": [t for t, _ in steps],
                 "completion_probabilities": [
                     {"id": t, "top_logprobs": [{"id": i, "logprob": p} for i, p in c.items()]} for t, c in steps
-                ]
+                ],
             }
         if self.kind == "vllm":
             tops = [{f"token_id:{i}": p for i, p in c.items()} for _, c in steps]
