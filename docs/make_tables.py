@@ -120,7 +120,32 @@ def probe() -> str:
     return "\n".join(lines) + "\n"
 
 
+def engine() -> str:
+    found = newest("engine_h200")
+    lines = [
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; bf16 "
+        f"weights and cache, random; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
+        "",
+        "| model | | prompt | prefill tok/s | of the card | decode tok/s | of the card |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found["rows"]:
+        of = ["", ""] if "prefill_of_card" not in row else [f"{row[f'{what}_of_card']:.0%}" for what in ("prefill", "decode")]
+        cells = (
+            row["model"],
+            row["who"],
+            f"{row['tokens']:,}",
+            f"{row['prefill_tok_s']:,.0f}",
+            of[0],
+            f"{row['decode_tok_s']:.1f}",
+            of[1],
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
+    "engine": ("docs/measurements.md", engine),
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),
     "cpu": ("docs/measurements.md", cpu),
