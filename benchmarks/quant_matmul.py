@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python benchmarks/quant_matmul.py OUT.json [SECONDS]
 
-For each type and shape, and 1 to 16 rows of activations: every candidate launch is compared with the fp64 product of the
-dequantised values, then timed as a CUDA graph over copies of the weights in rotation, so that the second-level cache is cold.
+For each type and shape, and 1 to 16 rows of activations, as integers of two planes or one and for the matrix unit: every
+candidate launch is compared with the fp64 product of the dequantised values, then timed as a CUDA graph over copies of the
+weights in rotation, so that the second-level cache is cold; what makes the integers is timed beside it, not within.
 Beside them PyTorch's product with bf16 weights of the same shape. The ceiling is reading two gibibytes, measured in the same run.
 Programs are compiled by several processes first; what is not done after SECONDS (170) is left out, and listed as such.
 """
@@ -28,7 +29,20 @@ import torch
 import triton
 from torch import Tensor
 
-from headwise.kernels.matvec import TOLERANCE, Config, config_for, matvec, partial_floats, reference
+from headwise.kernels.matvec import (
+    INTEGER_ROWS,
+    INTEGER_TOLERANCE,
+    TOLERANCE,
+    Config,
+    Integers,
+    config_for,
+    integer_words,
+    matvec,
+    partial_floats,
+    quantise,
+    reference,
+    step_groups,
+)
 from headwise.kernels.tiled import LAYOUTS, Planes
 from headwise.weights.blocks import dequantise, row_bytes
 from headwise.weights.retile import empty, retile
@@ -50,25 +64,45 @@ HALF_AT = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "mxfp4": ()}  # f16 f
 dtype = torch.bfloat16
 
 
-def candidates(type_name: str, T: int, shape: tuple[int, int]) -> Iterator[Config]:
-    """A handful of launches; those that would leave a program without work are left out."""
+def candidates(type_name: str, T: int, shape: tuple[int, int]) -> Iterator[tuple[int, Config]]:
+    """Launches, and planes of integers before them; 0 for the matrix unit. Those that leave a program without work are left out."""
     N, K = shape
-    units = K // LAYOUTS[type_name].unit
     thorough = type_name == "q4_k" and shape in (DOWN, UP)
-    if T <= 2:
-        tiles = [(16, 8, 4), (32, 8, 4), (64, 8, 4), (32, 8, 2), (16, 8, 1)]
-        if thorough:
-            tiles += [(128, 8, 4), (16, 16, 4), (64, 8, 2), (32, 8, 1)]
-        for rows, step, warps in tiles:
+    tiles = [(64, 2, 4), (32, 2, 4), (32, 1, 4), (64, 1, 2)]  # rows, each, warps
+    if thorough and T == 1:
+        tiles += [
+            (8, 1, 1),
+            (8, 1, 4),
+            (16, 1, 4),
+            (16, 2, 4),
+            (32, 1, 8),
+            (128, 1, 4),
+            (128, 2, 4),
+            (64, 2, 2),
+            (128, 4, 4),
+            (32, 4, 2),
+        ]
+    elif T > 1:
+        tiles = tiles[: 2 + thorough] + [(128, 4, 4)] * thorough
+    if T <= INTEGER_ROWS:
+        steps = K // 32 // step_groups(type_name, K, T)
+        for rows, each, warps in tiles:
+            turns, programs = -(-steps // (32 * warps * each // rows)), -(-N // rows)
+            for n in dict.fromkeys(-(-turns // turn) for turn in (1, 2, 3, 4, 6, 7, 8, 11, 16, 21, 32, 64)):
+                if 132 <= programs * n <= 10000 and n <= 32:
+                    for planes in (2, 1) if T == 1 or thorough else (2,):
+                        yield planes, Config(rows, each, warps, n)
+    if T > 2:
+        launches = [(64, 8, 4, 1), (32, 8, 1, 1), (64, 8, 4, 3), (32, 8, 2, 3)]
+        for rows, step, warps, stages in launches if T > INTEGER_ROWS else launches[:2]:
             for splits in (1, 2, 4, 8):
-                if 264 <= -(-N // rows) * splits <= 8192 and units // splits >= 2 * step:
-                    yield Config(rows, step, warps, splits)
-        yield Config(32, 8, 4, 2, ahead=False)
-    launches = [(32, 8, 2, 3), (64, 8, 4, 3), (64, 8, 2, 3), (32, 8, 1, 1), (64, 8, 4, 1)]
-    for rows, step, warps, stages in launches[:2] if T <= 2 else launches:
-        for splits in (1, 2, 4, 8):
-            if 132 <= -(-N // rows) * splits <= 4096 and units // splits >= 4 * step:
-                yield Config(rows, step, warps, splits, stages=stages, matrix=True)
+                if 132 <= -(-N // rows) * splits <= 4096 and K // 32 // splits >= 4 * step:
+                    yield 0, Config(rows, 1, warps, splits, units=step, stages=stages, matrix=True)
+
+
+def default(type_name: str, T: int, shape: tuple[int, int]) -> tuple[int, Config]:
+    config = config_for(type_name, T, *shape, 132)
+    return 0 if config.matrix else 2, config
 
 
 def random_blocks(type_name: str, shape: tuple[int, int]) -> Tensor:
@@ -84,17 +118,22 @@ def random_blocks(type_name: str, shape: tuple[int, int]) -> Tensor:
     return blocks.view(N, -1)
 
 
-def compile_all(jobs: list[tuple[str, int, Config, bool]]) -> None:
+def compile_all(jobs: list[tuple[str, int, int, Config, int]]) -> None:
     """Compiles launches into triton's cache on disk: small matrices of the same programs."""
-    for type_name, T, config, masked in jobs:
-        K = config.units * LAYOUTS[type_name].unit * config.splits * 2 * 8 + (LAYOUTS[type_name].block if masked else 0)
+    for type_name, T, planes, config, K in jobs:
         w = empty(type_name, (64, K), "cuda")
         x, out = torch.zeros(T, K, device="cuda", dtype=dtype), torch.empty(T, 64, device="cuda", dtype=dtype)
-        scratch, done = torch.empty(T * 64 * 8, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
+        scratch, done = torch.empty(T * 64 * 32, device="cuda"), torch.zeros(64, dtype=torch.int32, device="cuda")
         try:
-            matvec(x, w, out, scratch=scratch, done=done, config=config)
+            matvec(given(x, planes), w, out, scratch=scratch, done=done, config=config)
         except Exception as error:  # the table says so when its turn comes
             print(type_name, T, config, type(error).__name__, str(error)[:200], flush=True)
+
+
+def given(x: Tensor, planes: int) -> Tensor | Integers:
+    if not planes:
+        return x
+    return quantise(x, torch.empty(integer_words(x.shape[0], x.shape[1], planes), dtype=torch.int32, device="cuda"), planes=planes)
 
 
 def graph_us(calls: list[Callable[[], object]], rounds: int = 9) -> list[float]:
@@ -137,55 +176,68 @@ def measure(type_name: str, shape: tuple[int, int], ceiling: float, deadline: fl
         planes = empty(type_name, shape, "cuda")
         for start in range(0, N, 4096):  # what is expanded on the way is several times the blocks
             stop = min(start + 4096, N)
-            part = Planes(type_name, K, planes.low[start:stop], None if planes.high is None else planes.high[start:stop],
-                          planes.head[start:stop])  # fmt: skip
-            retile(blocks[start:stop], type_name, part)
+            retile(blocks[start:stop], type_name, planes.part(start, stop))
         copies.append(planes)
     dense = torch.randn(N, K, device="cuda", dtype=dtype) if N * K < 2**28 else None
     denses = [dense.clone() for _ in range(max(1, COLD_BYTES // dense.nbytes))] if dense is not None else []
-    scratch, done = torch.empty(partial_floats(16, N, 8), device="cuda"), torch.zeros(N, dtype=torch.int32, device="cuda")
+    scratch, done = torch.empty(partial_floats(16, N, 32), device="cuda"), torch.zeros(N, dtype=torch.int32, device="cuda")
     for T in TOKENS:
         x = torch.randn(T, K, device="cuda", dtype=dtype)
         out = torch.empty(T, N, device="cuda", dtype=dtype)
         rows, left_out, torch_us, want = [], 0, None, expected(x, blocks, type_name)
         if denses:
             torch_us = statistics.median(graph_us([partial(torch.mm, x, d.t(), out=out) for d in denses]))
-        chosen = config_for(type_name, T, N, K, 132)
-        for config in dict.fromkeys([chosen, *candidates(type_name, T, shape)]):
+        chosen = default(type_name, T, shape)
+        inputs: dict[int, Tensor | Integers] = {planes: given(x, planes) for planes in (0, 1, 2)}
+        quantise_us = {}
+        for planes in (1, 2):
+            room = torch.empty(integer_words(T, K, planes), dtype=torch.int32, device="cuda")
+            quantise_us[planes] = statistics.median(graph_us([partial(quantise, x, room, planes=planes)] * 20))
+        for planes, config in dict.fromkeys([chosen, *candidates(type_name, T, shape)]):
             if time.monotonic() > deadline:
                 left_out += 1
                 continue
             try:
                 out.fill_(float("nan"))
                 done.zero_()
-                matvec(x, copies[0], out, scratch=scratch, done=done, config=config)
+                matvec(inputs[planes], copies[0], out, scratch=scratch, done=done, config=config)
                 error = float((out - want).norm() / want.norm())
-                if not error < TOLERANCE[dtype] or int(done.abs().sum()):
-                    rows.append({"config": config._asdict(), "error": error, "wrong": True})
+                limit = TOLERANCE[dtype] + INTEGER_TOLERANCE.get(planes, 0.0)
+                if not error < limit or int(done.abs().sum()):
+                    rows.append({"planes": planes, "config": config._asdict(), "error": error, "wrong": True})
                     continue
-                us = graph_us([partial(matvec, x, w, out, scratch=scratch, done=done, config=config) for w in copies])
+                calls: list[Callable[[], object]] = [
+                    partial(matvec, inputs[planes], w, out, scratch=scratch, done=done, config=config) for w in copies
+                ]
+                us = graph_us(calls)
             except Exception as failed:
-                rows.append({"config": config._asdict(), "failed": f"{type(failed).__name__}: {str(failed)[:200]}"})
+                rows.append(
+                    {"planes": planes, "config": config._asdict(), "failed": f"{type(failed).__name__}: {str(failed)[:200]}"}
+                )
                 continue
             mid = statistics.median(us)
             rows.append({
-                "config": config._asdict(), "error": error, "us": mid, "low_us": us[0], "high_us": us[-1],
-                "tb_s": blocks.numel() / mid / 1e6, "fraction": blocks.numel() / mid / 1e6 / ceiling, "chosen": config == chosen,
+                "planes": planes, "config": config._asdict(), "error": error, "us": mid, "low_us": us[0], "high_us": us[-1],
+                "tb_s": blocks.numel() / mid / 1e6, "fraction": blocks.numel() / mid / 1e6 / ceiling,
+                "chosen": (planes, config) == chosen,
             })  # fmt: skip
         timed = sorted((r for r in rows if "us" in r), key=lambda r: r["us"])
         bad = [r for r in rows if "us" not in r]
         title = f"{type_name} {N}x{K} T={T}"
         print(f"{title}: torch bf16 {torch_us or 0:.1f} us; {len(rows)} launches, {len(bad)} refused, {left_out} left out")
-        for r in [*timed[:3], *(r for r in timed[3:] if r["chosen"])]:
+        print(f"  quantise: 1 plane {quantise_us[1]:.1f} us, 2 planes {quantise_us[2]:.1f} us")
+        best = [r for planes in (2, 1, 0) for r in [r for r in timed if r["planes"] == planes][:3]]
+        for r in [*best, *(r for r in timed if r["chosen"] and r not in best)]:
             c = Config(**r["config"])
+            how = f"units {c.units} stages {c.stages}" if c.matrix else f"each {c.each}"
             print(f"  {r['us']:7.1f} us {r['tb_s']:.2f} TB/s {100 * r['fraction']:3.0f} %  error {r['error']:.1e}  "
-                  f"{'matrix' if c.matrix else 'vector'} rows {c.rows} units {c.units} warps {c.warps} splits {c.splits} "
-                  f"ahead {c.ahead} stages {c.stages}"
+                  f"{('matrix', '1 plane', '2 planes')[r['planes']]} rows {c.rows} {how} warps {c.warps} splits {c.splits}"
                   + (" (chosen)" if r["chosen"] else ""))  # fmt: skip
         for r in bad[:2]:
             print("  ", r)
         sys.stdout.flush()
-        yield {"type": type_name, "N": N, "K": K, "T": T, "torch_us": torch_us, "left_out": left_out, "launches": timed + bad}
+        yield {"type": type_name, "N": N, "K": K, "T": T, "torch_us": torch_us, "quantise_us": quantise_us,
+               "left_out": left_out, "launches": timed + bad}  # fmt: skip
 
 
 def main() -> None:
@@ -194,10 +246,10 @@ def main() -> None:
     jobs = {}
     for type_name, shapes in SHAPES.items():
         for shape in shapes:
-            for T in (1, 2, 8, 16):
-                for c in [config_for(type_name, T, *shape, 132), *candidates(type_name, T, shape)]:
-                    masked = (shape[1] // LAYOUTS[type_name].unit) % c.units != 0
-                    key = (type_name, max(T, 8) if c.matrix else T, c._replace(splits=min(c.splits, 2)), masked)
+            for T in TOKENS:
+                for planes, c in [default(type_name, T, shape), *candidates(type_name, T, shape)]:
+                    K = 21504 if shape[1] % 256 == 0 else shape[1]
+                    key = (type_name, max(T, 8) if c.matrix else T, planes, c._replace(splits=min(c.splits, 2)), K)
                     jobs[key] = None
     n = max(1, min(14, (os.cpu_count() or 2) - 1))
     listed = list(jobs)
@@ -223,7 +275,8 @@ def main() -> None:
     for r in results:
         if r["launches"] and "us" in r["launches"][0]:
             first = r["launches"][0]
-            best.append([r["type"], r["N"], r["K"], r["T"], round(first["us"], 1), round(first["fraction"], 2), first["config"]])
+            best.append([r["type"], r["N"], r["K"], r["T"], first["planes"], round(first["us"], 1), round(first["fraction"], 2),
+                         first["config"]])  # fmt: skip
     print(json.dumps({k: v for k, v in out.items() if k != "results"} | {"best": best}))
 
 

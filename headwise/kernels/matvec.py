@@ -1,13 +1,16 @@
 """Products of a few rows with a quantised matrix that stays as it is: y_TN = x_TK @ W_NK.T, 1 to 16 rows.
 
-Up to two rows are multiplied by the cores (`_vector`): a thread holds 16 bytes of several rows of W and meets them with the same
-activations. More go to the matrix unit (`_matrix`), 8 or 16 rows a tile. Where N is small the keys of the sum, K, are shared out
+Up to eight rows are multiplied as integers (`_integers`): `quantise` turns x, once for all matrices that read it, into integers
+of a scale per group of 32, in two planes of 8 bits (16 bits: finer than bf16 within a group) or one; four fields of W and four of
+x meet in one instruction. A thread has a row of W, or a few, and walks along a share of the groups. More rows go to the matrix
+unit (`_matrix`), 8 or 16 a tile. The keys of the sum, K, are shared out between the lanes of a program, and where N is small
 between several programs; each leaves a partial sum and the last to finish adds them up, in the order of K.
 
 Shapes    x_TK in bf16, f16 or fp32, rows `x_stride` apart; W in planes (`tiled.Planes`); out_TN, rows `out_stride` apart.
-Accuracy  `_vector` fp32 throughout. `_matrix` rounds the weights to x's type, as an expanded tile would be, and sums in fp32.
+Accuracy  `_integers`: the integers exactly, their scaled sums in fp32; of x an error of 2**-16 (one plane: 2**-8) of the largest
+          of its group. `_matrix` rounds the weights to x's type, as an expanded tile would be, and sums in fp32.
 Cost      the bytes of W once. Measured by benchmarks/quant_matmul.py.
-Source    the layouts of ggml-quants.c; numbers from the bits of a float as in FasterTransformer's and Marlin's dequantisers.
+Source    the layouts of ggml-quants.c; products of integers as llama.cpp's vecdotq.cuh has them, with 8 bits.
 """
 
 from __future__ import annotations
@@ -19,39 +22,52 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 
 from headwise.kernels.tiled import (
     LAYOUTS,
-    MXFP4,
+    Q4_0,
     Q4_K,
+    Q5_0,
     Q5_K,
+    Q6_K,
+    Q8_0,
     Planes,
-    bias,
+    four,
+    four_words,
     load_head,
     load_high,
-    magic,
-    number,
+    load_low,
+    load_scale,
+    offset,
     pointers,
     scales,
 )
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative error of a result
+INTEGER_TOLERANCE = {1: 1.2e-2, 2: 1e-4}  # beside it, by planes
 MAX_ROWS = 16
-VECTOR_ROWS = 2
-RUNTIME = ["N", "K", "out_stride", "share", "even", "odd"]  # numbers whose divisors change no program
+INTEGER_ROWS = 8
+RUNTIME = ["N", "groups", "T", "x_stride", "out_stride", "share", "splits"]  # numbers whose divisors change no program
 
 
 class Config(NamedTuple):
-    """One launch: `rows` rows of W by `units` units of 16 bytes a step; `splits` programs share a row."""
+    """One launch: `rows` rows of W a program, `each` a thread; `splits` programs share a row."""
 
     rows: int
-    units: int
+    each: int
     warps: int
     splits: int = 1
-    ahead: bool = True  # `_vector`: the next step's bytes are asked for before this one's are multiplied
-    unroll: int = 1
+    units: int = 8  # `_matrix`: groups a step
     stages: int = 3  # `_matrix`
     matrix: bool = False
+
+
+class Integers(NamedTuple):
+    """Activations as `quantise` leaves them: int32 (T, groups of 32, words)."""
+
+    words: Tensor
+    planes: int
 
 
 def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
@@ -60,41 +76,40 @@ def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
 
 
 @triton.jit
-def _fetch(low, high, head, wide, row, unit, end, K, KIND: tl.constexpr, UNIT: tl.constexpr, MASKED: tl.constexpr):
-    """Words, high fields and heads of the units `unit` of the rows `row`, as loaded; (units, rows, words).
-
-    Units come first: where nothing is contiguous the compiler lays neighbouring threads along the first axis.
-    """
-    at = row[None, :, None] * (K // UNIT * 4) + unit[:, None, None] * 4 + tl.arange(0, 4)[None, None, :]
-    ok = (unit < end)[:, None]
-    if MASKED:
-        w = tl.load(low + at, mask=ok[:, :, None], other=0)
-    else:
-        w = tl.load(low + at)
-    h = load_high(high, at, ok[:, :, None], KIND, MASKED)
-    d, a, b = load_head(head, wide, row[None, :], unit[:, None], ok, K, KIND, MASKED)
-    return w, h, d, a, b
-
-
-@triton.jit
-def _activations(x, at, ok, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """Activations in fp32; for mxfp4, whose numbers are tiny, enlarged."""
-    if MASKED:
-        y = tl.load(x + at, mask=ok, other=0.0).to(tl.float32)
-    else:
-        y = tl.load(x + at).to(tl.float32)
-    if KIND == MXFP4:
-        y = y * 9223372036854775808.0  # 2**63; the other 2**64 is in the scale
-    return y
+def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr):
+    top: tl.constexpr = 32512 if PLANES == 2 else 127
+    words: tl.constexpr = 8 * PLANES + 4
+    g = tl.program_id(0) * G + tl.arange(0, G)
+    e = tl.arange(0, 32)
+    ok = (g < groups)[:, None]
+    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + e[None, :], mask=ok, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(x), 1)
+    v = tl.floor(x * (top / tl.maximum(largest, 1e-30))[:, None] + 0.5).to(tl.int32)
+    s = largest * (1.0 / top)
+    to = out + (tl.program_id(1) * groups + g)[:, None] * words
+    high = (v + 128) >> 8 if PLANES == 2 else v
+    for plane in tl.static_range(PLANES):
+        b = (high if plane == 0 else v) & 255  # the lower plane is signed: its upper neighbour was rounded
+        b = tl.sum(tl.reshape(b << (e // 4 % 4 * 8)[None, :], (G, 2, 4, 4)), 2)
+        tl.store(to + plane * 8 + tl.arange(0, 8)[None, :], tl.reshape(b, (G, 8)), mask=ok)
+    sums = tl.sum(tl.reshape(v, (G, 2, 16)), 2).to(tl.float32) * s[:, None]
+    to += PLANES * 8
+    first = tl.where(tl.arange(0, 2)[None, :] == 0, s[:, None], tl.sum(sums, 1)[:, None])
+    tl.store(to + tl.arange(0, 2)[None, :], first.to(tl.int32, bitcast=True), mask=ok)
+    tl.store(to + 2 + tl.arange(0, 2)[None, :], sums.to(tl.int32, bitcast=True), mask=ok)
 
 
 @triton.jit
-def _finish(y, t, n, ok, out, part, N, out_stride, T: tl.constexpr, splits):
-    """A whole sum to its place, or a partial one to its room."""
-    if splits == 1:
-        tl.store(out + t * out_stride + n, y.to(out.dtype.element_ty), mask=ok)
+def _dot(w, x, c, ASM: tl.constexpr):
+    """c + the sum of four products of w's unsigned and x's signed bytes."""
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "dp4a.u32.s32 $0, $1, $2, $3;", "=r,r,r,r", [w, x, c], dtype=tl.int32, is_pure=True, pack=1
+        )
     else:
-        tl.store(part + (tl.program_id(1) * T + t) * N + n, y, mask=ok)
+        for b in tl.static_range(4):
+            c += ((w >> 8 * b) & 255) * ((x << (24 - 8 * b)) >> 24)
+        return c
 
 
 @triton.jit
@@ -104,114 +119,192 @@ def _last(done, splits):
     return tl.atomic_add(done + tl.program_id(0), 1, sem="acq_rel") == splits - 1
 
 
+@triton.jit
+def _fields(w0, w1, h0, h1, KIND: tl.constexpr, ASM: tl.constexpr):
+    """The eight words of four fields that a thread has of a group: those of the first half, then those of the second."""
+    a, b = four_words(w0), four_words(w1)
+    f = ()
+    for i in tl.static_range(4):
+        f += (four(a[i], h0, i, 0, KIND, ASM),)
+    for i in tl.static_range(4):
+        if KIND == Q4_K or KIND == Q4_0:
+            f += (b[i] & -0x0F0F0F10,)  # where they are, 16 times too large
+        else:
+            f += (four(b[i], h1, i, 1, KIND, ASM),)
+    return f
+
+
+@triton.jit
+def _four_dots(f, x, c, i: tl.constexpr, ASM: tl.constexpr):
+    for k in tl.static_range(4):
+        c = _dot(f[i + k], x[i + k], c, ASM)
+    return c
+
+
+@triton.jit
+def _group(f, upper, lower, half: tl.constexpr, KIND: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr):
+    """Sum over a group, or half 0 or 1 of one, of fields times x's integers, as fp32; 16 times too large where `_fields` is."""
+    zero = f[0] & 0
+    if half == 0 or half == 1:
+        a = _four_dots(f, upper, zero, 4 * half, ASM)
+        b = _four_dots(f, lower, zero, 4 * half, ASM) if PLANES == 2 else zero
+    else:
+        a = _four_dots(f, upper, zero, 0, ASM)
+        b = _four_dots(f, lower, zero, 0, ASM) if PLANES == 2 else zero
+        if KIND == Q4_K or KIND == Q4_0:
+            a, b = a << 4, b << 4
+        a = _four_dots(f, upper, a, 4, ASM)
+        b = _four_dots(f, lower, b, 4, ASM) if PLANES == 2 else b
+    return (a * 256 + b if PLANES == 2 else a).to(tl.float32)
+
+
 @triton.jit(do_not_specialize=RUNTIME)
-def _vector(
-    x_ptr, low, high, head, wide, out, part, done, N, K, x_stride, out_stride, share, even, odd, splits,
-    KIND: tl.constexpr, UNIT: tl.constexpr, T: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
-    MASKED: tl.constexpr, AHEAD: tl.constexpr, HALVES: tl.constexpr, UNROLL: tl.constexpr,
+def _integers(
+    x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1).to(tl.int64)
+    K_LANES: tl.constexpr = LANES // BN
+    WORDS: tl.constexpr = 8 * PLANES + 4
+    p = tl.arange(0, LANES)
+    r = p % 8
+    i4 = tl.arange(0, 4)[None, :]
     begin = tl.program_id(1) * share
-    end = tl.minimum(begin + share, K // UNIT)
-    i = tl.arange(0, 4)
-    acc0 = tl.zeros((U, BN, 4), tl.float32)
-    acc1 = tl.zeros((U, BN, 4), tl.float32)
-    first = begin if MASKED else tl.minimum(begin, K // UNIT - U)  # the last programs of a row may have no share
-    w, h, d, a, b = _fetch(low, high, head, wide, row, first + tl.arange(0, U), end, K, KIND, UNIT, MASKED)
-    for u0 in tl.range(begin, end, U, loop_unroll_factor=UNROLL):
-        unit = u0 + tl.arange(0, U)
-        if AHEAD:  # the last step fetches its own again
-            ahead = tl.minimum(u0 + U, end - (1 if MASKED else U)) + tl.arange(0, U)
-            w1, h1, d1, a1, b1 = _fetch(low, high, head, wide, row, ahead, end, K, KIND, UNIT, MASKED)
-        s0, s1, m = scales(d, a, b, unit[:, None], KIND)
-        if KIND == MXFP4:
-            s0 = s0 * 18446744073709551616.0  # 2**64
-        at = unit[:, None] * UNIT + i[None, :]
-        ok = (unit < end)[:, None] & (i >= 0)[None, :]
-        for half in tl.static_range(HALVES):
-            p0 = tl.zeros((U, BN, 4), tl.float32)
-            p1 = tl.zeros((U, BN, 4), tl.float32)
-            e0 = tl.zeros((U, 4), tl.float32)  # sums of the activations that even fields meet
-            o0 = tl.zeros((U, 4), tl.float32)
-            e1 = tl.zeros((U, 4), tl.float32)
-            o1 = tl.zeros((U, 4), tl.float32)
-            for j in tl.static_range(half * (UNIT // 4 // HALVES), (half + 1) * (UNIT // 4 // HALVES)):
-                v = number(w, h, j, even, odd, KIND)
-                x = _activations(x_ptr, at + 4 * j, ok, KIND, MASKED)
-                p0 += v * x[:, None, :]
-                if j % 2 == 0:
-                    e0 += x
+    end = tl.minimum(begin + share, groups // STEP)
+    y = ()
+    for _ in tl.static_range(EACH * ROWS):
+        y += (tl.zeros((LANES,), tl.float32),)
+    for s0 in range(begin, end, K_LANES):
+        mine = s0 + p // BN
+        first = tl.minimum(mine, end - 1) * STEP
+        ats, w0, w1, h0, h1, heads = (), (), (), (), (), ()
+        for e in tl.static_range(EACH):
+            eight = tl.minimum((tl.program_id(0) * EACH + e) * (BN // 8) + p % BN // 8, (N - 1) // 8)
+            ats += (eight.to(tl.int64) * groups + first,)
+        for e in tl.static_range(EACH):  # all of a step is asked for together
+            for g in tl.static_range(STEP):
+                w0 += (load_low(low, ats[e] + g, r, 0, KIND),)
+                if KIND == Q8_0:
+                    w1 += (load_low(low, ats[e] + g, r, 1, KIND),)
+                a, b = load_high(high, ats[e] + g, r, KIND)
+                h0 += (a,)
+                h1 += (b,)
+            if BLOCK == STEP:
+                heads += (load_head(head, halves, ats[e] // BLOCK, r, KIND),)
+        sums, minima = (), ()
+        for _ in tl.static_range(EACH * ROWS):
+            sums += (tl.zeros((LANES,), tl.float32),)
+            minima += (tl.zeros((LANES,), tl.float32),)
+        for g in tl.static_range(STEP):
+            upper, lower, floats = (), (), ()
+            for t in tl.static_range(ROWS):
+                x = x_ptr + ((t * (x_stride // 4)) + (first + g) * (WORDS // 4))[:, None] * 4 + i4
+                upper += (four_words(tl.load(x)) + four_words(tl.load(x + 4)),)
+                if PLANES == 2:
+                    lower += (four_words(tl.load(x + 8)) + four_words(tl.load(x + 12)),)
                 else:
-                    o0 += x
-                if T == 2:
-                    x = _activations(x_ptr + x_stride, at + 4 * j, ok, KIND, MASKED)
-                    p1 += v * x[:, None, :]
-                    if j % 2 == 0:
-                        e1 += x
+                    lower += (0,)
+                floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
+            sums1, minima1 = (), ()
+            for e in tl.static_range(EACH):
+                w = w1[e * STEP + g] if KIND == Q8_0 else w0[e * STEP + g]
+                f = _fields(w0[e * STEP + g], w, h0[e * STEP + g], h1[e * STEP + g], KIND, ASM)
+                if BLOCK == STEP:
+                    d, dmin, a, b, c, last = heads[e]
+                    if KIND == Q6_K:
+                        scale0, scale1, minimum = scales((a, b, c, last)[g // 2], 0, g, KIND)
                     else:
-                        o1 += x
-            s = s0 if half == 0 else s1
-            if KIND == MXFP4:
-                acc0 += s[:, :, None] * p0
-                acc1 += s[:, :, None] * p1
+                        scale0, scale1, minimum = scales(b if g >= 4 else a, c, g, KIND)
+                else:
+                    at = ats[e] + g
+                    d, dmin, word, c = load_scale(head, halves, at // BLOCK, r, (at % BLOCK).to(tl.int32), KIND)
+                    scale0, scale1, minimum = scales(word, c, (at % BLOCK).to(tl.int32), KIND)
+                    if BLOCK > 1:
+                        scale0 *= d
+                        scale1 *= d
+                        minimum *= dmin
+                for t in tl.static_range(ROWS):
+                    s, z, z0, z1 = floats[t]
+                    old = sums[e * ROWS + t]
+                    if KIND == Q6_K:
+                        v = _group(f, upper[t], lower[t], 0, KIND, PLANES, ASM) * s - 32.0 * z0
+                        u = _group(f, upper[t], lower[t], 1, KIND, PLANES, ASM) * s - 32.0 * z1
+                        sums1 += (old + v * scale0 + u * scale1,)
+                    elif KIND == Q4_K or KIND == Q5_K:
+                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                        sums1 += (old + v * ((s * 0.0625 if KIND == Q4_K else s) * scale0),)
+                        minima1 += (minima[e * ROWS + t] + minimum * z,)
+                    else:
+                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                        sums1 += (old + (v * (s * 0.0625 if KIND == Q4_0 else s) - offset(KIND) * z) * d,)
+            sums, minima = sums1, minima1
+        y1 = ()
+        for e in tl.static_range(EACH):
+            for t in tl.static_range(ROWS):
+                v = sums[e * ROWS + t]
+                if BLOCK == STEP and BLOCK > 1:
+                    v *= heads[e][0]
+                if KIND == Q4_K or KIND == Q5_K:
+                    v -= minima[e * ROWS + t] * (heads[e][1] if BLOCK == STEP else 1.0)
+                y1 += (y[e * ROWS + t] + (tl.where(mine < end, v, 0.0) if K_LANES > 1 else v),)
+        y = y1
+    for e in tl.static_range(EACH):
+        n = (tl.program_id(0) * EACH + e) * BN + tl.arange(0, BN)
+        for t in tl.static_range(ROWS):
+            v = tl.sum(tl.reshape(y[e * ROWS + t], (K_LANES, BN)), 0)
+            if splits == 1:
+                tl.store(out + t * out_stride + n, v.to(out.dtype.element_ty), mask=n < N)
             else:
-                acc0 += s[:, :, None] * (p0 - (e0 * bias(0, KIND) + o0 * bias(1, KIND))[:, None, :])
-                if T == 2:
-                    acc1 += s[:, :, None] * (p1 - (e1 * bias(0, KIND) + o1 * bias(1, KIND))[:, None, :])
-            if KIND == Q4_K or KIND == Q5_K:
-                acc0 -= m[:, :, None] * (e0 + o0)[:, None, :]
-                if T == 2:
-                    acc1 -= m[:, :, None] * (e1 + o1)[:, None, :]
-        if AHEAD:
-            w, h, d, a, b = w1, h1, d1, a1, b1
-        elif u0 + U < end:
-            w, h, d, a, b = _fetch(low, high, head, wide, row, unit + U, end, K, KIND, UNIT, MASKED)
-    _finish(tl.sum(tl.sum(acc0, 2), 0), 0, n, n < N, out, part, N, out_stride, T, splits)
-    if T == 2:
-        _finish(tl.sum(tl.sum(acc1, 2), 0), 1, n, n < N, out, part, N, out_stride, T, splits)
+                tl.store(part + (tl.program_id(1) * T + t) * N + n, v, mask=n < N)
     if splits > 1:
         if _last(done, splits):
-            for t in tl.static_range(T):
-                y = tl.zeros((BN,), tl.float32)
-                for s in range(splits):
-                    y += tl.load(part + (s * T + t) * N + n, mask=n < N, other=0.0, cache_modifier=".cg")
-                tl.store(out + t * out_stride + n, y.to(out.dtype.element_ty), mask=n < N)
+            all_n = tl.program_id(0) * (BN * EACH) + tl.arange(0, BN * EACH)
+            for row in range(T):
+                total = tl.zeros((BN * EACH,), tl.float32)
+                for k in range(splits):
+                    total += tl.load(part + (k * T + row) * N + all_n, mask=all_n < N, other=0.0, cache_modifier=".cg")
+                tl.store(out + row * out_stride + all_n, total.to(out.dtype.element_ty), mask=all_n < N)
             tl.store(done + tl.program_id(0), 0)
 
 
-@triton.jit(do_not_specialize=[*RUNTIME, "T"])
+@triton.jit(do_not_specialize=RUNTIME)
 def _matrix(
-    x_ptr, low, high, head, wide, out, part, done, N, K, x_stride, out_stride, share, even, odd, splits, T,
-    KIND: tl.constexpr, UNIT: tl.constexpr, TP: tl.constexpr, BN: tl.constexpr, U: tl.constexpr,
-    MASKED: tl.constexpr, STAGES: tl.constexpr,
+    x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
+    KIND: tl.constexpr, TP: tl.constexpr, BN: tl.constexpr, U: tl.constexpr, BLOCK: tl.constexpr,
+    MASKED: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     n = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.minimum(n, N - 1).to(tl.int64)
+    row = tl.minimum(n, N - 1)[:, None]
+    r = row % 8
     begin = tl.program_id(1) * share
-    end = tl.minimum(begin + share, K // UNIT)
+    end = tl.minimum(begin + share, groups)
     t = tl.arange(0, TP)
+    i = tl.arange(0, 4)[None, None, :]
     acc = tl.zeros((BN, TP), tl.float32)
     for u0 in tl.range(begin, end, U, num_stages=STAGES):
-        unit = u0 + tl.arange(0, U)
-        w, h, d, a, b = _fetch(low, high, head, wide, row, unit, end, K, KIND, UNIT, MASKED)
-        s0, s1, m = scales(d, a, b, unit[:, None], KIND)
+        group = u0 + tl.arange(0, U)[None, :]
+        if MASKED:
+            group = tl.minimum(group, groups - 1)
+        at = (row // 8).to(tl.int64) * groups + group
+        h0, h1 = load_high(high, at, r, KIND)
+        d, dmin, word, c = load_scale(head, halves, at // BLOCK, r, group % BLOCK, KIND)
+        scale0, scale1, minimum = scales(word, c, group % BLOCK, KIND)
         k = u0 * 4 + tl.arange(0, 4 * U)
-        xk = x_ptr + t[None, :] * x_stride + (k // 4 * UNIT + k % 4)[:, None]
-        for j in tl.static_range(UNIT // 4):
-            s = s1 if j >= UNIT // 8 else s0
-            v = number(w, h, j, even, odd, KIND)
-            if KIND == MXFP4:
-                f = v * 170141183460469231731687303715884105728.0 * s[:, :, None]  # 2**127
+        xk = x_ptr + t[None, :] * x_stride + (k // 4 * 32 + k % 4)[:, None]
+        for half in tl.static_range(2):
+            w = load_low(low, at, r, half, KIND)
+            if KIND == Q5_K or KIND == Q5_0 or KIND == Q6_K:
+                w = four(w, (h1 if half else h0)[:, :, None], i, half, KIND, ASM)
             else:
-                f = v * s[:, :, None] - (s * bias(j, KIND) + m)[:, :, None]
-            if MASKED:
-                x = tl.load(xk + 4 * j, mask=(t < T)[None, :] & (k // 4 < end)[:, None], other=0.0)
-            else:
-                x = tl.load(xk + 4 * j, mask=(t < T)[None, :], other=0.0)
-            f = tl.reshape(tl.permute(f.to(dtype), (1, 0, 2)), (BN, 4 * U))
-            acc = tl.dot(f, x, acc, input_precision="ieee")
+                w = four(w, 0, i, half, KIND, ASM)
+            s = (d * (scale1 if half else scale0))[:, :, None]
+            m = s * offset(KIND) + (dmin * minimum)[:, :, None] if KIND == Q4_K or KIND == Q5_K else s * offset(KIND)
+            for b in tl.static_range(4):
+                f = ((w >> 8 * b) & 255).to(tl.float32) * s - m
+                ok = (t < T)[None, :] & (k // 4 < end)[:, None] if MASKED else (t < T)[None, :]
+                x = tl.load(xk + (16 * half + 4 * b), mask=ok, other=0.0)
+                acc = tl.dot(tl.reshape(f.to(dtype), (BN, 4 * U)), x, acc, input_precision="ieee")
     ok = (n < N)[:, None] & (t < T)[None, :]
     where = t[None, :] * out_stride + n[:, None]
     if splits == 1:
@@ -232,16 +325,26 @@ def partial_floats(T: int, N: int, splits: int) -> int:
     return T * N * splits if splits > 1 else 0
 
 
+def integer_words(T: int, K: int, planes: int) -> int:
+    """int32 values that `quantise` writes for T rows of K."""
+    return T * (K // 32) * (8 * planes + 4)
+
+
+def step_groups(type_name: str, K: int, T: int) -> int:
+    """Groups that a thread of `_integers` reads at once: a block, or up to four blocks of 32; for many rows of x, two groups."""
+    steps = (8, 2) if LAYOUTS[type_name].block > 32 else (4, 2, 1)
+    return next(n for n in steps if K // 32 % n == 0 and (T <= 2 or n <= 2))
+
+
 def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Config:
     """The launch of a shape: about four programs a multiprocessor, more programs a row where rows are few."""
-    units = K // LAYOUTS[type_name].unit
-    matrix = T > VECTOR_ROWS
-    rows, step, warps = (32, 8, 2) if matrix else (16, 8, 4)
+    matrix = T > INTEGER_ROWS
+    rows, each, warps, least = (32, 1, 2, 32) if matrix else (64, 2, 4, 4 * step_groups(type_name, K, T))
     programs = -(-N // rows)
     splits = 1
-    while programs * splits < 4 * processors and splits < 8 and units // (2 * splits) >= 4 * step:
+    while programs * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= least:
         splits *= 2
-    return Config(rows, step, warps, splits, matrix=matrix)
+    return Config(rows, each, warps, splits, matrix=matrix)
 
 
 @remember
@@ -249,35 +352,59 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
+    """Activations as the integers that `matvec` multiplies, written to `words`: int32, `integer_words` of them.
+
+    Raises:
+        ValueError: shapes, strides or types this kernel does not take, with both numbers.
+    """
+    T, K = x_TK.shape
+    if K % 32 or x_TK.stride(1) != 1 or x_TK.dtype not in TOLERANCE:
+        raise ValueError(
+            f"quantise: {x_TK.dtype} activations ({T}, {K}) of strides {x_TK.stride()}, not floats in groups of 32, last stride 1"
+        )
+    if planes not in (1, 2) or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
+        raise ValueError(
+            f"quantise: {planes} planes (1 or 2) in {words.numel()} {words.dtype}, not {integer_words(T, K, planes)} int32"
+        )
+    groups = K // 32
+    out = words.flatten()[: integer_words(T, K, planes)].view(T, groups, -1)
+    _quantise[(-(-groups // 32), T)](x_TK, out, x_TK.stride(0), groups, PLANES=planes, G=32, num_warps=4)
+    return Integers(out, planes)
+
+
 def matvec(
-    x_TK: Tensor, w: Planes, out_TN: Tensor, *, scratch: Tensor | None = None, done: Tensor | None = None,
+    x: Tensor | Integers, w: Planes, out_TN: Tensor, *, scratch: Tensor | None = None, done: Tensor | None = None,
     config: Config | None = None,
 ) -> Tensor:  # fmt: skip
     """x @ W.T into `out_TN`.
 
     Args:
+        x: (T, K); `Integers` for up to 8 rows, floats for the matrix unit.
         scratch: `partial_floats` fp32 values where `config.splits` > 1.
         done: int32 zeros, one for each `config.rows` rows of W where `config.splits` > 1; zeros again afterwards.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
-    T, K = x_TK.shape
-    N, t = w.rows, LAYOUTS[w.type]
-    if not 1 <= T <= MAX_ROWS:
-        raise ValueError(f"matvec: {T} rows of activations not in 1 to {MAX_ROWS}")
+    integers = isinstance(x, Integers)
+    T, K = (x.words.shape[0], x.words.shape[1] * 32) if isinstance(x, Integers) else x.shape
+    N, t, most = w.rows, LAYOUTS[w.type], INTEGER_ROWS if integers else MAX_ROWS
+    if not 1 <= T <= most:
+        raise ValueError(f"matvec: {T} rows of activations not in 1 to {most}")
     if w.K != K or tuple(out_TN.shape) != (T, N):
         raise ValueError(f"matvec: ({T}, {K}) by a matrix of ({N}, {w.K}) into {tuple(out_TN.shape)}")
-    if x_TK.stride(1) != 1 or out_TN.stride(1) != 1:
-        raise ValueError(f"matvec: strides {x_TK.stride()} and {out_TN.stride()}, the last of both must be 1")
-    if x_TK.dtype not in TOLERANCE:
-        raise ValueError(f"matvec: activations of {x_TK.dtype} not in {', '.join(map(str, TOLERANCE))}")
+    if (not integers and x.stride(1) != 1) or out_TN.stride(1) != 1:
+        raise ValueError(f"matvec: strides {x.stride()} and {out_TN.stride()}, the last of both must be 1")
+    if not integers and x.dtype not in TOLERANCE:
+        raise ValueError(f"matvec: activations of {x.dtype} not in {', '.join(map(str, TOLERANCE))}")
     if not all(p.is_contiguous() for p in (w.low, w.head)):
         raise ValueError(f"matvec: planes of strides {w.low.stride()} and {w.head.stride()} for {N} rows, not contiguous")
-    c = config or config_for(w.type, T, N, K, _processors(x_TK.device))
-    if T > VECTOR_ROWS and not c.matrix:
-        raise ValueError(f"matvec: {T} rows of activations, at most {VECTOR_ROWS} without the matrix unit")
-    units, programs = K // t.unit, -(-N // c.rows)
-    part = count = x_TK
+    c = config or config_for(w.type, T if integers else MAX_ROWS, N, K, _processors(out_TN.device))
+    if c.matrix == integers:
+        raise ValueError(f"matvec: {type(x).__name__} with a launch {'of' if c.matrix else 'without'} the matrix unit")
+    programs = -(-N // c.rows)
+    data = x.words if isinstance(x, Integers) else x
+    part = count = out_TN
     if c.splits > 1:
         n = partial_floats(T, N, c.splits)
         if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < n:
@@ -285,19 +412,19 @@ def matvec(
         if done is None or done.dtype != torch.int32 or done.numel() < programs:
             raise ValueError(f"matvec: {c.splits} splits need {programs} int32 zeros, got {done}")
         part, count = scratch, done
-    share = -(-units // (c.splits * c.units)) * c.units
-    low, high, head, wide = pointers(w)
-    ints = (N, K, x_TK.stride(0), out_TN.stride(0), share, *magic(w.type), c.splits)
+    groups, block, asm = K // 32, t.block // 32, not knobs.runtime.interpret
+    step = c.units if c.matrix else step_groups(w.type, K, T)
+    lanes = step if c.matrix else 32 * c.warps * c.each // c.rows
+    share = -(-(groups if c.matrix else groups // step) // (c.splits * lanes)) * lanes
+    arguments = (data, *pointers(w), out_TN, part, count, N, groups, T, data.stride(0), out_TN.stride(0), share, c.splits)
     if c.matrix:
         _matrix[(programs, c.splits)](
-            x_TK, low, high, head, wide, out_TN, part, count, *ints, T,
-            KIND=t.kind, UNIT=t.unit, TP=8 if T <= 8 else 16, BN=c.rows, U=c.units, MASKED=units % c.units != 0,
-            STAGES=c.stages, num_warps=c.warps,
+            *arguments, KIND=t.kind, TP=8 if T <= 8 else 16, BN=c.rows, U=step, BLOCK=block, MASKED=groups % step != 0,
+            STAGES=c.stages, ASM=asm, num_warps=c.warps,
         )  # fmt: skip
     else:
-        _vector[(programs, c.splits)](
-            x_TK, low, high, head, wide, out_TN, part, count, *ints,
-            KIND=t.kind, UNIT=t.unit, T=T, BN=c.rows, U=c.units, MASKED=units % c.units != 0, AHEAD=c.ahead,
-            HALVES=2 if w.type == "q6_k" else 1, UNROLL=c.unroll, num_warps=c.warps,
+        _integers[(programs, c.splits)](
+            *arguments, KIND=t.kind, ROWS=T, BN=c.rows // c.each, EACH=c.each, LANES=32 * c.warps,
+            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, num_warps=c.warps,
         )  # fmt: skip
     return out_TN

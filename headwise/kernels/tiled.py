@@ -1,17 +1,20 @@
 """Quantised weights re-tiled for our kernels: the same bytes as the file's blocks, taken apart into three planes.
 
-A block of a file is 17 to 210 bytes, so its fields lie at odd addresses. Here every field has a plane of its own, rows one
-after another, and 16 bytes of the first plane, one load of a thread, are one unit of 32 values (16 for q8_0):
+A block of a file is 17 to 210 bytes, so its fields lie at odd addresses. Here every field has a plane of its own, and eight
+rows of the matrix lie together: neighbouring threads read 16 bytes each of neighbouring rows, while a thread walks along its own
+row and meets the scales of a block once. A group is 32 values of a row; a matrix is padded to whole eights of rows.
 
-low     words of 8 nibbles. Element e of a unit is nibble e // 4 of word e % 4, so that 4 words of a thread meet 4 neighbouring
-        activations, nibble by nibble. q8_0: 4 bytes a word, value + 128, byte e // 4 of word e % 4.
-high    what 5 and 6 bits have beside the nibble, a byte or two a word. Bits of nibbles 2k and 2k + 1 stand 4 apart, as their
-        nibbles do, so that one shift serves both.
-head    scales, block after block. q4_k, q5_k: d, dmin (f16), eight bytes scale | (min & 3) << 6, four bytes of the minima's
-        upper nibbles. q6_k: d, then 16 signed bytes. Others: the block's f16, or mxfp4's exponent.
+low     16 bytes a row and group. Byte b of word i has element 4b + i of the group in its low nibble, element 16 + 4b + i in its
+        high one; mxfp4 has the first of them in nibble b, the other in nibble 4 + b. q8_0: 16 bytes for each half of a group,
+        value + 128 of element 4b + i in byte b of word i.
+high    what 5 and 6 bits have beside the nibble. 5 bits: a word a row and group; the bit of half h, word i, byte b is bit
+        8b + 4h + i. 6 bits: two words, one a half; the bits of word i, byte b are bits 8b + 2i and the next.
+head    scales, 8 rows of a block together. q4_k, q5_k: d, dmin (f16), eight bytes scale | (min & 3) << 6, four bytes of the
+        minima's upper nibbles, of groups 0 to 3 the lower ones. q6_k: 16 signed bytes, and after those of 8 rows their d (f16).
+        Others: the block's f16, or mxfp4's exponent.
 
-`weights.retile` writes what is read here. Numbers come out of a word without a conversion instruction: a field moved to the top
-of a float's mantissa, under the exponent that makes its lowest bit 1, is that exponent's power plus the field.
+So a half of a word's fields is four bytes under one mask: what an integer dot product of four takes. `weights.retile` writes
+what is read here.
 """
 
 from __future__ import annotations
@@ -24,41 +27,45 @@ import triton.language as tl
 from torch import Tensor
 
 Q4_K, Q5_K, Q6_K, Q8_0, Q5_0, Q4_0, MXFP4 = (tl.constexpr(i) for i in range(7))
+EIGHT = 8  # rows that lie together
 
 
 class Layout(NamedTuple):
-    """Bytes of the planes. `unit`: values of 16 bytes of `low`; `high`: bytes beside each word of it."""
+    """Bytes of the planes. `low`, `high`: bytes of a group; `block`: values that share a head of `head` bytes."""
 
     kind: Any
-    unit: int
+    low: int
     high: int
-    block: int  # values that share a head
-    head: int  # bytes of a head
+    block: int
+    head: int
 
 
 LAYOUTS = {
-    "q4_k": Layout(Q4_K, 32, 0, 256, 16),
-    "q5_k": Layout(Q5_K, 32, 1, 256, 16),
-    "q6_k": Layout(Q6_K, 32, 2, 256, 18),
-    "q8_0": Layout(Q8_0, 16, 0, 32, 2),
-    "q5_0": Layout(Q5_0, 32, 1, 32, 2),
-    "q4_0": Layout(Q4_0, 32, 0, 32, 2),
-    "mxfp4": Layout(MXFP4, 32, 0, 32, 1),
+    "q4_k": Layout(Q4_K, 16, 0, 256, 16),
+    "q5_k": Layout(Q5_K, 16, 4, 256, 16),
+    "q6_k": Layout(Q6_K, 16, 8, 256, 18),
+    "q8_0": Layout(Q8_0, 32, 0, 32, 2),
+    "q5_0": Layout(Q5_0, 16, 4, 32, 2),
+    "q4_0": Layout(Q4_0, 16, 0, 32, 2),
+    "mxfp4": Layout(MXFP4, 16, 0, 32, 1),
 }
 
 
 class Planes(NamedTuple):
-    """One quantised matrix, or a stack of them: uint8 planes (..., rows, bytes of a row), rows contiguous."""
+    """One quantised matrix of `rows` by `K`, or a stack of them: uint8 planes (..., eights of rows, bytes of eight rows)."""
 
     type: str
+    rows: int
     K: int
     low: Tensor
     high: Tensor | None
     head: Tensor
 
-    @property
-    def rows(self) -> int:
-        return self.low.shape[-2]
+    def part(self, start: int, stop: int) -> Planes:
+        """Rows `start` to `stop`, as a view; both multiples of 8, or `stop` the end."""
+        a, b = start // EIGHT, -(-stop // EIGHT)
+        high = None if self.high is None else self.high[..., a:b, :]
+        return Planes(self.type, stop - start, self.K, self.low[..., a:b, :], high, self.head[..., a:b, :])
 
 
 def plane_bytes(type_name: str, K: int) -> tuple[int, int, int]:
@@ -66,145 +73,151 @@ def plane_bytes(type_name: str, K: int) -> tuple[int, int, int]:
     t = LAYOUTS[type_name]
     if K % t.block:
         raise ValueError(f"{type_name} packs {t.block} values a block; a row has {K}")
-    words = K // t.unit * 4
-    return words * 4, words * t.high, K // t.block * t.head
+    return K // 32 * t.low, K // 32 * t.high, K // t.block * t.head
 
 
 def pointers(w: Planes) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The planes as the kernels take them: words, high fields, heads as bytes and heads as wide as they allow."""
+    """The planes as the kernels take them: words, high words, heads as words or bytes, and as f16 where they have any."""
     t = LAYOUTS[w.type]
-    high = w.head if w.high is None else w.high.view(torch.int16) if t.high == 2 else w.high
-    wide = w.head.view(torch.int32) if t.head == 16 else w.head if t.head == 1 else w.head.view(torch.float16)
-    return w.low.view(torch.int32), high, w.head, wide
+    high = w.low if w.high is None else w.high
+    head = w.head if t.head == 1 else w.head.view(torch.int32)
+    return w.low.view(torch.int32), high.view(torch.int32), head, w.head if t.head == 1 else w.head.view(torch.float16)
 
 
 @triton.jit
-def shifted(w, by: tl.constexpr):
-    """w shifted right by a constant of either sign."""
-    if by > 0:
-        return w >> by
-    elif by < 0:
-        return w << -by
+def load_low(low, at, r, half: tl.constexpr, KIND: tl.constexpr):
+    """Words of half `half` of groups `at` (eight of rows * groups + group) for row `r` of eight; (..., 4)."""
+    if KIND == Q8_0:
+        return tl.load(low + (tl.expand_dims(at * 64 + half * 32 + r * 4, -1) + tl.arange(0, 4)))
     else:
+        return tl.load(low + (tl.expand_dims(at * 32 + r * 4, -1) + tl.arange(0, 4)))
+
+
+@triton.jit
+def load_high(high, at, r, KIND: tl.constexpr):
+    """High words of both halves; the types without: 0."""
+    if KIND == Q5_K or KIND == Q5_0:
+        h = tl.load(high + at * 8 + r)
+        return h, h
+    elif KIND == Q6_K:
+        return tl.split(tl.load(high + (tl.expand_dims(at * 16 + r * 2, -1) + tl.arange(0, 2))))
+    else:
+        return 0, 0
+
+
+@triton.jit
+def _permuted(a, b, selector):
+    """Four bytes of a (0 to 3) and b (4 to 7), all < 128, by the low nibbles of `selector`; 0 where one is above 7."""
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, selector], dtype=tl.int32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _e2m1(nibbles, ASM: tl.constexpr):
+    """mxfp4's values, doubled, plus 12, of the low four nibbles as four bytes."""
+    if ASM:
+        zero = nibbles & 0
+        above = _permuted(zero + 0x0F0E0D0C, zero + 0x18141210, nibbles)
+        below = _permuted(zero + 0x090A0B0C, zero + 0x00040608, nibbles ^ 0x8888)
+        return above | below
+    else:
+        out = nibbles & 0
+        for b in tl.static_range(4):
+            c = (nibbles >> 4 * b) & 15
+            m = c & 7
+            m = tl.where(m < 4, m, tl.where(m == 4, 4, tl.where(m == 5, 6, tl.where(m == 6, 8, 12))))
+            out |= (12 + tl.where(c > 7, -m, m)) << 8 * b
+        return out
+
+
+@triton.jit
+def four(w, h, i, half: tl.constexpr, KIND: tl.constexpr, ASM: tl.constexpr):
+    """Four fields of word i, unsigned bytes b: of element 16 * half + 4b + i the stored integer (+ 12 for mxfp4's, doubled)."""
+    if KIND == Q8_0:
         return w
-
-
-def magic(type_name: str) -> tuple[int, int]:
-    """The exponents under which `number` puts even and odd fields.
-
-    As arguments of a launch, not constants of the program: mask and exponent are then one instruction, not two immediates.
-    """
-    position = {"q6_k": 13, "q5_k": 14, "q5_0": 14}.get(type_name, 15)
-    if type_name == "mxfp4":
-        return 0x01C00000, 0  # a mask
-    return (127 + 23 - position) << 23, (127 + 23 - position - 4) << 23
-
-
-@triton.jit
-def number(w, h, j: tl.constexpr, even, odd, KIND: tl.constexpr):
-    """Field j of words `w` and their high fields `h` as fp32: the stored integer + `bias`; mxfp4: the value * 2**-126.
-
-    even, odd: `magic` of the type.
-    """
-    k: tl.constexpr = j // 2
-    up: tl.constexpr = 4 * (j % 2)
-    exponent = odd if j % 2 else even
-    if KIND == Q8_0:
-        return ((shifted(w, 8 * j - 15) & 0x7F8000) | even).to(tl.float32, bitcast=True)
-    elif KIND == MXFP4:  # sign to bit 31, exponent and mantissa to bits 22 to 24; the exponent 0 is a subnormal in both
-        return ((shifted(w, 4 * j - 28) & -0x80000000) | (shifted(w, 4 * j - 22) & even)).to(tl.float32, bitcast=True)
-    elif KIND == Q6_K:
-        bits = (shifted(w, 8 * k - 13) & (0x0F << 13 + up)) ^ exponent
-        return (bits | (shifted(h, (k % 2) * 2 + (k // 2) * 8 - 17) & (0x03 << 17 + up))).to(tl.float32, bitcast=True)
-    elif KIND == Q5_K or KIND == Q5_0:
-        bits = (shifted(w, 8 * k - 14) & (0x0F << 14 + up)) ^ exponent
-        return (bits | (shifted(h, k - 18) & (0x01 << 18 + up))).to(tl.float32, bitcast=True)
-    else:
-        return ((shifted(w, 8 * k - 15) & (0x0F << 15 + up)) | exponent).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def bias(j: tl.constexpr, KIND: tl.constexpr):
-    """What `number` adds to the stored integer of field j, and the offset its type takes off, together."""
-    if KIND == Q8_0:
-        return tl.constexpr(256.0 + 128.0)
     elif KIND == MXFP4:
-        return tl.constexpr(0.0)
+        return _e2m1(w >> 16 * half, ASM)
+    else:
+        q = (w >> 4 * half) & 0x0F0F0F0F
+        if KIND == Q5_K or KIND == Q5_0:
+            q |= ((h >> (4 * half + i)) & 0x01010101) << 4
+        elif KIND == Q6_K:
+            q |= ((h >> 2 * i) & 0x03030303) << 4
+        return q
+
+
+@triton.jit
+def offset(KIND: tl.constexpr):
+    """What `four` has above the value that is multiplied by the scale."""
+    if KIND == Q8_0:
+        return tl.constexpr(128.0)
     elif KIND == Q6_K:
-        return tl.constexpr((64.0 if j % 2 else 1024.0) + 32.0)
-    elif KIND == Q5_K:
-        return tl.constexpr(32.0 if j % 2 else 512.0)
+        return tl.constexpr(32.0)
     elif KIND == Q5_0:
-        return tl.constexpr((32.0 if j % 2 else 512.0) + 16.0)
+        return tl.constexpr(16.0)
+    elif KIND == MXFP4:
+        return tl.constexpr(12.0)
     elif KIND == Q4_0:
-        return tl.constexpr((16.0 if j % 2 else 256.0) + 8.0)
+        return tl.constexpr(8.0)
     else:
-        return tl.constexpr(16.0 if j % 2 else 256.0)
+        return tl.constexpr(0.0)
 
 
 @triton.jit
-def load_high(high, at, ok, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """High fields of the words `at`, int32; the types without: 0."""
-    if KIND == Q5_K or KIND == Q5_0 or KIND == Q6_K:
-        if MASKED:
-            return tl.load(high + at, mask=ok, other=0).to(tl.int32)
-        else:
-            return tl.load(high + at).to(tl.int32)
-    else:
-        return 0
+def four_words(x):
+    """(n, 4) as four tensors (n)."""
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], 2, 2)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
 
 
 @triton.jit
-def _get(p, ok, MASKED: tl.constexpr):
-    if MASKED:
-        return tl.load(p, mask=ok, other=0)
-    else:
-        return tl.load(p)
-
-
-@triton.jit
-def load_head(head, wide, row, unit, ok, K, KIND: tl.constexpr, MASKED: tl.constexpr):
-    """What the scales of units `unit` of rows `row` are decoded from, as loaded: three tensors, unused ones repeat the first."""
-    if KIND == Q4_K or KIND == Q5_K:
-        word = (row * (K // 256) + unit // 8) * 4
-        return _get(wide + word, ok, MASKED), _get(wide + word + 1 + unit % 8 // 4, ok, MASKED), _get(wide + word + 3, ok, MASKED)
-    elif KIND == Q6_K:
-        block = row * (K // 256) + unit // 8
-        at = block * 18 + 2 + unit % 8 * 2
-        d = _get(wide + block * 9, ok, MASKED)
-        return d, _get(head + at, ok, MASKED), _get(head + at + 1, ok, MASKED)
-    elif KIND == Q8_0:
-        d = _get(wide + row * (K // 32) + unit // 2, ok, MASKED)
-        return d, d, d
-    else:
-        d = _get(wide + row * (K // 32) + unit, ok, MASKED)
-        return d, d, d
-
-
-@triton.jit
-def half(bits):
+def half_float(bits):
     """The f16 in the low half of an int32, as fp32."""
     return (bits & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit
-def scales(d, a, b, unit, KIND: tl.constexpr):
-    """(scale of a unit's first half, of its second, minimum to take off) from what `load_head` gave, fp32.
+def load_head(head, halves, at, r, KIND: tl.constexpr):
+    """The head of blocks `at` (eight of rows * blocks + block) for row `r` of eight: scale d, minimum's, words of scales.
 
     mxfp4: half of 2**(e - 127), for values doubled, in two steps that neither overflow nor lose bits.
     """
     if KIND == Q4_K or KIND == Q5_K:
-        first = a >> (unit % 4 * 8)
-        m = ((first >> 6) & 3) | (((b >> (unit % 8 * 4)) & 15) << 2)
-        s = half(d) * (first & 63).to(tl.float32)
-        return s, s, half(d >> 16) * m.to(tl.float32)
+        dd, a, b, c = four_words(tl.load(head + (at * 32 + r * 4)[:, None] + tl.arange(0, 4)[None, :]))
+        return half_float(dd), half_float(dd >> 16), a, b, c, c
     elif KIND == Q6_K:
-        f = d.to(tl.float32)
-        return f * a.to(tl.int8, bitcast=True).to(tl.float32), f * b.to(tl.int8, bitcast=True).to(tl.float32), 0.0
+        a, b, c, e = four_words(tl.load(head + (at * 36 + r * 4)[:, None] + tl.arange(0, 4)[None, :]))
+        return tl.load(halves + at * 72 + 64 + r).to(tl.float32), 0.0, a, b, c, e
     elif KIND == MXFP4:
-        e = d.to(tl.int32)
-        s = tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (e - 1) << 23).to(tl.float32, bitcast=True)
-        return s, s, 0.0
+        e = tl.load(head + at * 8 + r).to(tl.int32)
+        return tl.where(e < 2, 0x00200000 << tl.minimum(e, 1), (e - 1) << 23).to(tl.float32, bitcast=True), 0.0, 0, 0, 0, 0
     else:
-        f = d.to(tl.float32)
-        return f, f, 0.0
+        return tl.load(halves + at * 8 + r).to(tl.float32), 0.0, 0, 0, 0, 0
+
+
+@triton.jit
+def load_scale(head, halves, at, r, g, KIND: tl.constexpr):
+    """Of the same head what group g of the block, a tensor, needs: d, the minimum's, its word of scales, the minima's nibbles."""
+    if KIND == Q4_K or KIND == Q5_K:
+        word = head + at * 32 + r * 4
+        dd = tl.load(word)
+        return half_float(dd), half_float(dd >> 16), tl.load(word + 1 + g // 4), tl.load(word + 3)
+    elif KIND == Q6_K:
+        return tl.load(halves + at * 72 + 64 + r).to(tl.float32), 0.0, tl.load(head + at * 36 + r * 4 + g // 2), 0
+    else:
+        d, dmin, a, _, c, _ = load_head(head, halves, at, r, KIND)
+        return d, dmin, a, c
+
+
+@triton.jit
+def scales(word, c, g, KIND: tl.constexpr):
+    """(scale of the first half of group g of its block, of its second, minimum), to be multiplied by the head's d and dmin."""
+    if KIND == Q4_K or KIND == Q5_K:
+        s = ((word >> 8 * (g % 4)) & 63).to(tl.float32)
+        m = ((word >> (8 * (g % 4) + 6)) & 3) | (((c >> (8 * (g % 4) + 4 * (g // 4))) & 15) << 2)
+        return s, s, m.to(tl.float32)
+    elif KIND == Q6_K:
+        return ((word << (24 - 16 * (g % 2))) >> 24).to(tl.float32), ((word << (16 - 16 * (g % 2))) >> 24).to(tl.float32), 0.0
+    else:
+        return 1.0, 1.0, 0.0

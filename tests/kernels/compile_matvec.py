@@ -18,18 +18,19 @@ N, K = 5376, 5376
 
 def compile_one(type_name: str, T: int, capability: int) -> dict[str, object]:
     config = matvec.config_for(type_name, T, N, K, 132)
-    kernel = "_matrix" if config.matrix else "_vector"
-    original = getattr(matvec, kernel)
-    stand_in = Compiled(original, capability)
-    setattr(matvec, kernel, stand_in)
+    stand_ins = {name: Compiled(getattr(matvec, name), capability) for name in ("_matrix", "_integers", "_quantise")}
+    for name, stand_in in stand_ins.items():
+        setattr(matvec, name, stand_in)
     x, out = torch.empty(T, K, dtype=torch.bfloat16), torch.empty(T, N, dtype=torch.bfloat16)
     scratch, done = torch.empty(T * N * config.splits), torch.zeros(N, dtype=torch.int32)
-    matvec.matvec(x, empty(type_name, (N, K), "cpu"), out, scratch=scratch, done=done, config=config)
-    setattr(matvec, kernel, original)
-    r = stand_in.reports[0]
+    given = x if config.matrix else matvec.quantise(x, torch.empty(matvec.integer_words(T, K, 2), dtype=torch.int32))
+    matvec.matvec(given, empty(type_name, (N, K), "cpu"), out, scratch=scratch, done=done, config=config)
+    for name, stand_in in stand_ins.items():
+        setattr(matvec, name, stand_in.kernel)
+    r = stand_ins["_matrix" if config.matrix else "_integers"].reports[0]
     return {
         "type": type_name, "T": T, "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
-        "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+        "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability], "dots": r.ptx.count("dp4a.u32.s32"),
         "wide": "ld.global.v4.b32" in r.ptx or "cp.async.cg.shared.global" in r.ptx,
     }  # fmt: skip
 
@@ -38,8 +39,7 @@ if __name__ == "__main__":
     jobs = [
         (name, T, card)
         for i, name in enumerate(LAYOUTS)
-        for T in (1, 16)
-        for card in ((90, 86) if i % 2 else (90, 80, 89))  # sm80, sm86 and sm89 differ in shared memory only
+        for T, card in ((1, 90), (1, 86 if i % 2 else 80), (3 + i % 6, 89 if i % 2 else 90), (16, 90), (16, 80 if i % 2 else 86))
     ]
     for job in jobs[int(sys.argv[1]) :: 2]:
         print(json.dumps(compile_one(*job)), flush=True)

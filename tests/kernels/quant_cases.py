@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from typing import Any
 
 if __name__ == "__main__":
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
@@ -44,7 +45,7 @@ def values(blocks: Tensor, type_name: str) -> Tensor:
 
 
 def product(case: dict[str, object]) -> dict[str, object]:
-    from headwise.kernels.matvec import Config, matvec
+    from headwise.kernels.matvec import Config, integer_words, matvec, quantise
     from headwise.weights.retile import empty, retile
 
     name, T, N, K = str(case["type"]), int(case["T"]), int(case["N"]), int(case["K"])  # type: ignore[call-overload]
@@ -55,13 +56,34 @@ def product(case: dict[str, object]) -> dict[str, object]:
     x = torch.randn(T, K + 16, generator=g).to(DTYPES[str(case["dtype"])])[:, :K]  # rows further apart than they are long
     out = torch.full((T, N + 3), float("nan"))[:, :N]
     config = Config(**case["config"])  # type: ignore[arg-type]
+    planes = int(case.get("planes", 2))  # type: ignore[call-overload]
+    given = x if config.matrix else quantise(x, torch.full((integer_words(T, K, planes),), -1, dtype=torch.int32), planes=planes)
     scratch, done = torch.full((T * N * config.splits,), float("nan")), torch.zeros(N, dtype=torch.int32)
-    matvec(x, w, out, scratch=scratch, done=done, config=config)
+    matvec(given, w, out, scratch=scratch, done=done, config=config)
     want = x.double() @ values(blocks, name).double().T
     return {"error": float((out - want).norm() / want.norm()), "done": int(done.abs().sum())}
 
 
-def run_all(cases: list[dict[str, object]]) -> list[dict[str, object]]:
+def activations(case: dict[str, object]) -> dict[str, object]:
+    """The largest error of a quantised value, in parts of its group's largest, and of the sums, in parts of all values'."""
+    from headwise.kernels.matvec import integer_words, quantise
+
+    planes, T, K = int(case["quantise"]), 3, 35 * 32  # type: ignore[call-overload]
+    x = torch.randn(T, K + 16, generator=torch.Generator().manual_seed(3)).to(DTYPES[str(case["dtype"])])[:, :K]
+    x[1, 32:64], x[1, 40] = 0.0, 300.0
+    x[2, 64:96] = 0.0
+    q = quantise(x, torch.full((integer_words(T, K, planes) + 1,), -1, dtype=torch.int32), planes=planes).words
+    whole = q[..., : 8 * planes].contiguous().view(torch.int8).view(T, -1, planes, 2, 4, 4).double()  # plane, half, word i, byte b
+    v = (whole * torch.tensor([256.0, 1.0] if planes == 2 else [1.0]).view(-1, 1, 1, 1)).sum(2).transpose(-1, -2).flatten(-3)
+    s, z, z0, z1 = q[..., 8 * planes :].contiguous().view(torch.float32).double().unbind(-1)
+    groups, y = x.double().view(T, -1, 32), v * s[..., None]
+    largest = groups.abs().amax(-1)
+    sums = [y.sum(-1) - z, y[..., :16].sum(-1) - z0, y[..., 16:].sum(-1) - z1]
+    return {"error": float(((y - groups).abs().amax(-1) / largest.clamp(min=1e-9)).max()),
+            "sums": max(float((e.abs() / y.abs().sum(-1).clamp(min=1e-9)).max()) for e in sums)}  # fmt: skip
+
+
+def run_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every case in one process with the interpreter."""
     import subprocess
     from pathlib import Path
@@ -69,7 +91,7 @@ def run_all(cases: list[dict[str, object]]) -> list[dict[str, object]]:
     here = Path(__file__)
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parents[1])))}
     text = "\n".join(map(json.dumps, cases))
-    done = subprocess.run([sys.executable, str(here)], input=text, capture_output=True, text=True, env=env, timeout=300)
+    done = subprocess.run([sys.executable, str(here)], input=text, capture_output=True, text=True, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -77,4 +99,5 @@ def run_all(cases: list[dict[str, object]]) -> list[dict[str, object]]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
-        print(json.dumps(product(json.loads(line))), flush=True)
+        case = json.loads(line)
+        print(json.dumps(activations(case) if "quantise" in case else product(case)), flush=True)
