@@ -123,8 +123,8 @@ def probe() -> str:
 def engine() -> str:
     found = newest("engine_h200")
     lines = [
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; bf16 "
-        f"weights and cache, random; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; "
+        f"bf16 weights and cache, random; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
         "",
         "| model | | prompt | prefill tok/s | of the card | decode tok/s | of the card |",
         "|---|---|---|---|---|---|---|",

@@ -120,9 +120,11 @@ def _verify_parser(p: argparse.ArgumentParser) -> None:
 
 
 def _doctor_parser(p: argparse.ArgumentParser) -> None:
-    p.add_argument("log", nargs="?", metavar="LOG", help="a log file; - is standard input")
+    p.add_argument("log", nargs="?", metavar="LOG", help="a log file; - is standard input; without any: what runs here")
     p.add_argument("--systemd", metavar="UNIT", help="the log of a service, from journald")
     p.add_argument("--ollama", action="store_true", help="the log of this machine's Ollama")
+    p.add_argument("--url", metavar="URL", help="a running server; its log too, where it runs here")
+    p.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
     p.add_argument("--model", metavar="MODEL", help="whose log it is: a .gguf file, a directory, ollama:NAME or a catalogue name")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
@@ -542,19 +544,29 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _doctor(args: argparse.Namespace) -> int:
+    from headwise.doctor import look
     from headwise.doctor.diagnose import diagnose
-    from headwise.doctor.look import log_of
+    from headwise.doctor.diagnosis_page import html
     from headwise.doctor.report import view
     from headwise.spec.read import open_model
 
     model = open_model(args.model, env=os.environ).spec if args.model else None
-    with log_of(args.log, unit=args.systemd, ollama=args.ollama, env=os.environ) as (file, name):
-        found = diagnose(file, name, model=model, env=os.environ)
-    if args.json:
-        print(json.dumps(found.to_json()))
+    if args.url:
+        found = [look.at_url(args.url, os.environ)]
+    elif args.log is None and args.systemd is None and not args.ollama:
+        found = look.around(os.environ)
     else:
-        _stdout().print(view(found), soft_wrap=True)
-    return 1 if found.wrong else 0
+        with look.log_of(args.log, unit=args.systemd, ollama=args.ollama, env=os.environ) as (file, name):
+            found = [diagnose(file, name, model=model, env=os.environ)]
+    if args.html:
+        _write(args.html, html(found[0]))
+    if args.json:
+        others = {"others": [d.to_json() for d in found[1:]]} if found[1:] else {}
+        print(json.dumps(found[0].to_json() | others))
+    else:
+        for diagnosis in found:
+            _stdout().print(view(diagnosis), soft_wrap=True)
+    return 1 if any(d.wrong for d in found) else 0
 
 
 def _codex_config(args: argparse.Namespace) -> int:

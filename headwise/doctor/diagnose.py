@@ -11,7 +11,7 @@ from typing import BinaryIO
 from headwise.doctor import llamacpp_log, ollama_log, vllm_log
 from headwise.doctor.facts import Load, loads, principal
 from headwise.doctor.finding import SEVERITIES, Finding
-from headwise.doctor.rules import Case, find, gpus_of, version_of
+from headwise.doctor.rules import Case, find, gpus_of, memory_of, version_of
 from headwise.doctor.scan import scan
 from headwise.doctor.verdicts import KvVerdict, LayerVerdict, flags, judge, judge_kv
 from headwise.errors import HeadwiseError
@@ -35,6 +35,7 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     gpus: tuple[Gpu, ...] = ()
     spec: ModelSpec | None = None
+    memory: tuple[tuple[str, tuple[tuple[str, int], ...]], ...] = ()  # device: labelled bytes, as the log allocates them
 
     @property
     def wrong(self) -> bool:
@@ -113,6 +114,7 @@ def of_load(
         findings=tuple(sorted((*more, *find(case)), key=lambda f: SEVERITIES.index(f.severity))),
         gpus=case.gpus,
         spec=spec,
+        memory=tuple(memory_of(load)),
     )
 
 
@@ -152,7 +154,9 @@ def _described(load: Load, name: str | None, env: Mapping[str, str] | None) -> M
         except (HeadwiseError, OSError):
             spec = None
     if spec is None and name:
-        for spelling in (name, re.sub(r"[\s_]+", "-", name), re.sub(r"(?i)-(q\d\w*|iq\d\w*|bf16|f16|it|qat)\b.*$", "", name)):
+        plain = re.sub(r"[\s_]+", "-", name.removesuffix(".gguf").rpartition("/")[2])
+        short = re.sub(r"(?i)[-.:](ud|i?q\d\w*|bf16|f16|it|instruct|qat|gguf)\b.*$", "", plain)  # gemma-4-31b-it-Q4_K_M.gguf
+        for spelling in (name, plain, short):
             if canonical := catalogue.find(spelling):
                 spec = catalogue.spec(canonical)
                 break

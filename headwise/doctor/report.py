@@ -49,7 +49,7 @@ def _parts(d: Diagnosis) -> Iterator[RenderableType]:
             Text(v.proof or "", style="dim"),
         )
     kv = d.kv
-    table.add_row("", "KV cache", Text(_kv(d), style=COLOUR[kv.verdict]), "")
+    table.add_row("", "KV cache", Text(kv_text(d), style=COLOUR[kv.verdict]), "")
     yield table
     for f in d.findings:
         yield from finding_view(f)
@@ -57,7 +57,7 @@ def _parts(d: Diagnosis) -> Iterator[RenderableType]:
         yield Text("nothing to report", style="green")
 
 
-def _kv(d: Diagnosis) -> str:
+def kv_text(d: Diagnosis) -> str:
     kv = d.kv
     words = [kv.verdict]
     if kv.requested and kv.requested != kv.in_use:

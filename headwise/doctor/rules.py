@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -403,17 +404,25 @@ def _gpus(case: Case) -> Iterator[Finding]:
         )
 
 
-def _held(load: Load, device: str) -> float:
-    """Bytes a device holds: of each buffer the last line, since dry runs come first."""
-    total = 0.0
-    for name in ("model_buffer", "kv_buffer", "compute_buffer"):
-        mine = [f.number("mib") for f in load.all(name) if f.text("device") == device and f.number("mib") > 0]
-        total += (sum(mine[-2:]) if name == "kv_buffer" else max(mine, default=0.0)) * MIB
-    seen: dict[str, float] = {}
+def memory_of(load: Load) -> Iterator[tuple[str, tuple[tuple[str, int], ...]]]:
+    """Devices and what they hold, labelled; of each buffer the last line, since dry runs come first."""
+    held: dict[str, dict[str, float]] = {}
+    for name, label in (("model_buffer", "weights"), ("kv_buffer", "KV cache"), ("compute_buffer", "compute")):
+        for f in load.all(name):
+            if f.number("mib") > 0:
+                mine = held.setdefault(f.text("device"), {})
+                whole = [x.number("mib") for x in load.all(name) if x.text("device") == f.text("device") and x.number("mib") > 0]
+                mine[label] = (sum(whole[-2:]) if name == "kv_buffer" else max(whole)) * MIB
     for f in load.all("ol_memory"):
-        if f.text("device") == device:
-            seen[f.text("what")] = amounts(f.text("size"))[0]
-    return total + sum(seen.values())
+        label = {"model weights": "weights", "kv cache": "KV cache", "compute graph": "compute"}[f.text("what")]
+        with contextlib.suppress(ValueError):
+            held.setdefault(f.text("device"), {})[label] = amounts(f.text("size"))[0]
+    for device, parts in sorted(held.items()):
+        yield device, tuple((label, round(n)) for label, n in parts.items())
+
+
+def _held(load: Load, device: str) -> float:
+    return sum(n for name, parts in memory_of(load) if name == device for _, n in parts)
 
 
 def _estimates(case: Case) -> Iterator[Finding]:

@@ -572,7 +572,7 @@ def test_the_command_reads_a_file_and_a_pipe(capsys: pytest.CaptureFixture[str],
     assert "unproven" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv", [["doctor"], ["doctor", "nowhere.log"], ["doctor", "x", "--systemd", "y"], ["doctor", "."]])
+@pytest.mark.parametrize("argv", [["doctor", "nowhere.log"], ["doctor", "x", "--systemd", "y"], ["doctor", "."]])
 def test_usage_is_refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(argv) == 2
     assert "do:" in capsys.readouterr().err
