@@ -242,7 +242,7 @@ def test_a_cache_in_host_memory_is_its_own_fault() -> None:
 
 def test_layers_of_unknown_kind_are_not_called_fused() -> None:
     """6 of 11 on the GPU, and a log that does not say which: all were called fused."""
-    text = "\n".join(line for line in start(done=41).splitlines() if "KV buffer" not in line)
+    text = "\n".join(x for x in start(done=41).replace("gemma-4-31b", "any").splitlines() if "KV buffer" not in x)
 
     assert layers(of(text.replace("offloaded", "print_info: n_layer = 60\noffloaded"))) == [
         ("all", 20, "offloaded"), ("all", 40, "fused")]  # fmt: skip
