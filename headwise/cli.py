@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _settings_parser(verbs.add_parser("llama-flags", help="the flags of llama-server that fit"), "--version", "b10600, 2026-10-01")
     _settings_parser(verbs.add_parser("vllm-args", help="the arguments of vLLM that fit"), "--version", "0.33.0")
     _probe_parser(verbs.add_parser("probe", help="a running server at production-length prompts: speed, slope, slow or stuck"))
+    _serve_parser(verbs.add_parser("serve", help="answer OpenAI, Anthropic and Ollama clients"))
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     return parser
 
@@ -168,6 +169,18 @@ def _probe_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--api-key-env", metavar="VAR", help="environment variable that holds the server's key")
     p.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def _serve_parser(p: argparse.ArgumentParser) -> None:
+    _common(p, optional_model=True)
+    _loading(p)
+    p.add_argument("--slots", type=int, default=1, metavar="N", help="sequences whose caches are held at once")
+    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: this machine only")
+    p.add_argument("--port", type=int, default=7433, metavar="N", help="default 7433; 0 takes a free one")
+    p.add_argument("--api-key", metavar="KEY", help="what clients must send; default: HEADWISE_API_KEY, else none")
+    p.add_argument("--alias", action="append", default=[], metavar="NAME", help="a further name of the model; repeat for several")
+    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="largest request")
+    p.add_argument("--stall-seconds", type=float, default=120.0, metavar="S", help="restart an engine that makes no progress")
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
@@ -525,6 +538,47 @@ def _write(name: str, text: str) -> None:
         raise UsageError(f"{name} cannot be written", why=str(error), do="name a file in a directory of yours") from error
 
 
+def _serve(args: argparse.Namespace) -> int:
+    from headwise.server.serve import Options, serve
+
+    source = _open(args, weights=True)
+    settings = {
+        "context": args.context,
+        "slots": args.slots,
+        "kv": _kv(args),
+        "device": args.device,
+        "dtype": args.dtype,
+        "chunk": args.ubatch,
+        "backend": args.backend,
+        "allow_fallback": args.allow_fallback,
+        "ignore_keys": args.ignore_key,
+    }
+    options = Options(
+        host=args.host,
+        port=args.port,
+        api_key=args.api_key or os.environ.get("HEADWISE_API_KEY") or None,
+        aliases=tuple(args.alias),
+        body_bytes=args.max_body * 1024 * 1024,
+        stall_s=args.stall_seconds,
+    )
+
+    def ready(url: str, engine: Any) -> None:
+        w = engine.facts["plan"]
+        if args.json:
+            print(json.dumps({"url": url, "model": source.name, "context": w["context"], "slots": w["slots"]}), flush=True)
+            return
+        fused = "fused on every layer" if engine.facts["fused"] else "NOT fused on every layer (--allow-fallback)"
+        slots = f"{w['slots']} slot{'s' * (w['slots'] > 1)}"
+        _stderr().print(
+            f"{source.name} is served at {url} ({w['context']:,} tokens of context, {slots}, {fused})",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+    serve(args.model, source, settings, options, on_ready=ready)
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
@@ -616,6 +670,7 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "explain": _explain,
     "verify": _verify,
     "probe": _probe,
+    "serve": _serve,
     "bench": _bench,
     "doctor": _doctor,
     "codex-config": _codex_config,

@@ -16,8 +16,9 @@ from headwise.attention.capability import CPU, DeviceKind
 from headwise.attention.choose import LayerGroup, activation_type, choose_layers, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.replay import own_stream
+from headwise.engine.request import Sampling
 from headwise.engine.runner import Runner, attend_functions
-from headwise.engine.sample import Sampler, Sampling
+from headwise.engine.sample import Sampler
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.hardware.probe import cpu_memory
 from headwise.model.arena import TORCH
@@ -119,6 +120,7 @@ class LLM:
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
+        slots: sequences whose caches are held at once; `generate`, `stream` and `logits` use the first.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -136,6 +138,7 @@ class LLM:
         dtype: str | None = None,
         chunk: int = DEFAULT_CHUNK,
         backend: str | Mapping[str, str] | None = None,
+        slots: int = 1,
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -171,6 +174,7 @@ class LLM:
         workload = Workload(
             context=min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             chunk=chunk,
+            slots=slots,
             kv=self.kv,
             dtype=dtype,
             cpu=self.device.type == "cpu",

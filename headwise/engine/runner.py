@@ -1,4 +1,4 @@
-"""One sequence on one device: weights, caches and the arena, and the steps over them.
+"""A few sequences on one device: weights, their caches and the arena, and the steps over one of them at a time.
 
 Everything is allocated here, by the plan, before the first step; a step allocates nothing that the plan does not bound.
 """
@@ -41,7 +41,7 @@ def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
 
 
 class Runner:
-    """The state of one sequence and the forward passes over it.
+    """The state of the planned sequences, a slot each, and the forward passes over the one in use.
 
     Args:
         before_bytes: what the process had allocated on a GPU before the weights were loaded.
@@ -64,10 +64,14 @@ class Runner:
         self.spec, self.context = plan.spec, w.context
         self.dtype = TORCH[w.dtype]
         self.arena = Arena(plan.buffers, device)
-        self.caches = {
-            layer.index: LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
-            for layer in self.spec.kv_layers
-        }
+        self.slots = [
+            {
+                layer.index: LayerCache(layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device)
+                for layer in self.spec.kv_layers
+            }
+            for _ in range(w.slots)
+        ]
+        self.slot, self.caches = 0, self.slots[0]
         self.fused = self.device.type == "cuda" and w.fused
         ops = fused() if self.fused else PLAIN
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk, ops)
@@ -92,6 +96,13 @@ class Runner:
     def reset(self) -> None:
         """Forgets the sequence; its slots are written again before anything reads them."""
         self.position = 0
+
+    def use(self, slot: int, position: int) -> None:
+        """Goes on with the sequence of `slot` after its first `position` tokens; later ones are written over.
+
+        A ring must still hold the window before `position`: see `schedule.reusable`.
+        """
+        self.slot, self.caches, self.position = slot, self.slots[slot], position
 
     def step(self, ids: Sequence[int]) -> Tensor:
         """Runs `ids` at the next positions; the hidden states, (T, D), valid until the next step.
@@ -149,7 +160,7 @@ class Runner:
             return self.decoder.forward(step, self.caches)
 
         with self.arena.lent():
-            x = self.replay.run(("step", doublings(stop)), forward) if self.replay and n == 1 else forward()
+            x = self.replay.run(("step", self.slot, doublings(stop)), forward) if self.replay and n == 1 else forward()
         self.position = stop
         return x
 

@@ -1,43 +1,11 @@
-"""Logits to a token. Order of the filters, as in transformers and llama.cpp: temperature, top-k, top-p."""
+"""Logits to a token. Order of the filters, as in transformers: temperature, top-k, top-p, min-p."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from headwise.errors import UsageError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """temperature 0 is greedy; top_k 0 and top_p 1.0 filter nothing; the same seed gives the same tokens.
-
-    Raises:
-        UsageError: a value that makes no sense.
-    """
-
-    max_tokens: int = 256
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        for name, value, least, most in (
-            ("max-tokens", self.max_tokens, 1, 2**31),
-            ("temperature", self.temperature, 0.0, 100.0),
-            ("top-p", self.top_p, 1e-9, 1.0),
-            ("top-k", self.top_k, 0, 2**31),
-            ("seed", self.seed or 0, 0, 2**63 - 1),
-        ):
-            if not least <= value <= most:
-                raise UsageError(
-                    f"--{name} {value} makes no sense",
-                    why=f"it must lie from {least} to {most}",
-                    do=f"--{name} {most if name == 'top-p' else least:g}",
-                )
+from headwise.engine.request import Sampling
 
 
 class Sampler:
@@ -51,11 +19,37 @@ class Sampler:
         else:
             self.generator.manual_seed(sampling.seed)
 
-    def token(self, logits_V: Tensor) -> int:
+        self._counts: dict[int, int] = {}
+
+    def token(self, logits_V: Tensor, allowed_V: Tensor | None = None) -> int:
+        """The next token.
+
+        Args:
+            allowed_V: True where a grammar lets a token pass.
+        """
         s = self.sampling
-        if s.temperature == 0.0:
-            return int(logits_V.argmax())
-        logits = logits_V.float().cpu() / s.temperature
+        logits = self._biased(logits_V, allowed_V)
+        token = int(logits.argmax()) if s.temperature == 0.0 else self._drawn(logits.float().cpu() / s.temperature)
+        if s.presence_penalty or s.frequency_penalty:
+            self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _biased(self, logits_V: Tensor, allowed_V: Tensor | None) -> Tensor:
+        """The logits with biases, penalties and the grammar's mask; the given ones where there is none of these."""
+        s = self.sampling
+        if not s.logit_bias and not self._counts and allowed_V is None:
+            return logits_V
+        logits = logits_V.float().cpu()  # a copy wherever the decoder's own buffer would be written
+        logits = logits.clone() if logits.data_ptr() == logits_V.data_ptr() else logits
+        for token, bias in s.logit_bias.items():
+            if 0 <= token < logits.numel():
+                logits[token] += bias
+        for token, count in self._counts.items():
+            logits[token] -= s.presence_penalty + s.frequency_penalty * count
+        return logits if allowed_V is None else logits.masked_fill_(~allowed_V, float("-inf"))
+
+    def _drawn(self, logits: Tensor) -> int:
+        s = self.sampling
         if s.top_k and s.top_k < logits.numel():
             kept, index = logits.topk(s.top_k)
         else:
@@ -64,4 +58,6 @@ class Sampler:
         if s.top_p < 1.0:
             before = chances.cumsum(-1) - chances
             chances = chances.masked_fill(before >= s.top_p, 0.0)  # the first always stays
+        if s.min_p:
+            chances = chances.masked_fill(chances < s.min_p * chances[0], 0.0)
         return int(index[torch.multinomial(chances, 1, generator=self.generator)])

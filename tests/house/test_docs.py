@@ -24,7 +24,7 @@ from headwise.spec.catalogue import specs
 
 ROOT = Path(__file__).parents[2]
 # Flags of other programs that the pages speak of.
-THEIRS = {"--swa-full", "--fit", "--no-kv-offload"}
+THEIRS = {"--swa-full", "--fit", "--no-kv-offload", "--output-schema", "--oss"}
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tools").rglob("*.md")]
 
 

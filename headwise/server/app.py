@@ -1,0 +1,368 @@
+"""The routes: a request's body to a parser, its answer from a renderer. The only file that imports the web framework.
+
+Nothing is asked of the client but JSON. A browser page of another origin is refused, as is a foreign Host header on a
+loopback address: a page that you visit must not speak to your model.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import ipaddress
+import json
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from headwise.engine.process import EngineProcess
+from headwise.server import anthropic, chat, metrics, ollama, responses
+from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
+from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
+from headwise.server.stream import line
+
+BODY_BYTES = 32 * 1024 * 1024
+_LOCAL = {"localhost", "127.0.0.1", "::1"}
+_OPEN = ("/health", "/ready", "/metrics", "/")  # without an API key
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """One route that answers: its two pure functions, and its errors."""
+
+    parse: Callable[[Mapping[str, Any]], Ask]
+    stream: Callable[[Ask, Opening], Any]  # with start() and frames(happening), both lists of bytes
+    whole: Callable[[Ask, Opening, list[Happening]], dict[str, Any]]
+    error: Callable[[Refusal], dict[str, Any]]
+    media_type: str
+
+
+PROTOCOLS = {
+    "/v1/chat/completions": Protocol(chat.parse, chat.Chat, chat.whole, chat.error, chat.MEDIA_TYPE),
+    "/v1/completions": Protocol(chat.parse_completion, chat.Completion, chat.whole_completion, chat.error, chat.MEDIA_TYPE),
+    "/v1/responses": Protocol(responses.parse, responses.Responses, responses.whole, chat.error, responses.MEDIA_TYPE),
+    "/v1/messages": Protocol(anthropic.parse, anthropic.Messages, anthropic.whole, anthropic.error, anthropic.MEDIA_TYPE),
+    "/api/chat": Protocol(ollama.parse_chat, ollama.Lines, ollama.whole, ollama.error, ollama.MEDIA_TYPE),
+    "/api/generate": Protocol(ollama.parse_generate, ollama.Lines, ollama.whole, ollama.error, ollama.MEDIA_TYPE),
+}
+
+
+def create_app(
+    model: Served,
+    engine: EngineProcess,
+    *,
+    api_key: str | None = None,
+    body_bytes: int = BODY_BYTES,
+    hosts: frozenset[str] | None = None,
+    on_failed: Callable[[], None] = lambda: None,
+) -> ASGIApp:
+    """The server's application; it runs the engine for as long as it lives itself.
+
+    Args:
+        hosts: the only Host headers to answer, without ports; None answers all.
+        on_failed: called when the engine cannot be started.
+    """
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        async def run() -> None:
+            await engine.run()
+            on_failed()
+
+        task = asyncio.create_task(run())
+        yield
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+    rooms = _Rooms(model, engine)
+    routes = [Route(path, rooms.answer(p), methods=["POST"]) for path, p in PROTOCOLS.items()]
+    for path in ("/chat/completions", "/completions", "/responses", "/messages"):  # a base URL without /v1
+        routes.append(Route(path, rooms.answer(PROTOCOLS[f"/v1{path}"]), methods=["POST"]))
+    routes += [
+        Route("/", lambda _: PlainTextResponse("headwise is running"), methods=["GET", "HEAD"]),
+        Route("/health", rooms.health),
+        Route("/ready", rooms.ready),
+        Route("/metrics", rooms.metrics),
+        Route("/v1/models", rooms.models),
+        Route("/v1/models/{name:path}", rooms.one_model),
+        Route("/v1/attention", rooms.attention),
+        Route("/v1/messages/count_tokens", rooms.count_tokens, methods=["POST"]),
+        Route("/tokenize", rooms.tokenize, methods=["POST"]),
+        Route("/detokenize", rooms.detokenize, methods=["POST"]),
+        Route("/api/version", lambda _: JSONResponse(ollama.version()), methods=["GET", "HEAD"]),
+        Route("/api/tags", lambda _: JSONResponse(ollama.tags(model)), methods=["GET", "HEAD"]),
+        Route("/api/ps", rooms.ps),
+        Route("/api/show", rooms.show, methods=["POST"]),
+        Route("/api/pull", rooms.pull, methods=["POST"]),
+        *(Route(f"/api/{verb}", rooms.not_here, methods=["POST", "DELETE"]) for verb in ("create", "copy", "delete", "push")),
+    ]
+    handlers = {Refusal: _refused, HTTPException: _http_error}
+    return _Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), api_key, body_bytes, hosts)  # type: ignore[arg-type]
+
+
+def loopback_hosts(host: str) -> frozenset[str] | None:
+    """The Host headers to answer on an address: on a loopback address its own names only."""
+    try:
+        local = ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = host == "localhost"
+    return frozenset(_LOCAL | {host}) if local else None
+
+
+def _error_of(path: str) -> Callable[[Refusal], dict[str, Any]]:
+    if path.startswith("/api/"):
+        return ollama.error
+    return anthropic.error if "/messages" in path else chat.error
+
+
+def _refused(request: Request, refusal: Exception) -> Response:
+    assert isinstance(refusal, Refusal)
+    headers = {"Retry-After": "2"} if refusal.status == 503 else None
+    return JSONResponse(_error_of(request.url.path)(refusal), refusal.status, headers)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return JSONResponse(
+        _error_of(request.url.path)(Refusal(error.status_code, "invalid_request_error", error.detail)), error.status_code
+    )
+
+
+async def _body(request: Request) -> Mapping[str, Any]:
+    try:
+        body = json.loads(await request.body())
+    except (ValueError, RecursionError) as error:
+        raise bad(f"the body is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise bad("the body must be a JSON object")
+    return body
+
+
+class _Rooms:
+    """The handlers, around the one model and its engine."""
+
+    def __init__(self, model: Served, engine: EngineProcess) -> None:
+        self.model, self.engine = model, engine
+
+    def answer(self, protocol: Protocol) -> Callable[[Request], Any]:
+        async def handle(request: Request) -> Response:
+            body = await _body(request)
+            if protocol.media_type == ollama.MEDIA_TYPE and ollama.is_load(body):
+                self.model.require(str(body.get("model") or ""))
+                return JSONResponse(ollama.loaded(body, self.model.name, chat=request.url.path.endswith("chat")))
+            ask = protocol.parse(body)
+            if not ask.client:
+                ask = replace(ask, client=_client(request))
+            if self.engine.state == "failed":
+                raise Refusal(503, "server_error", f"the model could not be loaded: {self.engine.error}")
+            prepared = await asyncio.to_thread(prepare, ask, self.model)
+            opening = Opening(self.model.name, prepared.prompt_tokens)
+            if ask.stream:
+                return StreamingResponse(
+                    self._stream(protocol, prepared, opening),
+                    media_type=protocol.media_type,
+                    headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
+                )
+            happened = await self._collected(request, prepared)
+            return JSONResponse(protocol.whole(ask, opening, happened))
+
+        return handle
+
+    async def _stream(self, protocol: Protocol, prepared: Prepared, opening: Opening) -> AsyncIterator[bytes]:
+        renderer = protocol.stream(prepared.ask, opening)
+        yield b"".join(renderer.start())
+        async with contextlib.aclosing(happenings(prepared, self.model, self.engine)) as stream:
+            async for happening in stream:
+                yield b"".join(renderer.frames(happening))
+
+    async def _collected(self, request: Request, prepared: Prepared) -> list[Happening]:
+        """All happenings; a client that goes away cancels them."""
+
+        async def collect() -> list[Happening]:
+            async with contextlib.aclosing(happenings(prepared, self.model, self.engine)) as stream:
+                return [h async for h in stream if not isinstance(h, Waiting)]
+
+        work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise ClientDisconnect
+            return work.result()
+        finally:
+            work.cancel()
+            gone.cancel()
+            await asyncio.gather(work, gone, return_exceptions=True)
+
+    async def health(self, _: Request) -> Response:
+        state = self.engine.state
+        body: dict[str, Any] = {
+            "status": "ok" if state == "ready" else "loading" if state == "loading" else "error",
+            "model": self.model.name,
+        }
+        if self.engine.error is not None:
+            body["error"] = {"what": self.engine.error.what, "why": self.engine.error.why, "do": self.engine.error.do}
+        if state == "loading" and self.engine.loading is not None:
+            what, done, of = self.engine.loading
+            body["loading"] = {"what": what, "done": done, "of": of}
+        return JSONResponse(body, 200 if state == "ready" else 503)
+
+    async def ready(self, _: Request) -> Response:
+        """Loaded, and every self-check of every backend in use passed."""
+        checks = self.engine.facts.get("checks") or []
+        fine = self.engine.state == "ready" and all(c["ok"] for c in checks)
+        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": self.engine.facts.get("fused")}
+        return JSONResponse(body, 200 if fine else 503)
+
+    async def metrics(self, _: Request) -> Response:
+        slots = self.engine.settings.get("slots", 1)
+        said = metrics.metrics(self.engine, self.model.name, self.model.context, slots)
+        return Response(said, media_type=metrics.MEDIA_TYPE)
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "headwise",
+            "max_model_len": self.model.context,
+            "meta": {"family": self.model.source.spec.family, "n_ctx_train": self.model.source.spec.max_context},
+        }
+
+    async def models(self, _: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._model(n) for n in (self.model.name, *self.model.aliases)]})
+
+    async def one_model(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        self.model.require(name)
+        return JSONResponse(self._model(name))
+
+    async def attention(self, _: Request) -> Response:
+        """The layer map with each choice and its refusals, the self-checks, and bytes of KV planned and measured."""
+        if self.engine.state != "ready":
+            raise Refusal(503, "server_error", "the model is not loaded yet")
+        return JSONResponse(self.engine.facts)
+
+    async def count_tokens(self, request: Request) -> Response:
+        ask = anthropic.parse({"max_tokens": 1, **await _body(request)})
+        self.model.require(ask.model)
+        return JSONResponse({"input_tokens": len(await asyncio.to_thread(prompt_ids, ask, self.model))})
+
+    async def tokenize(self, request: Request) -> Response:
+        """As llama-server (`content`) and as vLLM (`prompt` or `messages`)."""
+        body = await _body(request)
+        tokenizer = self.model.tokenizer
+        if isinstance(body.get("messages"), list):
+            ids = await asyncio.to_thread(prompt_ids, chat.parse(body), self.model)
+        else:
+            said = body.get("content", body.get("prompt"))
+            if not isinstance(said, str):
+                raise bad("content must be a text", "content")
+            bos = body.get("add_special", body.get("add_special_tokens", "prompt" in body)) is True
+            ids = await asyncio.to_thread(tokenizer.encode, said, add_bos=bos)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.model.context})
+
+    async def detokenize(self, request: Request) -> Response:
+        ids = (await _body(request)).get("tokens")
+        size = self.model.tokenizer.vocab_size
+        if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < size for i in ids):
+            raise bad(f"tokens must be a list of ids below {size}", "tokens")
+        said = self.model.tokenizer.decode(ids, skip_special=False)
+        return JSONResponse({"content": said, "prompt": said})
+
+    async def ps(self, _: Request) -> Response:
+        plan = self.engine.facts.get("plan") if self.engine.state == "ready" else None
+        return JSONResponse(ollama.ps(self.model, plan["total_bytes"] if plan else None))
+
+    async def show(self, request: Request) -> Response:
+        body = await _body(request)
+        self.model.require(str(body.get("model") or body.get("name") or ""))
+        return JSONResponse(ollama.show(self.model))
+
+    async def pull(self, request: Request) -> Response:
+        body = await _body(request)
+        name = str(body.get("model") or body.get("name") or "")
+        try:
+            self.model.require(name)
+        except Refusal as error:
+            raise bad(f"{error.message}; headwise pulls no models, it serves the one that it was started with") from error
+        if body.get("stream") is False:
+            return JSONResponse({"status": "success"})
+        return Response(line({"status": "success"}), media_type=ollama.MEDIA_TYPE)
+
+    async def not_here(self, request: Request) -> Response:
+        raise bad(f"{request.url.path} is not supported: headwise serves one model as it is on disk")
+
+
+def _client(request: Request) -> str:
+    for header in ("session-id", "x-claude-code-session-id", "x-session-id"):
+        if value := request.headers.get(header):
+            return value[:200]
+    return "" if request.client is None else request.client.host
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class _Guard:
+    """Before any route: host and origin, the API key, and the size of the body."""
+
+    def __init__(self, app: ASGIApp, api_key: str | None, body_bytes: int, hosts: frozenset[str] | None) -> None:
+        self.app, self.api_key, self.body_bytes, self.hosts = app, api_key, body_bytes, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        request = Request(scope)
+        try:
+            self._check(request)
+        except Refusal as refusal:
+            await _refused(request, refusal)(scope, receive, send)
+            return
+        read, begun = 0, False
+
+        async def limited() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.body_bytes:
+                raise Refusal(413, "request_too_large", f"the body is larger than {self.body_bytes} bytes")
+            return message
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, limited, watched)
+        except ClientDisconnect:
+            return
+        except Refusal as refusal:  # raised while a framework's own code was reading
+            if begun:
+                raise
+            await _refused(request, refusal)(scope, receive, send)
+
+    def _check(self, request: Request) -> None:
+        host = urlsplit(f"//{request.headers.get('host', '')}").hostname or ""
+        if self.hosts is not None and host not in self.hosts:
+            raise Refusal(403, "forbidden", f"this server answers on {', '.join(sorted(self.hosts))}, not as {host!r}")
+        origin = request.headers.get("origin")
+        if origin and (urlsplit(origin).hostname or "") not in _LOCAL | {host}:
+            raise Refusal(403, "forbidden", f"pages of {origin} may not use this server")
+        if self.api_key and request.url.path not in _OPEN:
+            given = request.headers.get("x-api-key") or request.headers.get("authorization", "").removeprefix("Bearer ")
+            if not hmac.compare_digest(given.encode(), self.api_key.encode()):
+                raise Refusal(401, "invalid_api_key", "the API key is missing or wrong")
+        if int(request.headers.get("content-length") or 0) > self.body_bytes:
+            raise Refusal(413, "request_too_large", f"the body is larger than {self.body_bytes} bytes")
