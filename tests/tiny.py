@@ -233,7 +233,12 @@ def model_config(name: str, **changes: Any) -> transformers.PreTrainedConfig:
 def model(name: str, seed: int = 0) -> transformers.PreTrainedModel:
     """The oracle: transformers' own class with lively random weights, fp32, eager attention."""
     torch.manual_seed(seed)
-    net = transformers.AutoModelForCausalLM.from_config(model_config(name), attn_implementation="eager").float().eval()
+    return lively(name, transformers.AutoModelForCausalLM.from_config(model_config(name), attn_implementation="eager"))
+
+
+def lively(name: str, net: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """Weights under which every part of a layer of family `name` changes the logits."""
+    net = net.float().eval()
     with torch.no_grad():
         for key, value in {**dict(net.named_parameters()), **dict(net.named_buffers())}.items():
             if key.endswith("inv_freq") or not value.dim():  # rope tables and the embedding scale are no weights

@@ -39,60 +39,93 @@ def attend(
     """
     if span.device is None:
         raise ValueError(f"{backend} needs the span on the device")
+    launch(
+        backend, q_THE, stored(cache.k), None if cache.v is None else stored(cache.v), out_THD,
+        Sequences(span.device[:2], span.device[2:3], span.n, span.stop),
+        Slots(span.device[3:4], ring=cache.n_slots if cache.window else 0),
+        scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H, partial=scratch.partial, done=scratch.done,
+    )  # fmt: skip
+
+
+def launch(
+    backend: str, q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
+    window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None, partial: Tensor | None = None,
+    done: Tensor | None = None, overlap: bool = True,
+) -> None:  # fmt: skip
+    """The kernel of `backend` for these shapes, over the cached keys of one or several sequences.
+
+    Args:
+        partial: fp32 scratch; None: keys are not shared between programs.
+        done: int32 zeros, one a sequence and KV head: a decode launch merges its partial results itself.
+        overlap: nothing has written keys of earlier steps in the two launches before (`decode_hopper`).
+    Raises:
+        ValueError: a softcap with the Hopper kernels, whose row claims none.
+    """
     hopper = backend == "headwise-hopper"
     if hopper and softcap is not None:
         raise ValueError(f"{backend} has no softcap")
-    k, v = stored(cache.k), None if cache.v is None else stored(cache.v)
-    seqs = Sequences(span.device[:2], span.device[2:3], span.n, span.stop)
-    slots = Slots(span.device[3:4], ring=cache.n_slots if cache.window else 0)
-    D, G = out_THD.shape[-1], cache.k.data_SGD.shape[1]
-    rows = span.n * q_THE.shape[1] // G
-    keys = span.stop if cache.window is None else min(span.stop, cache.window + span.n - 1)
+    D, G, B = out_NHD.shape[-1], k.data_SGW.shape[1], seqs.lengths_B.shape[0]
+    native = k.data_SGW.dtype == q_NHE.dtype
+    rows = seqs.max_queries * q_NHE.shape[1] // G
+    keys = seqs.max_length if window is None else min(seqs.max_length, window + seqs.max_queries - 1)
     few = rows <= FEW_ROWS
     pair = v is not None and D == 512  # decoded by the portable kernel: two tiles of both do not fit shared memory
-    merged = hopper and rows <= MERGED_ROWS  # by the launch itself
+    merged = hopper and rows <= MERGED_ROWS and done is not None  # by the launch itself
     share = 2.0 if pair or not hopper else 0.75 if merged else 1.0
-    n_splits = splits(keys, rows, G, D, q_THE.device, scratch.partial, share) if few else 1
-    global_only = D == 512 and (cache.window is not None or sinks_H is not None)  # the prefill kernels of 512 have neither
-    if not hopper or not (cache.k.native(q_THE.dtype) or few) or (pair and few) or (global_only and not few):
+    global_only = D == 512 and (window is not None or sinks_H is not None)  # the prefill kernels of 512 have neither
+    by_portable = not hopper or not (native or few) or (pair and few) or (global_only and not few)
+    tile = portable.tile_rows(q_NHE, k, v, D, rows) if by_portable else max(16, 1 << (rows - 1).bit_length())
+    n_splits = splits(keys, tile, G * B, D, q_NHE.device, partial, share) if few else 1
+    if by_portable:
         portable.attend(
-            q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H,
-            n_splits=n_splits, scratch=scratch.partial,
+            q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H,
+            n_splits=n_splits, scratch=partial,
         )  # fmt: skip
         return
     from headwise.kernels import attend_hopper, decode_hopper  # Gluon's modules exist in triton 3.6 only
 
     if few:
         decode_hopper.attend_decode(
-            q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H, n_splits=n_splits,
-            scratch=scratch.partial, count=scratch.done if merged else None,
+            q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H, n_splits=n_splits, scratch=partial,
+            count=done if merged else None, overlap=overlap,
         )  # fmt: skip
     elif v is None:
-        attend_hopper.attend_one512(q_THE, k, out_THD, seqs, slots, scale=scale)
+        attend_hopper.attend_one512(q_NHE, k, out_NHD, seqs, slots, scale=scale)
     elif pair:
-        attend_hopper.attend_pair512(q_THE, k, v, out_THD, seqs, slots, scale=scale)
+        attend_hopper.attend_pair512(q_NHE, k, v, out_NHD, seqs, slots, scale=scale)
     else:
-        attend_hopper.attend_two(q_THE, k, v, out_THD, seqs, slots, scale=scale, window=cache.window, sinks_H=sinks_H)
+        attend_hopper.attend_two(q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H)
 
 
 def stored(values: Values) -> Stored:
     return Stored(values.data_SGD, values.scales_SGB)
 
 
-def splits(keys: int, rows: int, G: int, D: int, device: torch.device, partial: Tensor | None, share: float) -> int:
+def splits(keys: int, tile: int, groups: int, D: int, device: torch.device, partial: Tensor | None, share: float) -> int:
     """Programs that share the keys of a KV head: `share` a multiprocessor, none with too few keys, as `partial` has room.
 
     Three programs to four multiprocessors leave room for the next launch to fetch its keys meanwhile; two to one hide latency
     where loads are not asynchronous. Measured on one H200, docs/kernels.md.
+
+    Args:
+        tile: rows of a program's partial result; groups: KV heads of all sequences.
     """
     if partial is None:
         return 1
-    wanted = max(1, int(_processors(device) * share) // G)
-    room = partial.numel() // (G * max(16, 1 << (rows - 1).bit_length()) * (D + 2))
+    wanted = max(1, int(processors(device) * share) // groups)
+    room = partial.numel() // (groups * tile * (D + 2))
     return max(1, min(wanted, room, doublings(keys)))
 
 
+def partial_scratch(q_NHE: Tensor, k: Stored, seqs: Sequences) -> Tensor | None:
+    """Room for the partial results of a launch of few rows, two programs to a multiprocessor; None for others."""
+    rows = seqs.max_queries * q_NHE.shape[1] // k.data_SGW.shape[1]
+    if rows > FEW_ROWS:
+        return None
+    tile = 16 if rows <= 16 else 128
+    return torch.empty(2 * processors(q_NHE.device) * tile * (q_NHE.shape[2] + 2), dtype=torch.float32, device=q_NHE.device)
+
 
 @remember
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

@@ -147,13 +147,18 @@ def attend(
                 out_THD.copy_(part_THD)
                 total_TH = part_TH
             else:
-                merged = torch.logaddexp(total_TH, part_TH)
-                out_THD.mul_((total_TH - merged).exp_()[..., None])
-                out_THD.add_(part_THD.mul_((part_TH - merged).exp_()[..., None]))
-                total_TH = merged
+                total_TH = merge(out_THD, total_TH, part_THD, part_TH)
             del out_HTE, part_THD  # one partial result lives at a time: the plan reserves room for one
     if sinks_H is not None and total_TH is not None:  # the sink joins the denominator only
         out_THD.mul_(torch.sigmoid(total_TH - sinks_H[None, :])[..., None])
+
+
+def merge(out_THD: Tensor, total_TH: Tensor, part_THD: Tensor, part_TH: Tensor) -> Tensor:
+    """Adds a partial result to `out_THD`, both in place; the log-sum-exp of the two."""
+    merged = torch.logaddexp(total_TH, part_TH)
+    out_THD.mul_((total_TH - merged).exp_()[..., None])
+    out_THD.add_(part_THD.mul_((part_TH - merged).exp_()[..., None]))
+    return merged
 
 
 def _decode_cpu(q_1HE: Tensor, cache: LayerCache, segment: Segment, scale: float, out_1HD: Tensor) -> None:

@@ -235,10 +235,7 @@ def attend(
     D, G = out_NHD.shape[-1], k.data_SGW.shape[1]
     _check(q_NHE, k, v, out_NHD, slots, window, D)
     group = H // G
-    if config is None:
-        quantised = int(k.format.value) != int(FLOAT.value)
-        rows = seqs.max_queries * group
-        config = config_for(D, one=v is None, blocks=quantised, rows=rows, arch=_arch(q_NHE.device))
+    config = config or _config(q_NHE, k, v, D, seqs.max_queries * group)
     pack = group if n_splits > 1 else config.pack(group)
     blocks = -(-seqs.max_queries * pack // config.rows)
     B = seqs.lengths_B.shape[0]
@@ -264,6 +261,17 @@ def attend(
     if n_splits > 1:
         merge(part, stat, out_NHD, sinks_H, seqs, G=G, n_splits=n_splits, blocks=blocks, rows=config.rows)
     return out_NHD
+
+
+def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Config:
+    quantised = int(k.format.value) != int(FLOAT.value)
+    return config_for(D, one=v is None, blocks=quantised, rows=rows, arch=_arch(q_NHE.device))
+
+
+def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> int:
+    """Rows that a split of `rows` (query, head) pairs has in scratch: whole tiles of the launch that the table gives."""
+    tile = _config(q_NHE, k, v, D, rows).rows
+    return -(-rows // tile) * tile
 
 
 @remember

@@ -456,7 +456,7 @@ def pairs(x: Stored) -> Tensor:
 def attend_decode(
     q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
     window: int | None = None, sinks_H: Tensor | None = None, n_splits: int = 1, scratch: Tensor | None = None,
-    count: Tensor | None = None,
+    count: Tensor | None = None, overlap: bool = True,
 ) -> Tensor:  # fmt: skip
     """Decode, or the verification of a few draft tokens.
 
@@ -464,6 +464,7 @@ def attend_decode(
         scratch: `partial_floats` fp32 values where keys are split.
         count: int32 zeros, one a sequence and KV head: the last program merges, in this launch, which pays for few rows. It
             leaves zeros. None: a second launch merges.
+        overlap: begin while the launch before still runs; False where that one, or the one before it, may write the keys.
     """
     _, H, E = q_NHE.shape
     D = out_NHD.shape[-1]
@@ -501,7 +502,7 @@ def attend_decode(
         H=H, GROUP=group, ROWS=rows, D=D, R=R, NS=NS, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
         SINKS=sinks_H is not None, MERGE=mode, MERGED=seqs.max_queries * group, SP=triton.next_power_of_2(n_splits),
         FORMAT=k.format,
-        dtype=dtype, num_warps=4, launch_pdl=True,
+        dtype=dtype, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
     if mode == 2:
         merge(part, stat, out_NHD, sinks_H, seqs, G=G, n_splits=n_splits, blocks=1, rows=rows, early=True)
