@@ -3,13 +3,14 @@
     python docs/make_pictures.py [NAME ...]
 
 Writes docs/img/*.svg and docs/gemma4-table.md (README.md holds the same table; a test compares them). Nothing is typed in:
-each picture is the output of the command on its first line, run in a process of its own. Lines that are left out of a long
-prompt are marked.
+each picture is the output of the command on its first line, run in a process of its own, or drawn from the newest result.
+Lines that are left out of a long prompt are marked.
 """
 
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from headwise import api
+from headwise.bench.roofline import svg
 
 HERE = Path(__file__).parent
 WIDTH = 110
@@ -29,6 +31,7 @@ PICTURES = {
     "explain": "headwise explain gemma-4-31b --gpu rtx4090",
     "run": "headwise run",
 }
+RESULTS = HERE.parent / "benchmarks/results"
 DIM, RESET = "\x1b[2m", "\x1b[0m"
 PROMPT_LINES = 12  # of the prompt's end that `run` shows
 
@@ -58,6 +61,11 @@ def draw(name: str, command: str) -> None:
     (HERE / "img" / f"{name}.svg").write_text(console.export_svg(title="headwise", unique_id=name), encoding="utf-8")
 
 
+def roofline() -> str:
+    """docs/img/attention-roofline.svg, of the newest measurement."""
+    return svg(json.loads(max(RESULTS.glob("attention_h200_*.json")).read_text()))
+
+
 def table() -> str:
     """The Gemma 4 family at Q4_K_M with a bf16 cache: bytes at 32K tokens, and the largest context per card."""
     lines = [
@@ -76,6 +84,7 @@ def main(names: list[str]) -> None:
     (HERE / "img").mkdir(exist_ok=True)
     for name in names or PICTURES:
         draw(name, PICTURES[name])
+    (HERE / "img/attention-roofline.svg").write_text(roofline(), encoding="utf-8")
     (HERE / "gemma4-table.md").write_text(table(), encoding="utf-8")
 
 

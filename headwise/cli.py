@@ -189,6 +189,7 @@ def _bench_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--lengths", default="512,4096,31744", metavar="N,N", help="engine: prompts of so many tokens")
     p.add_argument("--kv", default="bf16", metavar=KV_TYPES, help="engine: KV type of all layers")
     p.add_argument("--ubatch", type=int, default=2048, metavar="N", help="engine: most tokens of one prefill step")
+    p.add_argument("--svg", metavar="FILE", help="attention: draw the roofline there")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
@@ -585,8 +586,13 @@ def _bench(args: argparse.Namespace) -> int:
 
     if args.what == "attention":
         from headwise.bench import attention
+        from headwise.bench.roofline import svg
 
-        attention.bench(as_json=args.json, say=say)
+        if args.svg and not Path(args.svg).parent.is_dir():
+            raise UsageError(f"{args.svg} cannot be written", why="its directory does not exist", do="--svg roofline.svg")
+        found = attention.bench(as_json=args.json, say=say)
+        if args.svg:
+            _write(args.svg, svg(found))
         return 0
     from headwise.bench import engine
 

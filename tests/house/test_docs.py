@@ -161,11 +161,21 @@ def test_every_page_can_be_reached_from_the_index(page: Path) -> None:
 
 def test_pictures_are_complete_and_made_of_commands_that_parse() -> None:
     made = _pictures()
-    assert {p.stem for p in (ROOT / "docs/img").glob("*.svg")} == {*made, "tiny-hybrid-loss"}
+    assert {p.stem for p in (ROOT / "docs/img").glob("*.svg")} == {*made, "tiny-hybrid-loss", "attention-roofline"}
     for name, command in made.items():
         _parser().parse_args(command.split()[1:])
         drawn = html.unescape((ROOT / f"docs/img/{name}.svg").read_text()).replace("\xa0", " ")
         assert command in drawn
+
+
+def test_the_roofline_is_drawn_from_the_newest_result() -> None:
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        from make_pictures import roofline
+    finally:
+        sys.path.pop(0)
+
+    assert (ROOT / "docs/img/attention-roofline.svg").read_text() == roofline(), "python docs/make_pictures.py"
 
 
 def test_one_version() -> None:
