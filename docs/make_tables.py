@@ -7,6 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from headwise.spec.kv import KV_FORMATS
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks/results"
 
@@ -144,7 +146,58 @@ def engine() -> str:
     return "\n".join(lines) + "\n"
 
 
+KINDS = {"globals": ("global",), "sliding": ("sliding",), "both": ("global", "sliding")}
+
+
+def kv_types() -> str:
+    found = newest("kv_quality")
+    tokens = ", ".join(f"{name}.py {n:,}" for name, n in found["files"].items())
+    lines = [
+        f"{found['date']}, commit {found['commit']}, torch {found['torch']}, Python {found['python']}; tokens: {tokens}.",
+        "",
+        "| KV type | bits a value | " + " | ".join(f"{kinds}: mean KL, 99 % below | same top token" for kinds in KINDS) + " |",
+        "|---|---|" + "---|---|" * len(KINDS),
+    ]
+    for kv in dict.fromkeys(row["global"] for row in found["types"] if row["global"] != "f32"):
+        cells = [kv, f"{float(8 * KV_FORMATS[kv.split(',')[0]].bytes_per_value):g}"]
+        for kinds in KINDS.values():
+            row = next(r for r in found["types"] if all(r[k] == (kv if k in kinds else "f32") for k in ("global", "sliding")))
+            cells += [f"{row['kl_mean']:.1e}, {row['kl_p99']:.1e}", f"{row['top1']:.2%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kv_one() -> str:
+    found = newest("kv_quality")
+    lines = [
+        f"Largest difference of a logit between one f32 tensor and two: {found['one_tensor_largest_logit_difference_f32']:.1e}.",
+        "",
+        "| stored | K | V | bytes a token and KV head | mean KL | 99 % below | same top token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in sorted(found["one_tensor"], key=lambda r: -r["bytes"]):
+        cells = (r["store"], r["k"], r["v"], f"{r['bytes']:,}", f"{r['kl_mean']:.1e}", f"{r['kl_p99']:.1e}", f"{r['top1']:.2%}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def kv_layers() -> str:
+    found = newest("kv_quality")
+    lines = ["| layer | stored | KV type | bytes | plain | keys | both |", "|---|---|---|---|---|---|---|"]
+    errors: dict[tuple[str, ...], dict[str, float]] = {}
+    for r in found["layers"]:
+        if r["kv"] == "f16" or r["kv"].endswith(" 32"):  # no surprise in either; the result holds them
+            continue
+        errors.setdefault((r["layer"], r["store"], r["kv"], f"{r['bytes']:,}"), {})[r["data"]] = r["error"]
+    for what, by_data in errors.items():
+        lines.append(f"| {' | '.join([*what, *(f'{by_data[data]:.1e}' for data in ('plain', 'keys', 'both'))])} |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
+    "kv-types": ("docs/kv-quality.md", kv_types),
+    "kv-one": ("docs/kv-quality.md", kv_one),
+    "kv-layers": ("docs/kv-quality.md", kv_layers),
     "engine": ("docs/measurements.md", engine),
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),

@@ -152,6 +152,25 @@ def test_the_readme_quotes_the_benchmark() -> None:
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
 
 
+def test_the_advice_on_kv_types_follows_from_the_result() -> None:
+    """A new measurement that turns the order of the types round must turn the advice too."""
+    found = json.loads(max((ROOT / "benchmarks/results").glob("kv_quality_*.json")).read_text())
+    both = {r["global"]: r for r in found["types"] if r["global"] == r["sliding"]}
+    kl = {kv: row["kl_mean"] for kv, row in both.items()}
+    stored = {(r["store"], r["k"], r["v"]): r for r in found["one_tensor"]}
+    text = " ".join((ROOT / "docs/kv-quality.md").read_text().split())
+
+    assert "seven times the divergence of a bf16 cache" in text and round(kl["q8_0"] / kl["bf16"]) == 7
+    assert "33 times the divergence of q8_0" in text and round(kl["fp8"] / kl["q8_0"]) == 33
+    assert "four positions in a hundred" in text and round(100 * (1 - both["q4_0"]["top1"])) == 4
+    assert "a fifth off" in text and 0.15 < 1 - kl["q4_0, rotated by 128"] / kl["q4_0"] < 0.25
+    assert "two hundred times" in text and round(kl["q4_0, rotated by 128"] / kl["q8_0"], -2) == 200
+    one, two = stored["one tensor", "q8_0", "q8_0"], stored["two tensors", "q4_0", "q4_0"]
+    assert "one 290th" in text and round(two["kl_mean"] / one["kl_mean"], -1) == 290
+    assert f"is {one['bytes']} bytes and q4_0 in two is {two['bytes']}" in text
+    assert found["one_tensor_largest_logit_difference_f32"] < 1e-4
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda p: p.name)
 def test_every_page_can_be_reached_from_the_index(page: Path) -> None:
     links = re.findall(r"\]\(([^)\s#]+)", (ROOT / "docs/index.md").read_text())
