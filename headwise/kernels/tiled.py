@@ -67,6 +67,12 @@ class Planes(NamedTuple):
         high = None if self.high is None else self.high[..., a:b, :]
         return Planes(self.type, stop - start, self.K, self.low[..., a:b, :], high, self.head[..., a:b, :])
 
+    def matrix(self, i: int) -> Planes:
+        """One matrix of a stack, as a view."""
+        if self.low.dim() < 3:
+            raise IndexError(f"planes of {self.rows} by {self.K} are no stack")
+        return Planes(self.type, self.rows, self.K, self.low[i], None if self.high is None else self.high[i], self.head[i])
+
 
 def plane_bytes(type_name: str, K: int) -> tuple[int, int, int]:
     """Bytes of a row of K values in each plane; they sum to the bytes of its blocks."""

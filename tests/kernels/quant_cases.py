@@ -83,6 +83,38 @@ def activations(case: dict[str, object]) -> dict[str, object]:
             "sums": max(float((e.abs() / y.abs().sum(-1).clamp(min=1e-9)).max()) for e in sums)}  # fmt: skip
 
 
+def rows(case: dict[str, object]) -> dict[str, object]:
+    """How many values of the rows of one matrix differ in any bit from the gguf package's, rounded once; and of those beside."""
+    from headwise.kernels.expand import expand, gather
+    from headwise.weights.retile import empty, retile
+
+    name, N, K, stack = str(case["rows"]), int(case["N"]), int(case["K"]), int(case["stack"])  # type: ignore[call-overload]
+    dtype = DTYPES[str(case["dtype"])]
+    blocks = random_blocks(name, max(stack, 1) * N, K, seed=N + K)
+    blocks = blocks.view(stack, N, -1) if stack else blocks
+    w = empty(name, (*blocks.shape[:-1], K), "cpu")
+    retile(blocks, name, w)
+    if stack:
+        blocks, w = blocks[stack - 1], w.matrix(stack - 1)
+    if "ids" in case:
+        ids = torch.tensor(case["ids"], dtype=torch.int64)
+    else:
+        ids = torch.arange(*case["range"])  # type: ignore[misc]
+    room = torch.full((len(ids) + 2, K), 7.0, dtype=dtype)
+    if "ids" in case:
+        gather(w, ids, room[1:-1])
+    else:
+        expand(w, *case["range"], room[1:-1])  # type: ignore[misc]
+    known = (ids >= 0) & (ids < N)
+    want = values(blocks[ids[known]], name)
+    if dtype == torch.bfloat16:  # the interpreter cuts off what a card rounds
+        want = (want.view(torch.int32) >> 16 << 16).view(torch.float32)
+    want = want.to(dtype)
+    bits = torch.int32 if dtype == torch.float32 else torch.int16
+    return {"differ": int((room[1:-1][known].view(bits) != want.view(bits)).sum()), "values": want.numel(),
+            "nan": int(room[1:-1][~known].isnan().sum()), "beside": int((room[[0, -1]] != 7).sum())}  # fmt: skip
+
+
 def run_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Every case in one process with the interpreter."""
     import subprocess
@@ -100,4 +132,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     for line in sys.stdin:
         case = json.loads(line)
-        print(json.dumps(activations(case) if "quantise" in case else product(case)), flush=True)
+        run = activations if "quantise" in case else rows if "rows" in case else product
+        print(json.dumps(run(case)), flush=True)
