@@ -187,6 +187,7 @@ def _bench_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("what", choices=("attention", "engine"))
     p.add_argument("models", nargs="*", metavar="MODEL", help="engine: catalogue names; default gemma-4-31b")
     p.add_argument("--lengths", default="512,4096,31744", metavar="N,N", help="engine: prompts of so many tokens")
+    p.add_argument("--weights", default="bf16", metavar="bf16|q8_0|q4_k_m|...", help="engine: weight type")
     p.add_argument("--kv", default="bf16", metavar=KV_TYPES, help="engine: KV type of all layers")
     p.add_argument("--ubatch", type=int, default=2048, metavar="N", help="engine: most tokens of one prefill step")
     p.add_argument("--svg", metavar="FILE", help="attention: draw the roofline there")
@@ -599,7 +600,15 @@ def _bench(args: argparse.Namespace) -> int:
     lengths = [int(x) for x in args.lengths.split(",") if x.strip().isdigit()]
     if not lengths or min(lengths) < 1:
         raise UsageError(f"--lengths {args.lengths} names no length", why="numbers of tokens", do="--lengths 4096,31744")
-    engine.bench(args.models or ["gemma-4-31b"], lengths=lengths, kv=args.kv, ubatch=args.ubatch, as_json=args.json, say=say)
+    engine.bench(
+        args.models or ["gemma-4-31b"],
+        lengths=lengths,
+        weights=args.weights,
+        kv=args.kv,
+        ubatch=args.ubatch,
+        as_json=args.json,
+        say=say,
+    )
     return 0
 
 

@@ -27,31 +27,76 @@ from headwise.errors import UsageError
 from headwise.planner.ceiling import active_share
 from headwise.planner.memory import Plan, Target, Workload, plan
 from headwise.planner.quantise import weight_types
-from headwise.planner.residence import groups
+from headwise.planner.residence import groups, planed, weight_bytes
 from headwise.spec.kv import KVFormat, kv_format, kv_read_bytes
 from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.tensors import weight_tensors
-from headwise.weights.blocks import Weight
-from headwise.weights.load import allocate
+from headwise.weights.blocks import Weight, dequantise, row_bytes
+from headwise.weights.load import RETILED_VALUES, allocate
 
 LAYERS_CHECKED, TOKENS_CHECKED = 6, 1300  # a whole pattern of Gemma 4; past its window
 ERROR = 3e-2  # of the hidden states, bf16 against fp32
 DECODED = 48
 
 
-def random_weights(spec: ModelSpec, p: Plan, device: torch.device) -> dict[str, Weight]:
-    """Normal matrices scaled so that the stream keeps its size, norms near 1; blocks with plausible scales."""
+# Where the f16 scales of a file's block lie; mxfp4's is an exponent.
+SCALES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,), "q5_0": (0,), "q4_0": (0,)}
+STEPS = {"q4_k": 150.0, "q5_k": 300.0, "q6_k": 600.0, "q8_0": 74.0, "q5_0": 9.0, "q4_0": 4.6}  # rms of random integers times theirs
+
+
+def random_blocks(type_name: str, rows: int, columns: int, device: torch.device) -> Tensor:
+    """Blocks of a file with random integers, scaled to matrices that keep the stream's size; (rows, bytes)."""
+    data = torch.randint(0, 256, (rows, row_bytes(type_name, columns)), dtype=torch.uint8, device=device)
+    blocks = data.unflatten(-1, (-1, row_bytes(type_name, 256 if type_name.endswith("_k") else 32)))
+    scale = torch.tensor([columns**-0.5 / STEPS[type_name]], dtype=torch.float16, device=device).view(torch.uint8)
+    for at in SCALES[type_name]:
+        blocks[..., at : at + 2] = scale
+    return data
+
+
+def random_weights(
+    spec: ModelSpec, p: Plan, device: torch.device, *, floats: bool = False
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """Weights as the plan keeps them: normal matrices scaled so that the stream keeps its size, norms near 1, random blocks.
+
+    Returns:
+        The weights; and with `floats` each as fp32, of blocks what PyTorch makes of them.
+    """
     torch.manual_seed(0)
-    weights = allocate({t.name: t for t in weight_tensors(spec)}, p.resident, groups(spec, p.resident), device)
-    for t in weight_tensors(spec):
+    tensors = weight_tensors(spec)
+    planes = planed(spec, p.resident) if p.workload.fused else frozenset()
+    weights = allocate({t.name: t for t in tensors}, p.resident, groups(spec, p.resident), device, planes)
+    wide: dict[str, Tensor] = {}
+    for t in tensors:
         w = weights[t.name]
-        if not isinstance(w, Tensor):
-            raise UsageError(f"{w.type} weights are not made here", why="random blocks are no numbers", do="--weights bf16")
-        if t.role == "vector":
-            w.normal_(0.0, 0.02).add_(1.0)
-        else:
-            w.normal_(0.0, 1.0 if t.name == "embed" else t.shape[-1] ** -0.5)
-    return weights
+        if isinstance(w, Tensor):
+            if t.role == "vector":
+                w.normal_(0.0, 0.02).add_(1.0)
+            else:
+                w.normal_(0.0, 1.0 if t.name == "embed" else t.shape[-1] ** -0.5)
+            if floats:
+                wide[t.name] = w.float()
+            continue
+        if t.name not in planes or p.resident[t.name] not in SCALES:
+            raise UsageError(
+                f"{t.name} of {spec.name} is kept as {p.resident[t.name]} blocks",
+                why="those are not made here",
+                do="--weights bf16",
+            )
+        from headwise.weights.retile import retile
+
+        parts = []
+        rows, columns = t.shape
+        step = max(8, RETILED_VALUES // columns // 8 * 8)
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            blocks = random_blocks(p.resident[t.name], stop - start, columns, device)
+            retile(blocks, p.resident[t.name], w.part(start, stop))  # type: ignore[union-attr]
+            if floats:
+                parts.append(dequantise(blocks, p.resident[t.name], torch.float32))
+        if floats:
+            wide[t.name] = torch.cat(parts)
+    return weights, wide
 
 
 def runner_for(
@@ -71,7 +116,7 @@ def runner_for(
         torch.mm(x, x)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
-    made = random_weights(spec, p, device) if weights is None else weights
+    made = random_weights(spec, p, device)[0] if weights is None else weights
     return Runner(p, choices, made, device, before_bytes=before, stream=stream), choices, p
 
 
@@ -79,18 +124,18 @@ def first_layers(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layers=tuple(x for x in spec.layers if x.index < LAYERS_CHECKED), ple=None)
 
 
-def check(spec: ModelSpec, kv: Mapping[Kind, KVFormat], kind: DeviceKind, device: torch.device) -> float:
+def check(spec: ModelSpec, scheme: str, kv: Mapping[Kind, KVFormat], kind: DeviceKind, device: torch.device) -> float:
     """Largest relative error of the hidden states of a prompt's last tokens and of one decoded token."""
     small = first_layers(spec)
-    stored = weight_types(small, "bf16")
+    stored = weight_types(small, scheme)
     ids = torch.randint(3, spec.vocab_size, (TOKENS_CHECKED + 1,)).tolist()
     context = TOKENS_CHECKED + 8
-    ours, _, p = runner_for(small, context=context, chunk=512, kv=kv, dtype="bf16", stored=stored, kind=kind, device=device)
     plain = replace(kind, triton=None)  # PyTorch's fused operators, which are proven elsewhere
     floats: dict[Kind, KVFormat] = {"global": kv_format("f32"), "sliding": kv_format("f32")}
-    wide = {name: w.float() for name, w in ours.weights.items() if isinstance(w, Tensor) and name not in groups(small, p.resident)}
-    theirs, *_ = runner_for(small, context=context, chunk=512, kv=floats, dtype="f32",
-                            stored=dict.fromkeys(stored, "f32"), kind=plain, device=device, weights=wide)  # fmt: skip
+    common: dict[str, Any] = {"context": context, "chunk": 512, "device": device}
+    ours, _, p = runner_for(small, kv=kv, dtype="bf16", stored=stored, kind=kind, **common)
+    _, wide = random_weights(small, p, device, floats=True)  # the same seed: the same numbers
+    theirs, *_ = runner_for(small, kv=floats, dtype="f32", stored=dict.fromkeys(stored, "f32"), kind=plain, weights=wide, **common)
     worst = 0.0
     for chunk in (ids[:-1], ids[-1:]):
         got, want = (r.prefill(chunk).double().cpu() for r in (ours, theirs))
@@ -121,7 +166,8 @@ def allowed(p: Plan, length: int, ceiling: tuple[float, float]) -> tuple[float, 
     """Seconds of a prefill and of a decoded token that the measured products and bandwidth allow."""
     spec = p.spec
     tensors = weight_tensors(spec)
-    read = sum(2 * t.n_elements * active_share(spec, t) for t in tensors if t.role != "table" or spec.tied)
+    sizes = weight_bytes(spec, p.resident)
+    read = sum(sizes[t.name] * active_share(spec, t) for t in tensors)
     read += sum(kv_read_bytes(x, position=length, fmt=p.workload.kv[x.kind]) for x in spec.layers)
     flops = length * sum(2.0 * t.n_elements * active_share(spec, t) for t in tensors if t.role in ("matrix", "experts"))
     for x in spec.layers:
@@ -131,8 +177,8 @@ def allowed(p: Plan, length: int, ceiling: tuple[float, float]) -> tuple[float, 
 
 
 def bench(
-    models: Sequence[str], *, lengths: Sequence[int], kv: str = "bf16", ubatch: int = 2048, rounds: int = 3, as_json: bool,
-    say: Callable[[str], None], specs: Mapping[str, ModelSpec] | None = None,
+    models: Sequence[str], *, lengths: Sequence[int], weights: str = "bf16", kv: str = "bf16", ubatch: int = 2048,
+    rounds: int = 3, as_json: bool, say: Callable[[str], None], specs: Mapping[str, ModelSpec] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The table, row by row as it is measured.
 
@@ -155,11 +201,11 @@ def bench(
     say(f"{result['gpu']}: bf16 products {ceiling[0]:.0f} TFLOP/s, reads {ceiling[1]:.2f} TB/s")
     for name in models:
         spec = (specs or {}).get(name) or catalogue.spec(name)
-        error = check(spec, formats, kind, device)
+        error = check(spec, weights, formats, kind, device)
         if not error < ERROR:
             raise RuntimeError(f"{name} is wrong: relative error {error:.1e} of the hidden states; nothing is timed")
         torch.cuda.empty_cache()
-        stored = weight_types(spec, "bf16")
+        stored = weight_types(spec, weights)
         runner, choices, p = runner_for(spec, context=max(lengths) + DECODED + 8, chunk=ubatch, kv=formats, dtype="bf16",
                                         stored=stored, kind=kind, device=device)  # fmt: skip
         for length in lengths:
@@ -167,7 +213,7 @@ def bench(
             prefill_s, decode_s = measure(runner, ids, rounds)
             best = allowed(p, length, ceiling)
             row = {
-                "model": name, "who": "headwise", "weights": "bf16", "kv": kv, "tokens": length,
+                "model": name, "who": "headwise", "weights": weights, "kv": kv, "tokens": length,
                 "prefill_tok_s": length / prefill_s, "decode_tok_s": 1 / decode_s,
                 "prefill_of_card": best[0] / prefill_s, "decode_of_card": best[1] / decode_s,
                 "error": error, "backends": sorted({c.backend.name for c in choices}),
@@ -185,6 +231,7 @@ def bench(
 def line(row: Mapping[str, Any]) -> str:
     of = "" if row.get("prefill_of_card") is None else f"  {row['prefill_of_card']:.0%} and {row['decode_of_card']:.0%} of the card"
     return (
-        f"{row['model']:<16}{row['who']:<13}{row['tokens']:>7} tokens  prefill {row['prefill_tok_s']:>8,.0f} tok/s  "
+        f"{row['model']:<16}{row['who']:<13}{row['weights']:<7}{row['tokens']:>7} tokens  "
+        f"prefill {row['prefill_tok_s']:>8,.0f} tok/s  "
         f"decode {row['decode_tok_s']:>6.1f} tok/s{of}"
     )

@@ -24,7 +24,7 @@ from headwise.hardware.probe import cpu_memory
 from headwise.model.arena import TORCH
 from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, plan
 from headwise.planner.render import gib
-from headwise.planner.residence import groups
+from headwise.planner.residence import groups, planed
 from headwise.spec.kv import KVFormat, kv_format
 from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.read import Source, open_model
@@ -198,6 +198,7 @@ class LLM:
             resident=self.plan.resident,
             device=self.device,
             groups=groups(self.spec, self.plan.resident),
+            planes=planed(self.spec, self.plan.resident) if self.plan.workload.fused else (),
             progress=None if progress is None else lambda done, total: progress("weights", done, total),
         )
         self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes, stream=stream)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from headwise.spec.layers import ModelSpec
-from headwise.weights.blocks import Weight
+from headwise.weights.blocks import BlockTensor, Weight
 
 
 def records(spec: ModelSpec, weights: Mapping[str, Weight]) -> bool:
     """Whether a step can be recorded: no routed experts (the host reads their choice), no matrix that is expanded on the way."""
-    return not any(x.mlp.moe for x in spec.layers) and all(isinstance(w, Tensor) for w in weights.values())
+    return not any(x.mlp.moe for x in spec.layers) and not any(isinstance(w, BlockTensor) for w in weights.values())
 
 
 def own_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

@@ -348,7 +348,7 @@ def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Confi
 
 
 @remember
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -399,7 +399,7 @@ def matvec(
         raise ValueError(f"matvec: activations of {x.dtype} not in {', '.join(map(str, TOLERANCE))}")
     if not all(p.is_contiguous() for p in (w.low, w.head)):
         raise ValueError(f"matvec: planes of strides {w.low.stride()} and {w.head.stride()} for {N} rows, not contiguous")
-    c = config or config_for(w.type, T if integers else MAX_ROWS, N, K, _processors(out_TN.device))
+    c = config or config_for(w.type, T if integers else MAX_ROWS, N, K, processors(out_TN.device))
     if c.matrix == integers:
         raise ValueError(f"matvec: {type(x).__name__} with a launch {'of' if c.matrix else 'without'} the matrix unit")
     programs = -(-N // c.rows)

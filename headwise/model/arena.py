@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,20 @@ from headwise.planner.workspace import Buffer, arena_bytes, offsets
 
 T = TypeVar("T")
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "i64": torch.int64}
+
+
+class Room(NamedTuple):
+    """Scratch of a product with a quantised weight; None where no weight needs it.
+
+    Args:
+        tile: rows of the weight as floats.
+        words, partial, done: `kernels.matvec`: activations as integers, partial sums, counters (zeros).
+    """
+
+    tile: Tensor | None = None
+    words: Tensor | None = None
+    partial: Tensor | None = None
+    done: Tensor | None = None
 
 
 class Arena:
@@ -32,6 +46,9 @@ class Arena:
         self._shaped = {b.name: self._flat[b.name].view(b.shape) for b in buffers if not b.reserved}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._kept: dict[object, Any] = {}
+        self.room = Room(*(self._flat.get(n) for n in ("weight.tile", "quant.words", "quant.partial", "quant.done")))
+        if self.room.done is not None:
+            self.room.done.zero_()
         self.eps = self._flat["eps"]
         self.eps_value = 0.0  # the same, for a kernel's argument
 

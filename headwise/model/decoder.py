@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.cache.storage import LayerCache, Scratch, Span
 from headwise.model.arena import Arena
 from headwise.model.heads import HeadShape, HeadViews, LayerWeights, Step, head_views
-from headwise.model.linear import linear, rows
+from headwise.model.linear import linear, linears, rows
 from headwise.model.mlp import dense, experts_beside_dense, routed_experts
 from headwise.model.ops import PLAIN, Ops
 from headwise.planner.workspace import ropes
@@ -83,7 +83,7 @@ class Decoder:
         h = self.ops.norm(x_TD, self.w["norm"], arena.take("h", *x_TD.shape), arena)
         if out is None:
             out = arena.take("logits", x_TD.shape[0], spec.vocab_size)
-        linear(h, self.w["embed" if spec.tied else "head"], out, arena.flat("weight.tile"))
+        linear(h, self.w["embed" if spec.tied else "head"], out, arena.room)
         if spec.final_softcap is not None:
             out.div_(spec.final_softcap).tanh_().mul_(spec.final_softcap)
         return out
@@ -100,7 +100,7 @@ class Decoder:
         span = Span(step.start, T, mask, arena.flat("span"))
         sinks, scratch = w.get("sinks"), arena.keep("scratch", lambda: self._scratch(arena))
         attend(q, cache, span, scale=layer.scale, softcap=layer.softcap, sinks_H=sinks, scratch=scratch, out_THD=out)
-        y = linear(out.flatten(1), w["o"], arena.take("y", T, self.spec.hidden), arena.flat("weight.tile"))
+        y = linear(out.flatten(1), w["o"], arena.take("y", T, self.spec.hidden), arena.room)
         return y.add_(w["o_bias"]) if layer.o_bias else y
 
     def _scratch(self, arena: Arena) -> Scratch:
@@ -110,12 +110,10 @@ class Decoder:
         """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""
         T = h.shape[0]
         views = arena.keep(("heads", T, shape.layer.index), lambda: head_views(shape, "k" in w, "v" in w, T, arena))
-        tile = arena.flat("weight.tile")
         if "qkv" in w:
-            linear(h, w["qkv"], views.packed, tile)
+            linear(h, w["qkv"], views.packed, arena.room)
         else:  # members of different types stand apart
-            for name, part in views.flat.items():
-                linear(h, w[name], part, tile)
+            linears(h, [(w[name], part) for name, part in views.flat.items()], arena.room)
         if shape.layer.qkv_bias:
             for name, part in views.flat.items():
                 part.add_(w[f"{name}_bias"])
@@ -137,7 +135,7 @@ class Decoder:
         assert spec.ple is not None
         P, L = spec.ple.dim, len(spec.layers)
         token = rows(self.w["ple.embed"], step.ids_T, arena.take("ple.rows", T, L * P)).mul_(P**0.5)
-        ple = linear(x, self.w["ple.proj"], arena.take("ple", T, L * P), arena.flat("weight.tile")).mul_(spec.hidden**-0.5)
+        ple = linear(x, self.w["ple.proj"], arena.take("ple", T, L * P), arena.room).mul_(spec.hidden**-0.5)
         ple_TLP = ple.unflatten(-1, (L, P))
         self.ops.norm(ple_TLP, self.w["ple.norm"], ple_TLP, arena)
         ple.add_(token).mul_(2**-0.5)
@@ -145,6 +143,6 @@ class Decoder:
 
     def _ple(self, w: LayerWeights, step: Step, x: Tensor, ple_TP: Tensor) -> Tensor:
         arena = step.arena
-        gate = linear(x, w["ple_gate"], arena.take("ple.gate", step.n, ple_TP.shape[-1]), arena.flat("weight.tile"))
+        gate = linear(x, w["ple_gate"], arena.take("ple.gate", step.n, ple_TP.shape[-1]), arena.room)
         self.ops.gate("gelu_tanh", gate, ple_TP)
-        return linear(gate, w["ple_proj"], arena.take("y", *x.shape), arena.flat("weight.tile"))
+        return linear(gate, w["ple_proj"], arena.take("y", *x.shape), arena.room)

@@ -1,33 +1,99 @@
 """Products with a weight, and rows of a table, into a given buffer; the weight may stay quantised.
 
+A weight is a tensor of floats; the file's blocks (BlockTensor), expanded by PyTorch a tile at a time; or planes
+(`kernels.tiled`), which our kernels multiply as they are where rows are few, and expand a tile at a time where they are many.
+
 Legend: T tokens, N rows and K columns of the weight.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from headwise.weights.blocks import Weight, dequantise
+from headwise.model.arena import Room
+from headwise.weights.blocks import BlockTensor, Weight, dequantise
+
+INTEGER_ROWS, MATRIX_ROWS = 8, 16  # rows that planes meet as integers, and as floats on the matrix unit
 
 
-def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, tile: Tensor | None) -> Tensor:
-    """out = x @ weight.T. A quantised weight is expanded whole rows at a time into `tile`, a flat buffer of x's dtype."""
+def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, room: Room) -> Tensor:
+    """out = x @ weight.T."""
     if isinstance(weight, Tensor):
         if x_TK.shape[0] == 1:  # a matrix-vector product reads the weight as it lies; a product of one row packs it first
             torch.mv(weight, _row(x_TK), out=_row(out_TN))
             return out_TN
         return torch.mm(x_TK, weight.t(), out=out_TN)
-    n_rows, columns = weight.shape
+    if isinstance(weight, BlockTensor):
+        n_rows, columns = weight.shape
+        return _by_tiles(x_TK, n_rows, columns, out_TN, room, partial(_dequantised, weight))
+    linears(x_TK, [(weight, out_TN)], room)
+    return out_TN
+
+
+def linears(x_TK: Tensor, products: Sequence[tuple[Weight, Tensor]], room: Room) -> None:
+    """Several products of the same activations, each into its buffer: they become integers once."""
+    integers = None
+    for weight, out_TN in products:
+        if isinstance(weight, Tensor | BlockTensor):
+            linear(x_TK, weight, out_TN, room)
+        elif x_TK.shape[0] > MATRIX_ROWS:
+            _by_tiles(
+                x_TK, weight.rows, weight.K, out_TN, room, lambda start, stop, part, w=weight: _expanded(w, start, stop, part)
+            )
+        else:
+            integers = _few_rows(x_TK, weight, out_TN, room, integers)
+
+
+def _few_rows(x_TK: Tensor, planes: Any, out_TN: Tensor, room: Room, integers: Any) -> Any:
+    from headwise.kernels import matvec as K
+
+    T, k = x_TK.shape
+    if room.words is None or room.partial is None or room.done is None:
+        raise ValueError("linear: planes need room for integers, partial sums and counters")
+    config = K.config_for(planes.type, T if T <= INTEGER_ROWS else MATRIX_ROWS, planes.rows, k, K.processors(out_TN.device))
+    while config.splits > 1 and (
+        K.partial_floats(T, planes.rows, config.splits) > room.partial.numel() or -(-planes.rows // config.rows) > room.done.numel()
+    ):
+        config = config._replace(splits=config.splits // 2)
+    x: Any = x_TK
+    if T <= INTEGER_ROWS:
+        x = integers = integers or K.quantise(x_TK, room.words)
+    K.matvec(x, planes, out_TN, scratch=room.partial, done=room.done, config=config)
+    return integers
+
+
+def _by_tiles(
+    x_TK: Tensor, n_rows: int, columns: int, out_TN: Tensor, room: Room, expand: Callable[[int, int, Tensor], object]
+) -> Tensor:
+    for start, stop, part in _tiles(n_rows, columns, room.tile):
+        expand(start, stop, part)
+        torch.mm(x_TK, part.t(), out=out_TN[:, start:stop])
+    return out_TN
+
+
+def _tiles(n_rows: int, columns: int, tile: Tensor | None) -> Iterator[tuple[int, int, Tensor]]:
+    """(first row, end, floats for them), as many rows at a time as `tile` has room for."""
     if tile is None or tile.numel() < columns:
         raise ValueError(f"linear: rows of {columns} values need a tile of at least that, got {tile}")
     step = tile.numel() // columns
     for start in range(0, n_rows, step):
         stop = min(start + step, n_rows)
-        part = tile[: (stop - start) * columns].view(stop - start, columns)
-        dequantise(weight.data[start:stop], weight.type, x_TK.dtype, out=part)
-        torch.mm(x_TK, part.t(), out=out_TN[:, start:stop])
-    return out_TN
+        yield start, stop, tile[: (stop - start) * columns].view(stop - start, columns)
+
+
+def _dequantised(weight: BlockTensor, start: int, stop: int, part: Tensor) -> None:
+    dequantise(weight.data[start:stop], weight.type, part.dtype, out=part)
+
+
+def _expanded(planes: Any, start: int, stop: int, part: Tensor) -> None:
+    from headwise.kernels.expand import expand
+
+    expand(planes, start, stop, part)
 
 
 def _row(x_1K: Tensor) -> Tensor:
@@ -43,4 +109,8 @@ def rows(table: Weight, ids_T: Tensor, out_TK: Tensor) -> Tensor:
     """The rows `ids_T` of a table."""
     if isinstance(table, Tensor):
         return torch.index_select(table, 0, ids_T, out=out_TK)
-    return dequantise(table.data[ids_T], table.type, out_TK.dtype, out=out_TK)
+    if isinstance(table, BlockTensor):
+        return dequantise(table.data[ids_T], table.type, out_TK.dtype, out=out_TK)
+    from headwise.kernels.expand import gather
+
+    return gather(table, ids_T, out_TK)

@@ -12,32 +12,31 @@ import torch
 from torch import Tensor
 
 from headwise.model.arena import Arena
-from headwise.model.linear import linear
+from headwise.model.linear import linear, linears
 from headwise.model.ops import Ops
 from headwise.spec.layers import MlpSpec, MoeSpec
 
 
 def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """out = down(act(gate(h)) * up(h))."""
-    T, W, tile = h.shape[0], mlp.width, arena.flat("weight.tile")
+    T, W = h.shape[0], mlp.width
     both = arena.take("gate_up", T, 2 * W)
     gate, up = arena.keep(("gate_up", T, W), lambda: both.split(W, dim=-1))
     if "gate_up" in w:
-        linear(h, w["gate_up"], both, tile)
+        linear(h, w["gate_up"], both, arena.room)
     else:
-        linear(h, w["gate"], gate, tile)
-        linear(h, w["up"], up, tile)
+        linears(h, [(w["gate"], gate), (w["up"], up)], arena.room)
     if mlp.bias:
         gate.add_(w["gate_bias"])
         up.add_(w["up_bias"])
-    linear(ops.gate(mlp.activation, gate, up), w["down"], out, tile)
+    linear(ops.gate(mlp.activation, gate, up), w["down"], out, arena.room)
     return out.add_(w["down_bias"]) if mlp.bias else out
 
 
 def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """out = the chosen experts' MLPs of `h`, weighted; the router looks at `routed_by`."""
     T, E, K, W = h.shape[0], moe.n_experts, moe.n_active, moe.width
-    tile = arena.flat("weight.tile")
+    room = arena.room
     scores = torch.mm(routed_by.to(torch.float32), w["router"].t(), out=arena.take("router", T, E))
     if moe.bias:
         scores.add_(w["router_bias"])
@@ -57,11 +56,11 @@ def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Ten
         n = token.shape[0]
         rows = torch.index_select(h, 0, token, out=arena.take("expert.in", n, h.shape[1]))
         both = arena.take("gate_up", 2, n, W)
-        gate, up = linear(rows, w["experts_gate"][e], both[0], tile), linear(rows, w["experts_up"][e], both[1], tile)
+        gate, up = linear(rows, w["experts_gate"][e], both[0], room), linear(rows, w["experts_up"][e], both[1], room)
         if moe.bias:
             gate.add_(w["experts_gate_bias"][e])
             up.add_(w["experts_up_bias"][e])
-        y = linear(ops.gate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), tile)
+        y = linear(ops.gate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), room)
         if moe.bias:
             y.add_(w["experts_down_bias"][e])
         out.index_add_(0, token, y.mul_(weight[token, slot, None]))

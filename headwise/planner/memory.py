@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
-from headwise.planner.residence import resident_types, weight_bytes
+from headwise.planner.residence import planed, resident_types, weight_bytes
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
 from headwise.spec.kv import KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, ModelSpec
@@ -160,6 +160,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
 
 
 def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple[Buffer, ...]:
+    planes = planed(spec, resident) if w.fused else frozenset()
     return workspace(
         spec,
         n_tokens=w.context,
@@ -167,7 +168,8 @@ def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple
         dtype=w.dtype,
         kv=w.kv,
         cpu=w.cpu,
-        block_weights=any(t not in ("f32", "f16", "bf16") for t in resident.values()),
+        block_weights=any(t not in ("f32", "f16", "bf16") for name, t in resident.items() if name not in planes),
+        plane_weights=bool(planes),
         reads=w.reads,
     )
 

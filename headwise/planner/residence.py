@@ -15,6 +15,9 @@ from headwise.spec.tensors import TensorSpec, weight_tensors
 
 FLOAT_TYPES = frozenset({"f32", "f16", "bf16"})
 KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"})
+# Types that our kernels multiply as they are, re-tiled once at load; `kernels.tiled` has a layout of each.
+PLANE_TYPES = frozenset({"q4_k", "q5_k", "q6_k", "q8_0", "q5_0", "q4_0", "mxfp4"})
+ROWS_TOGETHER = 8  # of a re-tiled matrix
 
 
 def resident_types(spec: ModelSpec, stored: Mapping[str, str], *, cpu: bool, dtype: str) -> dict[str, str]:
@@ -50,3 +53,12 @@ def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ..
             if len(present) > 1 and len({types[m] for m in present}) == 1:
                 out[f"layers.{layer.index}.{name}"] = present
     return out
+
+
+def planed(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[str]:
+    """Weights that our kernels read re-tiled: the same bytes in another order. Experts keep the file's blocks."""
+    return frozenset(
+        t.name
+        for t in weight_tensors(spec)
+        if t.role in ("matrix", "table") and resident[t.name] in PLANE_TYPES and t.shape[-2] % ROWS_TOGETHER == 0
+    )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -40,7 +41,12 @@ class BlockTensor:
         return BlockTensor(self.data[i], self.type, self.shape[1:])
 
 
-Weight = Tensor | BlockTensor
+if TYPE_CHECKING:
+    from headwise.kernels.tiled import Planes
+
+    Weight = Tensor | BlockTensor | Planes
+else:
+    Weight = Tensor | BlockTensor  # and, where triton is, kernels.tiled.Planes
 
 
 def row_bytes(type_name: str, columns: int) -> int:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeGuard
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ from headwise.weights.blocks import BLOCK_TYPES, BlockTensor, Weight, dequantise
 from headwise.weights.listing import Listing, StoredTensor, list_checkpoint
 from headwise.weights.names import Part, match, row_axis
 
+if TYPE_CHECKING:
+    from headwise.kernels.tiled import Planes
+
+RETILED_VALUES = 4 << 20  # values of a matrix that are re-tiled at a time
 TILE_BYTES = 64 << 20  # of a tile that is copied or converted, in fp32; one that is dequantised does best in the caches
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -37,6 +42,7 @@ def load_weights(
     resident: Mapping[str, str],
     device: torch.device | str,
     groups: Mapping[str, tuple[str, ...]] | None = None,
+    planes: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
     """Every tensor of `weight_tensors(spec)` on `device`, and one more per group.
@@ -45,6 +51,7 @@ def load_weights(
         resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in.
         groups: group name -> members of one resident type, whose rows then lie one after another in one allocation;
             the result holds the whole under the group's name and the members as views of it.
+        planes: names whose blocks are re-tiled for our kernels, `planner.residence.planed`; a group's members all or none.
         progress: called with (bytes filled, bytes in all) after each tile.
     Raises:
         SpecError: the checkpoint does not hold this model.
@@ -57,13 +64,15 @@ def load_weights(
     for name, stored in matched.types.items():
         if resident[name] not in FLOATS and (resident[name] != stored or stored not in BLOCK_TYPES):
             raise ValueError(f"{name} is stored as {stored} and cannot be kept as {resident[name]}")
-    weights = allocate(specs, resident, groups or {}, device)
+    weights = allocate(specs, resident, groups or {}, device, planes)
     total = sum(_n_bytes(weights[name]) for name in specs)
     done = 0
     files = _Files(listing)
     for name, ours in specs.items():
         for part in matched.parts[name]:
-            for n_bytes in _fill(_region(weights[name], part), files, part, ours):
+            into = weights[name]
+            fill = _retile(into, files, part) if _is_planes(into) else _fill(_region(into, part), files, part, ours)
+            for n_bytes in fill:
                 done += n_bytes
                 if progress:
                     progress(done, total)
@@ -75,6 +84,7 @@ def allocate(
     resident: Mapping[str, str],
     groups: Mapping[str, tuple[str, ...]],
     device: torch.device,
+    planes: Collection[str] = (),
 ) -> dict[str, Weight]:
     """Empty weights in the order of `specs`, members of a group as views of one allocation."""
     weights: dict[str, Weight] = {}
@@ -82,7 +92,7 @@ def allocate(
     for name in specs:
         group = group_of.get(name)
         if group is None:
-            weights[name] = _empty(specs[name].shape, resident[name], device)
+            weights[name] = _empty(specs[name].shape, resident[name], device, name in planes)
         elif group not in weights:
             members = groups[group]
             types = {resident[member] for member in members}
@@ -91,7 +101,7 @@ def allocate(
             axis = row_axis(specs[members[0]])
             shape = list(specs[members[0]].shape)
             shape[axis] = sum(specs[member].shape[axis] for member in members)
-            whole = _empty(tuple(shape), types.pop(), device)
+            whole = _empty(tuple(shape), types.pop(), device, members[0] in planes)
             weights[group] = whole
             start = 0
             for member in members:
@@ -101,7 +111,11 @@ def allocate(
     return weights
 
 
-def _empty(shape: tuple[int, ...], type_name: str, device: torch.device) -> Weight:
+def _empty(shape: tuple[int, ...], type_name: str, device: torch.device, planes: bool) -> Weight:
+    if planes:
+        from headwise.weights import retile  # triton is where planes are
+
+        return retile.empty(type_name, shape, device)
     if type_name in FLOATS:
         return torch.empty(shape, dtype=FLOATS[type_name], device=device)
     data = torch.empty((*shape[:-1], row_bytes(type_name, shape[-1])), dtype=torch.uint8, device=device)
@@ -111,21 +125,48 @@ def _empty(shape: tuple[int, ...], type_name: str, device: torch.device) -> Weig
 def _narrow(whole: Weight, axis: int, start: int, length: int) -> Weight:
     if isinstance(whole, Tensor):
         return whole.narrow(axis, start, length)
+    if not isinstance(whole, BlockTensor):
+        return whole.part(start, start + length)
     shape = list(whole.shape)
     shape[axis] = length
     return BlockTensor(whole.data.narrow(axis, start, length), whole.type, tuple(shape))
 
 
-def _data(weight: Weight) -> Tensor:
+def _is_planes(weight: Weight) -> TypeGuard[Planes]:
+    return not isinstance(weight, Tensor | BlockTensor)
+
+
+def _data(weight: Tensor | BlockTensor) -> Tensor:
     return weight if isinstance(weight, Tensor) else weight.data
 
 
 def _n_bytes(weight: Weight) -> int:
+    if _is_planes(weight):
+        return sum(x.numel() for x in (weight.low, weight.high, weight.head) if x is not None)
+    assert isinstance(weight, Tensor | BlockTensor)
     return _data(weight).numel() * _data(weight).element_size()
+
+
+def _retile(into: Planes, files: _Files, part: Part) -> Iterator[int]:
+    """Moves a matrix's blocks to their planes, on the device, whole eights of rows at a time; yields the bytes of each tile."""
+    from headwise.weights.retile import retile
+
+    stored = files.listing.tensors[part.stored]
+    blocks = _rows(files.view(stored), part, blocks=False)
+    if part.pairs_of:
+        blocks = blocks.flatten(0, -2)  # a copy on the host: rows in another order
+    step = max(1, RETILED_VALUES // into.K // 8) * 8
+    for start in range(0, into.rows, step):
+        stop = min(start + step, into.rows)
+        tile = blocks[start:stop].to(into.low.device)
+        retile(tile, into.type, into.part(start, stop))
+        files.forget(stored)
+        yield tile.numel()
 
 
 def _region(weight: Weight, part: Part) -> Tensor:
     """What one part fills: all of a weight, or one expert of it."""
+    assert isinstance(weight, Tensor | BlockTensor)
     return _data(weight) if part.expert is None else _data(weight)[part.expert]
 
 

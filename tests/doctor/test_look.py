@@ -64,7 +64,7 @@ def test_engines_are_told_by_the_program_that_runs(tmp_path: Path) -> None:
     process(tmp_path, 10, "vim", "llama-server.md")
     process(tmp_path, 11, "/usr/local/bin/ollama", "serve", env={"OLLAMA_FLASH_ATTENTION": "1", "SECRET": "x"})
     process(tmp_path, 12, "ollama", "run", "gemma4")
-    process(tmp_path, 13, "/opt/llama/llama-server", "-m", "a.gguf", "-fa", "off")
+    process(tmp_path, 13, "/usr/local/bin/llama-server", "-m", "a.gguf", "-fa", "off")
     process(tmp_path, 14, "python3", "/usr/bin/vllm", "serve", "google/gemma-4-31B-it", "--kv-cache-dtype", "fp8")
     process(tmp_path, 15, "bash", "-c", "llama-server -m a.gguf")
     (tmp_path / "self").mkdir()

@@ -13,6 +13,7 @@ from headwise import LLM
 from headwise.attention.capability import CPU
 from headwise.attention.choose import choose_layers
 from headwise.engine.runner import Runner
+from headwise.model.arena import Room
 from headwise.model.linear import linear, rows
 from headwise.planner.memory import Workload, plan
 from headwise.planner.residence import groups
@@ -36,14 +37,14 @@ def test_a_product_by_tiles_is_the_product(tile_rows: int) -> None:
     """The last tile is smaller than the others; a tile left over from the one before would show."""
     weight, x = quantised(20, 64), torch.randn(5, 64)
     out = torch.full((5, 20), float("nan"))
-    linear(x, weight, out, torch.empty(tile_rows * 64))
+    linear(x, weight, out, Room(torch.empty(tile_rows * 64)))
 
     assert (out - x @ dequantise(weight.data, "q8_0", torch.float32).t()).abs().max() < 1e-4
 
 
 def test_a_tile_too_small_for_a_row_is_a_bug_that_shows() -> None:
     with pytest.raises(ValueError, match="rows of 64"):
-        linear(torch.ones(1, 64), quantised(4, 64), torch.empty(1, 4), torch.empty(63))
+        linear(torch.ones(1, 64), quantised(4, 64), torch.empty(1, 4), Room(torch.empty(63)))
 
 
 def test_rows_of_a_quantised_table_are_its_rows() -> None:
