@@ -179,6 +179,7 @@ def _serve_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--port", type=int, default=7433, metavar="N", help="default 7433; 0 takes a free one")
     p.add_argument("--api-key", metavar="KEY", help="what clients must send; default: HEADWISE_API_KEY, else none")
     p.add_argument("--alias", action="append", default=[], metavar="NAME", help="a further name of the model; repeat for several")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="of answers whose request sets none; default: all the context")
     p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="largest request")
     p.add_argument("--stall-seconds", type=float, default=120.0, metavar="S", help="restart an engine that makes no progress")
 
@@ -560,6 +561,7 @@ def _serve(args: argparse.Namespace) -> int:
         port=args.port,
         api_key=args.api_key or os.environ.get("HEADWISE_API_KEY") or None,
         aliases=tuple(args.alias),
+        max_tokens=args.max_tokens,
         body_bytes=args.max_body * 1024 * 1024,
         stall_s=args.stall_seconds,
     )

@@ -52,6 +52,7 @@ class Served:
 
     Args:
         context: tokens of prompt and answer that memory is planned for.
+        max_tokens: of answers whose request sets no limit; None: all that the context holds.
         suggested: sampling settings that the model's files suggest.
     """
 
@@ -61,6 +62,7 @@ class Served:
     context: int
     dialect: Dialect
     aliases: tuple[str, ...] = ()
+    max_tokens: int | None = None
     suggested: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
@@ -75,7 +77,9 @@ class Served:
             raise Refusal(404, "model_not_found", f"the model {name!r} is not served here; {self.name!r} is", param="model")
 
 
-def served(source: Source, tokenizer: Tokenizer, context: int, aliases: tuple[str, ...] = ()) -> Served:
+def served(
+    source: Source, tokenizer: Tokenizer, context: int, aliases: tuple[str, ...] = (), max_tokens: int | None = None
+) -> Served:
     """What the server knows of a model before, and while, its weights are loaded."""
     return Served(
         name=source.name,
@@ -84,6 +88,7 @@ def served(source: Source, tokenizer: Tokenizer, context: int, aliases: tuple[st
         context=context,
         dialect=dialect_of(tokenizer.chat_template),
         aliases=aliases,
+        max_tokens=max_tokens,
         suggested=suggested(source),
     )
 
@@ -152,7 +157,7 @@ def prepare(ask: Ask, model: Served) -> Prepared:
         raise Refusal(400, "context_length_exceeded", message, param="messages" if ask.prompt is None else "prompt")
     room = model.context - len(ids)
     chosen = {"temperature": 1.0, **model.suggested, **ask.sampling}
-    chosen["max_tokens"] = min(int(chosen.get("max_tokens") or room), room)
+    chosen["max_tokens"] = min(int(chosen.get("max_tokens") or model.max_tokens or room), room)
     chosen["top_k"] = max(0, int(chosen.get("top_k", 0)))
     chosen["top_p"] = max(1e-6, chosen.get("top_p", 1.0))
     if isinstance(seed := chosen.get("seed"), int):

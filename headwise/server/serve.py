@@ -25,6 +25,7 @@ class Options:
     Args:
         port: 0 takes a free one.
         aliases: further names that clients may ask for.
+        max_tokens: of answers whose request sets no limit; None: all that the context holds.
         stall_s: seconds without progress of a step until the engine is restarted.
     """
 
@@ -32,6 +33,7 @@ class Options:
     port: int = PORT
     api_key: str | None = None
     aliases: tuple[str, ...] = ()
+    max_tokens: int | None = None
     body_bytes: int = 32 * 1024 * 1024
     stall_s: float = STALL_S
 
@@ -96,7 +98,11 @@ def model_of(source: Source, settings: Mapping[str, Any], options: Options) -> S
     assert source.path is not None
     context = settings.get("context") or min(source.spec.max_context, DEFAULT_CONTEXT)
     tokenizer = read_tokenizer(source.path if source.gguf is None else source.gguf)
-    return served(source, tokenizer, context, options.aliases)
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise UsageError(
+            f"--max-tokens {options.max_tokens} makes no sense", why="an answer has one at least", do="--max-tokens 1024"
+        )
+    return served(source, tokenizer, context, options.aliases, options.max_tokens)
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -117,6 +117,9 @@ def test_the_models_own_suggestion_is_the_default() -> None:
     assert (default.temperature, default.top_p, default.top_k) == (0.8, 0.95, 64)  # general.sampling.* of the file
     assert (given_.temperature, given_.top_p) == (0.0, 0.95)
     assert default.max_tokens == 512 - 2  # all the room there is: the prompt is <bos> and x
+    limited = replace(MODEL, max_tokens=7)
+    assert prepare(Ask(prompt="x"), limited).requests[0].sampling.max_tokens == 7
+    assert prepare(Ask(prompt="x", sampling={"max_tokens": 9}), limited).requests[0].sampling.max_tokens == 9
 
 
 def test_choices_differ_in_their_seed() -> None:
