@@ -1,12 +1,13 @@
 """How fast is a product with quantised weights on this card, and which launch is the fastest?
 
-    PYTHONPATH=. python benchmarks/quant_matmul.py OUT.json [SECONDS]
+    PYTHONPATH=. python benchmarks/quant_matmul.py OUT.json [SECONDS | expand]
 
 For each type and shape, and 1 to 16 rows of activations, as integers of two planes or one and for the matrix unit: every
 candidate launch is compared with the fp64 product of the dequantised values, then timed as a CUDA graph over copies of the
 weights in rotation, so that the second-level cache is cold; what makes the integers is timed beside it, not within.
 Beside them PyTorch's product with bf16 weights of the same shape. The ceiling is reading two gibibytes, measured in the same run.
 Programs are compiled by several processes first; what is not done after SECONDS (170) is left out, and listed as such.
+Before that, or alone with "expand": rows as floats, bit for bit those of the blocks, and the product of many rows by way of them.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
+from headwise.kernels.expand import expand, gather
 from headwise.kernels.matvec import (
     INTEGER_ROWS,
     INTEGER_TOLERANCE,
@@ -240,27 +242,82 @@ def measure(type_name: str, shape: tuple[int, int], ceiling: float, deadline: fl
                "left_out": left_out, "launches": timed + bad}  # fmt: skip
 
 
+def expansions(type_name: str, ceiling: float) -> dict[str, Any]:
+    """Rows of a matrix as bf16: bytes read and written, as a fraction of the ceiling; and products of many rows, a tile at a time:
+    one of 16M values, the same rounded down to 128 rows, 32M, 64M, all.
+
+    A tile is the same buffer each time, as in use: what is written of 2M values may stay in the second-level cache.
+    """
+    N, K = DOWN
+    blocks = random_blocks(type_name, DOWN)
+    w, want = empty(type_name, DOWN, "cuda"), torch.empty(N, K, device="cuda")
+    retile(blocks, type_name, w)
+    for start in range(0, N, 512):
+        dequantise(blocks[start : start + 512], type_name, torch.float32, out=want[start : start + 512])
+    copies = [w, *(w._replace(low=w.low.clone(), high=None if w.high is None else w.high.clone(), head=w.head.clone())
+                   for _ in range(COLD_BYTES // blocks.numel()))]  # fmt: skip
+    ids = torch.randperm(N, device="cuda")
+    for kind in (torch.float32, torch.float16, dtype):
+        all_rows = torch.empty(N, K, device="cuda", dtype=kind)
+        for start, stop in ((0, N), (3, 1002), (N - 5, N)):
+            if not torch.equal(expand(w, start, stop, all_rows[: stop - start]), want[start:stop].to(kind)):
+                raise SystemExit(f"{type_name}: rows {start} to {stop} as {kind} are wrong")
+        if not torch.equal(gather(w, ids, all_rows), want[ids].to(kind)):
+            raise SystemExit(f"{type_name}: listed rows as {kind} are wrong")
+    dense, out = want.to(dtype), {"type": type_name}
+    del want
+
+    def note(name: str, values: int, calls: list[Callable[[], object]]) -> None:
+        us = statistics.median(graph_us(calls))
+        moved = values * 2 + values * blocks.numel() // (N * K)
+        out[name] = {"us": us, "tb_s": moved / us / 1e6, "fraction": moved / us / 1e6 / ceiling}
+
+    few = 2**21 // K
+    note("matrix", N * K, [partial(expand, c, 0, N, all_rows) for c in copies])
+    note("2M", few * K, [partial(expand, c, i, i + few, all_rows[:few]) for c in copies for i in range(1, N - few, 7 * few)])
+    for T in (1, 512):
+        note(f"listed {T}", T * K, [partial(gather, c, ids[i * T : i * T + T], all_rows[:T]) for c in copies for i in range(8)])
+    for T in (512, 4096):
+        x, y = torch.randn(T, K, device="cuda", dtype=dtype), torch.empty(T, N, device="cuda", dtype=dtype)
+        us = {"torch": statistics.median(graph_us([partial(torch.mm, x, dense.t(), out=y)] * 2))}
+        for rows in (2**24 // K, *(2**bits // K // 128 * 128 for bits in (24, 25, 26)), N):
+            calls: list[Callable[[], object]] = []
+            for start in range(0, N, rows):
+                stop = min(start + rows, N)
+                part = all_rows[: stop - start]
+                calls += [partial(expand, w, start, stop, part), partial(torch.mm, x, part.t(), out=y[:, start:stop])]
+            us[f"tiles of {rows} rows"] = statistics.median(graph_us(calls)) * len(calls)
+        out[f"product {T}"] = us
+    print(type_name, ", ".join(f"{k} {v['us']:.1f} us {v['tb_s']:.2f} TB/s {100 * v['fraction']:.0f} %"
+                               for k, v in out.items() if "fraction" in v))  # fmt: skip
+    for T in (512, 4096):
+        print(f"  T={T}:", ", ".join(f"{k} {v:.0f} us" for k, v in out[f"product {T}"].items()), flush=True)
+    return out
+
+
 def main() -> None:
     begin = time.monotonic()
-    deadline = begin + (float(sys.argv[2]) if len(sys.argv) > 2 else 170)
+    alone = sys.argv[2:] == ["expand"]
+    deadline = begin + (float(sys.argv[2]) if len(sys.argv) > 2 and not alone else 170)
     jobs = {}
-    for type_name, shapes in SHAPES.items():
+    for type_name, shapes in () if alone else SHAPES.items():
         for shape in shapes:
             for T in TOKENS:
                 for planes, c in [default(type_name, T, shape), *candidates(type_name, T, shape)]:
                     K = 21504 if shape[1] % 256 == 0 else shape[1]
                     key = (type_name, max(T, 8) if c.matrix else T, planes, c._replace(splits=min(c.splits, 2)), K)
                     jobs[key] = None
-    n = max(1, min(14, (os.cpu_count() or 2) - 1))
-    listed = list(jobs)
-    with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_all, [listed[i::n] for i in range(n)]))
-    print(f"{len(listed)} programs compiled in {time.monotonic() - begin:.0f} s by {n} processes", flush=True)
+    listed, n = list(jobs), max(1, min(14, (os.cpu_count() or 2) - 1))
+    if listed:
+        with ProcessPoolExecutor(n, mp_context=get_context("spawn")) as pool:
+            list(pool.map(compile_all, [listed[i::n] for i in range(n)]))
+        print(f"{len(listed)} programs compiled in {time.monotonic() - begin:.0f} s by {n} processes", flush=True)
     ceiling = read_tb_s()
     print(f"read ceiling {ceiling:.2f} TB/s", flush=True)
     results = []
     torch.manual_seed(0)
-    for type_name, shapes in SHAPES.items():
+    expanded = [expansions(type_name, ceiling) for type_name in LAYOUTS]
+    for type_name, shapes in () if alone else SHAPES.items():
         for shape in shapes:
             results += measure(type_name, shape, ceiling, deadline)
             torch.cuda.empty_cache()
@@ -268,7 +325,7 @@ def main() -> None:
     out = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling,
-        "seconds": time.monotonic() - begin, "results": results,
+        "seconds": time.monotonic() - begin, "expanded": expanded, "results": results,
     }  # fmt: skip
     Path(sys.argv[1]).write_text(json.dumps(out, indent=1))
     best = []
@@ -277,7 +334,7 @@ def main() -> None:
             first = r["launches"][0]
             best.append([r["type"], r["N"], r["K"], r["T"], first["planes"], round(first["us"], 1), round(first["fraction"], 2),
                          first["config"]])  # fmt: skip
-    print(json.dumps({k: v for k, v in out.items() if k != "results"} | {"best": best}))
+    print(json.dumps({k: v for k, v in out.items() if k not in ("expanded", "results")} | {"best": best}))
 
 
 if __name__ == "__main__":
