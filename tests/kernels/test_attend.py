@@ -183,3 +183,10 @@ def test_misuse_is_refused_before_launch_with_both_numbers(name: str) -> None:
     with pytest.raises(ValueError, match="attend") as caught:
         call(**changes)
     assert message in str(caught.value)
+
+
+def test_no_launch_has_tiles_that_the_compiler_gets_wrong() -> None:
+    """q4_0 in tiles of 16 keys came out in another order on an H200, and the model's text was noise."""
+    from headwise.kernels.configs import LEAST_BLOCK_KEYS, TABLE
+
+    assert all(row.blocks.keys >= LEAST_BLOCK_KEYS for rows in TABLE.values() for row in rows.values())
