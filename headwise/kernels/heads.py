@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.stored import FLOAT, FP8, Q8_0, Stored, bits
+from headwise.kernels.stored import FLOAT, FP8, Q8_0, Stored, bits, in_turn, overlap
 
 HEAD_DIMS = (64, 128, 256, 512)
 FP8_MAX = tl.constexpr(448.0)
@@ -89,8 +89,9 @@ def _kernel(
     qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, span, ring, eps, row_stride,
     H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
     NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, RING: tl.constexpr, K_FORMAT: tl.constexpr,
-    V_FORMAT: tl.constexpr,
+    V_FORMAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     t = tl.program_id(0)
     head = tl.program_id(1)
     B: tl.constexpr = A // 2
@@ -185,13 +186,14 @@ def heads(
         none if q_norm is None else q_norm, none if k_norm is None else k_norm,
         none if cos_TP is None else cos_TP, none if sin_TP is None else sin_TP, span, max(1, ring), eps, qkv_TN.stride(0),
         H=H, G=G, A=A, P=pairs, R=R, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0), RING=ring > 0,
-        K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, num_warps=1 if A <= 128 else 2,
+        K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, num_warps=1 if A <= 128 else 2, **overlap(qkv_TN),
     )  # fmt: skip
     return q_out_THE
 
 
 @triton.jit
-def _tables(span, freq, cos_ptr, sin_ptr, P, magnitude, BLOCK: tl.constexpr):
+def _tables(span, freq, cos_ptr, sin_ptr, P, magnitude, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
     t = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     pos = tl.load(span + 2) - tl.load(span + 1) + t
@@ -204,4 +206,4 @@ def _tables(span, freq, cos_ptr, sin_ptr, P, magnitude, BLOCK: tl.constexpr):
 def rope_tables(span: Tensor, freq_P: Tensor, cos_TP: Tensor, sin_TP: Tensor, magnitude: float) -> None:
     """cos and sin of position times frequency, times `magnitude`, for the step's positions [stop - T, stop)."""
     T, P = cos_TP.shape
-    _tables[(T,)](span, freq_P, cos_TP, sin_TP, P, magnitude, BLOCK=triton.next_power_of_2(P), num_warps=1)
+    _tables[(T,)](span, freq_P, cos_TP, sin_TP, P, magnitude, BLOCK=triton.next_power_of_2(P), num_warps=1, **overlap(cos_TP))

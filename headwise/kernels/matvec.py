@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from headwise.kernels.stored import in_turn, overlap
 from headwise.kernels.tiled import (
     LAYOUTS,
     Q4_0,
@@ -76,7 +77,8 @@ def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr):
+def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
     top: tl.constexpr = 32512 if PLANES == 2 else 127
     words: tl.constexpr = 8 * PLANES + 4
     g = tl.program_id(0) * G + tl.arange(0, G)
@@ -162,8 +164,9 @@ def _group(f, upper, lower, half: tl.constexpr, KIND: tl.constexpr, PLANES: tl.c
 def _integers(
     x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
     KIND: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
-    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     K_LANES: tl.constexpr = LANES // BN
     WORDS: tl.constexpr = 8 * PLANES + 4
     p = tl.arange(0, LANES)
@@ -369,7 +372,7 @@ def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
         )
     groups = K // 32
     out = words.flatten()[: integer_words(T, K, planes)].view(T, groups, -1)
-    _quantise[(-(-groups // 32), T)](x_TK, out, x_TK.stride(0), groups, PLANES=planes, G=32, num_warps=4)
+    _quantise[(-(-groups // 32), T)](x_TK, out, x_TK.stride(0), groups, PLANES=planes, G=32, num_warps=4, **overlap(x_TK))
     return Integers(out, planes)
 
 
@@ -425,6 +428,6 @@ def matvec(
     else:
         _integers[(programs, c.splits)](
             *arguments, KIND=t.kind, ROWS=T, BN=c.rows // c.each, EACH=c.each, LANES=32 * c.warps,
-            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, num_warps=c.warps,
+            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, num_warps=c.warps, **overlap(out_TN),
         )  # fmt: skip
     return out_TN

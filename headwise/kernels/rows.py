@@ -13,11 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.kernels.stored import in_turn, overlap
+
 WIDEST = 32_768
 
 
 @triton.jit
-def _norm(x_ptr, w_ptr, out_ptr, D, eps, WEIGHT: tl.constexpr, BLOCK: tl.constexpr):
+def _norm(x_ptr, w_ptr, out_ptr, D, eps, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
     row = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     ok = i < D
@@ -31,8 +34,9 @@ def _norm(x_ptr, w_ptr, out_ptr, D, eps, WEIGHT: tl.constexpr, BLOCK: tl.constex
 @triton.jit
 def _branch(
     y_ptr, post_ptr, x_ptr, scale_ptr, next_ptr, h_ptr, D, eps, POST: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    in_turn(PDL)
     row = tl.program_id(0).to(tl.int64) * D
     i = tl.arange(0, BLOCK)
     ok = i < D
@@ -52,7 +56,8 @@ def _branch(
 
 
 @triton.jit
-def _gate(g_ptr, u_ptr, stride, W, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gate(g_ptr, u_ptr, stride, W, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
     at = tl.program_id(0).to(tl.int64) * stride
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = i < W
@@ -68,7 +73,8 @@ def _gate(g_ptr, u_ptr, stride, W, GELU: tl.constexpr, BLOCK: tl.constexpr):
 def norm(x_TD: Tensor, w_D: Tensor | None, out_TD: Tensor, eps: float) -> Tensor:
     """out = x / sqrt(mean(x^2) + eps) * w."""
     D = _checked("norm", x_TD, out_TD)
-    _norm[(x_TD.numel() // D,)](x_TD, x_TD if w_D is None else w_D, out_TD, D, eps, WEIGHT=w_D is not None, **_shape(D))
+    options = _shape(D) | overlap(x_TD)
+    _norm[(x_TD.numel() // D,)](x_TD, x_TD if w_D is None else w_D, out_TD, D, eps, WEIGHT=w_D is not None, **options)
     return out_TD
 
 
@@ -81,7 +87,7 @@ def branch(
         _checked("branch", x_TD, h_TD)
     _branch[(y_TD.shape[0],)](
         y_TD, y_TD if post_D is None else post_D, x_TD, y_TD if scale is None else scale, y_TD if next_D is None else next_D,
-        h_TD, D, eps, POST=post_D is not None, SCALE=scale is not None, NEXT=next_D is not None, **_shape(D),
+        h_TD, D, eps, POST=post_D is not None, SCALE=scale is not None, NEXT=next_D is not None, **_shape(D), **overlap(x_TD),
     )  # fmt: skip
     return x_TD if next_D is None else h_TD
 
@@ -93,7 +99,9 @@ def gate(gate_TW: Tensor, up_TW: Tensor, kind: str) -> Tensor:
         raise ValueError(
             f"gate: {kind}, {tuple(gate_TW.shape)} and {tuple(up_TW.shape)}, strides {gate_TW.stride()}, {up_TW.stride()}"
         )
-    _gate[(T, triton.cdiv(W, 1024))](gate_TW, up_TW, gate_TW.stride(0), W, GELU=kind == "gelu_tanh", BLOCK=1024, num_warps=4)
+    _gate[(T, triton.cdiv(W, 1024))](
+        gate_TW, up_TW, gate_TW.stride(0), W, GELU=kind == "gelu_tanh", BLOCK=1024, num_warps=4, **overlap(gate_TW)
+    )
     return gate_TW
 
 

@@ -11,12 +11,30 @@ fp8       e4m3 bits moved into f16's exponent and mantissa are the value / 256, 
 
 from __future__ import annotations
 
+from functools import cache as remember
 from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+
+@remember
+def _overlaps(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def overlap(x: Tensor) -> dict[str, bool]:
+    """Launch options where launches may overlap (programmatic dependent launch, from Hopper on).
+
+    A kernel that is started so lets the next one start at once, and waits itself, before it reads or writes anything, until the
+    launch before has ended. So the next launch's start is hidden, and nothing is seen too early.
+    """
+    pdl = x.is_cuda and _overlaps(x.device)
+    return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
 
 FLOAT, FP8, Q8_0, Q4_0 = (tl.constexpr(i) for i in range(4))
 FORMATS = {torch.float8_e4m3fn: FP8, torch.int8: Q8_0, torch.uint8: Q4_0}
@@ -62,6 +80,14 @@ class Stored(NamedTuple):
 def bits(x: Tensor) -> Tensor:
     """A cached tensor as a kernel takes it: e4m3 as plain bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
+
+
+@triton.jit
+def in_turn(PDL: tl.constexpr):
+    """The first line of a kernel that is launched with `overlap`."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit

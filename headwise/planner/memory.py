@@ -15,6 +15,7 @@ from headwise.planner.residence import planed, resident_types, weight_bytes
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
 from headwise.spec.kv import KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.tensors import weight_tensors
 
 MIB = 2**20
 GPU_MARGIN_BYTES = 768 * MIB  # driver context, cuBLAS workspace and allocator rounding of one process on one GPU
@@ -169,7 +170,7 @@ def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple
         kv=w.kv,
         cpu=w.cpu,
         block_weights=any(t not in ("f32", "f16", "bf16") for name, t in resident.items() if name not in planes),
-        plane_weights=bool(planes),
+        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role == "matrix"), default=0),
         reads=w.reads,
     )
 

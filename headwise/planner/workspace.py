@@ -20,7 +20,7 @@ ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64":
 ALIGN = 64  # bytes; every buffer starts on a cache line
 DEQUANT_TILE_VALUES = 2 * 2**20  # weights of a quantised matrix expanded at a time
 DEQUANT_TEMP_BYTES = 16  # per value, most of all block types: what `weights.blocks.dequantise` holds on the way
-PLANE_TILE_VALUES = 16 * 2**20  # as many at a time by our kernel: wide enough for the product, small enough for the L2 cache
+PLANE_TILE_VALUES = 64 * 2**20  # as many at a time by our kernel, or the largest matrix: wide enough for the product
 QUANT_ROWS, QUANT_GROUP_WORDS = 8, 20  # rows that are multiplied as integers, and words of a group of 32 of them
 QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are shared out, and counters of programs
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
@@ -66,7 +66,7 @@ def workspace(
     kv: Mapping[Kind, KVFormat],
     cpu: bool,
     block_weights: bool = False,
-    plane_weights: bool = False,
+    plane_values: int = 0,
     reads: Collection[str] = ("tiles",),
 ) -> tuple[Buffer, ...]:
     """The buffers for steps of up to `chunk` tokens in a context of `n_tokens`.
@@ -74,7 +74,7 @@ def workspace(
     Args:
         dtype: of the activations.
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
-        plane_weights: some are read by our kernels, which expand tiles for long steps only.
+        plane_values: of the largest matrix that is read by our kernels, which expand tiles for long steps only.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
     """
     C, D = chunk, spec.hidden
@@ -148,13 +148,13 @@ def workspace(
         for name in ("expert.in", "expert.out", "expert.sum", "expert.total"):
             add(name, "mlp", C, D)
     add("logits", "head", 1, spec.vocab_size)
-    if plane_weights:
+    if plane_values:
         widest = max(D, q_width, wide)
         add("quant.words", "always", QUANT_ROWS * -(-widest // 32) * QUANT_GROUP_WORDS, kind="i32")
         add("quant.partial", "always", QUANT_PARTIAL, kind="f32")
         add("quant.done", "always", QUANT_DONE, kind="i32")
-    if block_weights or plane_weights:
-        add("weight.tile", "always", PLANE_TILE_VALUES if plane_weights else DEQUANT_TILE_VALUES)
+    if block_weights or plane_values:
+        add("weight.tile", "always", max(min(PLANE_TILE_VALUES, plane_values), DEQUANT_TILE_VALUES if block_weights else 0))
     if block_weights:
         add("weight.tile on the way", "always", DEQUANT_TILE_VALUES * DEQUANT_TEMP_BYTES // 4, kind="f32", reserved=True)
     return tuple(out)

@@ -35,7 +35,8 @@ def main(path: Path) -> dict[str, float]:
     ours = load_weights(source.spec, path, resident=resident, device="cpu", groups=together, planes=names)
     blocks = load_weights(source.spec, path, resident=resident, device="cpu", groups=together)
     torch.manual_seed(0)
-    room = Room(torch.empty(2**16), torch.empty(2**15, dtype=torch.int32), torch.empty(2**17), torch.zeros(2**10, dtype=torch.int32))
+    words, partial, done = torch.empty(2**15, dtype=torch.int32), torch.empty(2**17), torch.zeros(2**10, dtype=torch.int32)
+    room = Room(torch.empty(2**16), words, partial, done)
     out: dict[str, float] = {"planes": len(names)}
     seen: set[tuple[str, tuple[int, ...]]] = set()
     for t in weight_tensors(source.spec):
