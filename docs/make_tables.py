@@ -126,10 +126,10 @@ def engine() -> str:
     found = newest("engine_h200")
     lines = [
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; "
-        f"bf16 weights and cache, random; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
+        f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
         "",
-        "| model | | prompt | prefill tok/s | of the card | decode tok/s | of the card |",
-        "|---|---|---|---|---|---|---|",
+        "| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         of = ["", ""] if "prefill_of_card" not in row else [f"{row[f'{what}_of_card']:.0%}" for what in ("prefill", "decode")]
@@ -194,7 +194,27 @@ def kv_layers() -> str:
     return "\n".join(lines) + "\n"
 
 
+def in_transformers() -> str:
+    found = newest("transformers_attention_h200")
+    versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
+    lines = [
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode of "
+        f"one sequence. Error against eager in fp32: sdpa {found['relative_error']['float32 whole']['sdpa']:.1e}, headwise "
+        f"{found['relative_error']['float32 whole']['headwise']:.1e}.",
+        "",
+        "| prompt | attention | prefill tok/s | decode tok/s |",
+        "|---|---|---|---|",
+    ]
+    for length, kinds in found["tokens_per_second"].items():
+        for kind, speed in kinds.items():
+            if isinstance(speed, dict) and "prefill_tok_s" in speed:
+                rates = (speed[f"{what}_tok_s"]["median"] for what in ("prefill", "decode"))
+                lines.append(f"| {int(length):,} | {kind} | " + " | ".join(f"{r:,.0f}" for r in rates) + " |")
+    return "\n".join(lines) + "\n"
+
+
 TABLES = {
+    "transformers": ("docs/transformers.md", in_transformers),
     "kv-types": ("docs/kv-quality.md", kv_types),
     "kv-one": ("docs/kv-quality.md", kv_one),
     "kv-layers": ("docs/kv-quality.md", kv_layers),

@@ -1,7 +1,7 @@
 """The type each weight has in memory: a pure rule that the planner counts with and the loader follows.
 
-Vectors (norms, biases, routers, scales) are fp32 everywhere. On a GPU a quantised weight stays as it is stored and is
-expanded a tile at a time; on a CPU, where PyTorch multiplies floats only, matrices are expanded once to the activations'
+Vectors (norms, biases, routers, scales) are fp32 everywhere. On a GPU a quantised weight stays as it is stored, re-tiled where
+our kernels read it; on a CPU, where PyTorch multiplies floats only, matrices are expanded once to the activations'
 type, and tables that are only looked up stay as stored.
 """
 

@@ -137,18 +137,19 @@ def test_the_readme_quotes_the_benchmark() -> None:
         said = float(re.findall(rf"{word} (\d+\.\d) times", text)[0])
         assert 0 <= ours[f"{word}_tok_s"]["median"] / theirs[f"{word}_tok_s"]["median"] - said < 0.1, word
     cuda = json.loads(max((ROOT / "benchmarks/results").glob("cuda_check_*.json")).read_text())
-    (said_cuda,) = re.findall(r"the embedded model decodes at (\d+) tok/s", text)
+    (said_cuda,) = re.findall(r"The embedded model decodes at (\d+) tok/s", text)
     assert round(cuda["embedded"][0]["decode_tok_s"]) == int(said_cuda)
-    assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 0.1e6  # "up to 0.1 MB above it"
+    assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 1.0e6  # "up to 1.0 MB above it"
     engine = json.loads(max((ROOT / "benchmarks/results").glob("engine_h200_*.json")).read_text())
-    rows = {(r["model"], r["who"], r["tokens"]): r for r in engine["rows"]}
-    ours, theirs = (rows["gemma-4-31b", who, 31744] for who in ("headwise", "transformers"))
-    prefill, other, decode, slow, share = re.findall(
-        r"31K tokens at ([\d,]+) tok/s \(transformers ([\d,]+)\) and decodes after them at ([\d.]+) \(([\d.]+)\), (\d+) %", text
-    )[0]
-    assert [round(r["prefill_tok_s"]) for r in (ours, theirs)] == [int(x.replace(",", "")) for x in (prefill, other)]
-    assert [round(r["decode_tok_s"], 1) for r in (ours, theirs)] == [float(decode), float(slow)]
-    assert round(100 * ours["decode_of_card"]) == int(share)
+    rows = {(r["who"], r["weights"]): r for r in engine["rows"] if r["model"] == "gemma-4-31b" and r["tokens"] == 31744}
+    ours, theirs, quantised = rows["headwise", "bf16"], rows["transformers", "bf16"], rows["headwise", "q4_k_m"]
+    said = re.findall(
+        r"31K tokens at ([\d,]+) tok/s \(transformers ([\d,]+)\) and decodes after them at ([\d.]+) \(([\d.]+)\), (\d+) % .*?"
+        r"as they are, ([\d,]+) and ([\d.]+)\.", text
+    )[0]  # fmt: skip
+    assert [f"{r['prefill_tok_s']:,.0f}" for r in (ours, theirs, quantised)] == [said[0], said[1], said[5]]
+    assert [f"{r['decode_tok_s']:.1f}" for r in (ours, theirs, quantised)] == [said[2], said[3], said[6]]
+    assert f"{100 * ours['decode_of_card']:.0f}" == said[4]
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
 
 
