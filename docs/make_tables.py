@@ -198,8 +198,8 @@ def in_transformers() -> str:
     found = newest("transformers_attention_h200")
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     lines = [
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode of "
-        f"one sequence. Error against eager in fp32: sdpa {found['relative_error']['float32 whole']['sdpa']:.1e}, headwise "
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode "
+        f"of one sequence. Error against eager in fp32: sdpa {found['relative_error']['float32 whole']['sdpa']:.1e}, headwise "
         f"{found['relative_error']['float32 whole']['headwise']:.1e}.",
         "",
         "| prompt | attention | prefill tok/s | decode tok/s |",
