@@ -505,7 +505,8 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace) -> int:
-    from headwise.doctor.page import probe_page
+    from headwise.doctor.diagnosis_page import probe_html
+    from headwise.doctor.look import beside
     from headwise.doctor.probe import probe_json
     from headwise.doctor.probe_view import live, probe_view
     from headwise.doctor.visit import visit
@@ -525,7 +526,7 @@ def _probe(args: argparse.Namespace) -> int:
             progress=progress,
         )
     if args.html:
-        _write(args.html, probe_page(first, second))
+        _write(args.html, probe_html(first, second, beside(first.server, os.environ)))
     if args.json:
         print(json.dumps(probe_json(first, second)))
     else:

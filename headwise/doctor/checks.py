@@ -342,6 +342,18 @@ CHECKS: tuple[Check, ...] = (
         sources="llama.cpp common/log; Ollama envconfig",
     ),
     Check(
+        id="what-fits",
+        title="What these cards would hold",
+        severity="note",
+        looks_at="the model's layers, the weights and the cards in the log",
+        believed="EXAONE 4.0 32B holds 45K tokens on 12 + 24 GB.",
+        true="The estimate of that engine charged every layer for the whole context and 10 GB for a graph that needs 0.9. "
+        "With rings for the "
+        "sliding layers and a q8_0 cache the same cards hold several times as much.",
+        cure="headwise llama-flags or ollama-env writes the settings.",
+        sources="ollama#14909; planner",
+    ),
+    Check(
         id="plan-beside",
         title="What the planner says",
         severity="note",

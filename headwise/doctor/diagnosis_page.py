@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from headwise.doctor.diagnose import Diagnosis
-from headwise.doctor.page import Bar, Cell, page
+from headwise.doctor.page import Bar, Cell, page, probe_page
+from headwise.doctor.probe import Probe
 from headwise.doctor.report import SAYS, kv_text
 
 
@@ -15,6 +16,18 @@ def html(d: Diagnosis) -> str:
     subtitle = f"{d.engine or 'no engine'} {d.version or ''} · KV cache {kv_text(d)}"
     return page(f"headwise doctor: {d.model or 'a model'}", verdict, subtitle=subtitle, findings=d.findings, layers=list(_cells(d)),
                 memory=list(_bars(d)))  # fmt: skip
+
+
+def probe_html(first: Probe, second: Probe | None, d: Diagnosis | None) -> str:
+    """A probe's page; with what is known of the server's layers and memory, where it runs here and its log could be read."""
+    if d is None:
+        return probe_page(first, second)
+    probes = [first, second] if second else [first]
+    where = " and ".join(f"{q.server.label} {q.server.url}".strip() for q in probes)
+    findings = [*(f for q in probes for f in q.findings), *d.findings]
+    title = f"headwise probe: {first.server.model or first.server.label}"
+    layers, memory = list(_cells(d)), list(_bars(d))
+    return page(title, first.verdict, subtitle=where, probes=probes, findings=findings, layers=layers, memory=memory)
 
 
 def _cells(d: Diagnosis) -> Iterator[Cell]:

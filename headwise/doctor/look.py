@@ -18,7 +18,7 @@ from headwise.doctor.diagnose import Diagnosis, diagnose, of_load
 from headwise.doctor.facts import Engine, Fact, Load
 from headwise.doctor.finding import SEVERITIES, Evidence, Finding
 from headwise.doctor.rules import settings
-from headwise.doctor.servers import Server, Transport, http_at, identify
+from headwise.doctor.servers import Http, Server, Transport, http_at, identify
 from headwise.doctor.verdicts import flags
 from headwise.errors import HeadwiseError, ProbeError, UsageError
 
@@ -269,11 +269,16 @@ def around(
 
 def at_url(url: str, env: Mapping[str, str], *, key: str | None = None) -> Diagnosis:
     """The server at `url`; where it runs here and its log can be found, that log is read too."""
-    transport = http_at(url, key=key)
-    server = identify(transport)
-    if transport.local:
-        port = str(transport.port)
-        for p in processes():
-            if p.engine == server.engine and (port in p.argv or f"--port={port}" in p.argv or len(processes()) == 1):
-                return of_process(p, env)
-    return of_server(server, env)
+    server = identify(http_at(url, key=key))
+    return beside(server, env) or of_server(server, env)
+
+
+def beside(server: Server, env: Mapping[str, str]) -> Diagnosis | None:
+    """The diagnosis of a server's own process, where it is one of this machine's."""
+    transport = server.transport
+    if not isinstance(transport, Http) or not transport.local:
+        return None
+    running = [p for p in processes() if p.engine == server.engine]
+    port = str(transport.port)
+    mine = [p for p in running if port in p.argv or f"--port={port}" in p.argv] or (running if len(running) == 1 else [])
+    return of_process(mine[0], env) if mine else None

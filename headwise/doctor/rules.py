@@ -715,6 +715,63 @@ def _plan(case: Case) -> Iterator[Finding]:
     )
 
 
+def _fits(case: Case) -> Iterator[Finding]:
+    """What these cards would hold by the planner, where model, weights and cards are known."""
+    cards, weights = _cards(case), _weights_bytes(case.load)
+    spec = case.spec
+    if spec is None or not cards or not weights or case.load.family != "ggml":
+        return
+    room = sum(cards) - CARD_MARGIN * len(cards)
+
+    def total(n: int) -> int:
+        return rival_plan("llama.cpp", spec, weights_bytes=weights, context=n, kv="q8_0", n_gpus=len(cards)).total_bytes
+
+    try:
+        low, high = 0, spec.max_context
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if total(middle) <= room else (low, middle - 1)
+        if not low:
+            return
+        compute = rival_plan("llama.cpp", spec, weights_bytes=weights, context=low, kv="q8_0", n_gpus=len(cards)).compute_bytes
+    except HeadwiseError:
+        return
+    old = case.load.last("ol_estimate")
+    graph = amounts(old.text("graph"))[0] if old else 0.0
+    reserved = (
+        f"; the engine reserves {graph / 2**30:.1f} GiB for a graph that needs {compute / 2**30:.1f}" if graph > 2 * compute else ""
+    )
+    yield _finding(
+        "what-fits",
+        f"{low:,} tokens of a q8_0 cache fit {' + '.join(f'{n / 2**30:.0f}' for n in cards)} GiB{reserved}",
+        f"weights {weights / 2**30:.1f} GiB, sliding layers as rings, one slot, flash attention; {CARD_MARGIN // MIB} MiB a "
+        f"card kept free",
+        f"headwise {'ollama-env' if case.load.engine == 'ollama' else 'llama-flags'} {spec.name} --context {low}",
+        old or case.load.last("model_buffer"),
+        sure="likely",
+    )
+
+
+CARD_MARGIN = 1024 * MIB  # as llama.cpp's --fit keeps
+
+
+def _cards(case: Case) -> list[int]:
+    """Bytes of each card: what was free for the model where the log says, else all of it."""
+    load = case.load
+    if old := load.last("ol_estimate"):
+        return [round(amounts(x)[0]) for x in re.findall(r"[\d.]+ [KMGT]i?B", old.text("available"))]
+    seen = [f for f in load.all("gpu_device") if is_gpu(f.text("device"))]
+    if seen:
+        return [f.whole("total") * MIB for f in {f.text("device"): f for f in seen}.values()]
+    return [g.memory_bytes for g in case.gpus]
+
+
+def _weights_bytes(load: Load) -> int:
+    if old := load.last("ol_estimate"):
+        return round(amounts(old.text("weights"))[0])
+    return sum(n for device, parts in memory_of(load) if is_gpu(device) for label, n in parts if label == "weights")
+
+
 RULES = (
     _attention,
     _splits,
@@ -732,6 +789,7 @@ RULES = (
     _gpus,
     _ps,
     _plan,
+    _fits,
     _quiet,
 )
 

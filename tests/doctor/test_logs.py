@@ -426,6 +426,22 @@ def test_an_estimate_far_above_the_need() -> None:
     assert "estimate-off" in ids(d)
 
 
+def test_what_fits_is_said_beside_an_estimate() -> None:
+    """45K tokens were believed to be all that 12 + 24 GB hold."""
+    d = of(
+        'level=INFO source=server.go:168 msg=offload library=cuda layers.requested=-1 layers.model=65 layers.offload=65 '
+        'layers.split="21,44" memory.available="[11.6 GiB 23.3 GiB]" memory.gpu_overhead="0 B" memory.required.full="33.0 GiB" '
+        'memory.required.partial="33.0 GiB" memory.required.kv="5.6 GiB" memory.required.allocations="[11.0 GiB 22.0 GiB]" '
+        'memory.weights.total="18.0 GiB" memory.weights.repeating="17.5 GiB" memory.weights.nonrepeating="525.0 MiB" '
+        'memory.graph.full="9.4 GiB" memory.graph.partial="9.4 GiB"\n',
+        "exaone-4.0-32b",
+    )
+    (found,) = [f for f in d.findings if f.id == "what-fits"]
+
+    assert int(found.what.split(" ")[0].replace(",", "")) >= 90_000
+    assert "12 + 23 GiB; the engine reserves 9.4 GiB for a graph that needs" in found.what
+
+
 def test_a_cut_prompt_is_a_problem() -> None:
     d = of('level=WARN source=runner.go:1 msg="truncating input prompt" limit=4096 prompt=18233 keep=4 new=4096\n')
 
