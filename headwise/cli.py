@@ -126,6 +126,7 @@ def _doctor_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--ollama", action="store_true", help="the log of this machine's Ollama")
     p.add_argument("--url", metavar="URL", help="a running server; its log too, where it runs here")
     p.add_argument("--html", metavar="FILE", help="write the report as one HTML file")
+    p.add_argument("--gpu", action="append", default=[], metavar="NAME", help="the server's card, where its log does not name it")
     p.add_argument("--model", metavar="MODEL", help="whose log it is: a .gguf file, a directory, ollama:NAME or a catalogue name")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
@@ -620,6 +621,7 @@ def _doctor(args: argparse.Namespace) -> int:
     from headwise.doctor.diagnose import diagnose
     from headwise.doctor.diagnosis_page import html
     from headwise.doctor.report import view
+    from headwise.hardware.gpus import find_gpu
     from headwise.spec.read import open_model
 
     model = open_model(args.model, env=os.environ).spec if args.model else None
@@ -629,7 +631,7 @@ def _doctor(args: argparse.Namespace) -> int:
         found = look.around(os.environ)
     else:
         with look.log_of(args.log, unit=args.systemd, ollama=args.ollama, env=os.environ) as (file, name):
-            found = [diagnose(file, name, model=model, env=os.environ)]
+            found = [diagnose(file, name, model=model, env=os.environ, gpus=[find_gpu(g) for g in args.gpu])]
     if args.html:
         _write(args.html, html(found[0]))
     if args.json:

@@ -364,4 +364,114 @@ CHECKS: tuple[Check, ...] = (
         sources="planner",
     ),
 )
-BY_ID = {c.id: c for c in CHECKS}
+
+
+def _probe(id: str, title: str, severity: Severity, looks_at: str, believed: str, true: str, cure: str) -> Check:
+    return Check(
+        id=f"probe.{id}", title=title, severity=severity, looks_at=looks_at, believed=believed, true=true, cure=cure,
+        sources="headwise/doctor/probe.py; docs/probe.md",
+    )  # fmt: skip
+
+
+PROBE_CHECKS: tuple[Check, ...] = (
+    _probe(
+        "failed",
+        "A prompt was not answered",
+        "problem",
+        "the answer's status, its end, the context",
+        "A server that starts, works.",
+        "Short prompts work with settings that long ones break: memory, context, a proxy's time limit.",
+        "The server's error is the evidence; a larger context, or the log through headwise doctor.",
+    ),
+    _probe(
+        "stuck",
+        "No progress",
+        "problem",
+        "chunks, slots, metrics and tokens, within --stall seconds",
+        "It hangs after so many tokens.",
+        "Slow and stuck differ by progress, not by time: a prompt that moves is never called stuck.",
+        "headwise doctor --url URL says what it does; a larger --stall where one batch takes longer.",
+    ),
+    _probe(
+        "slow",
+        "Slower with depth than fused attention is",
+        "problem",
+        "time per token against the position in the prompt",
+        "Long prompts are slow.",
+        "On a GPU a token's time grows little with depth. Time that grows in step with it is attention on the CPU.",
+        "headwise doctor on the log; see attention-on-cpu.",
+    ),
+    _probe(
+        "gpu-idle",
+        "The GPU does nothing while the prompt is read",
+        "problem",
+        "nvidia-smi or rocm-smi during prefill, on the server's machine",
+        "100% GPU in ollama ps.",
+        "0 % during prefill beside a busy CPU is attention, or everything, on the CPU.",
+        "See attention-on-cpu and no-gpu.",
+    ),
+    _probe(
+        "counts",
+        "The server counts other tokens than were sent",
+        "warning",
+        "prompt tokens sent against those it reports",
+        "What was sent was read.",
+        "A template, a cut prompt or a cache changes the count; speeds are then of something else.",
+        "Look for truncation: prompt-truncated.",
+    ),
+    _probe(
+        "cached",
+        "A prompt never sent before came from a cache",
+        "warning",
+        "cached tokens, and times faster than a card can",
+        "Prefill is this fast.",
+        "A prefix cache answered; the speed says nothing of attention.",
+        "Probe with other prompts, or without the cache.",
+    ),
+    _probe(
+        "recall",
+        "A fact planted at the beginning is lost at this length",
+        "warning",
+        "the answer to a question about it",
+        "A long context is a used context.",
+        "A context that is cut, or a cache that is too coarse, loses the beginning first.",
+        "Compare with an f16 cache, and look for prompt-truncated.",
+    ),
+    _probe(
+        "waited",
+        "Most of the time until the first token was not prefill",
+        "note",
+        "the server's own prefill time",
+        "Time to first token is prefill.",
+        "A queue, a model being loaded or a slow network is part of it.",
+        "Probe an idle, loaded server.",
+    ),
+    _probe(
+        "busy",
+        "The machine or the server had other work",
+        "note",
+        "other requests, and the CPU before the probe",
+        "A measurement is a measurement.",
+        "Shared cores and batches halve speeds.",
+        "Again, when it is idle.",
+    ),
+    _probe(
+        "ceiling",
+        "Far below what the card allows",
+        "warning",
+        "prefill speed against the card's matrix rate, model and card known",
+        "It runs on the GPU, so it is fast.",
+        "A twentieth of the ceiling is not a GPU at work on a whole batch.",
+        "See layers-on-cpu, attention-on-cpu, small micro-batches.",
+    ),
+    _probe(
+        "reload",
+        "Ollama loaded the model again for a longer context",
+        "note",
+        "load times between lengths",
+        "The first long prompt is slow because it is long.",
+        "num_ctx changed, so the model was loaded anew.",
+        "Set OLLAMA_CONTEXT_LENGTH once.",
+    ),
+)
+BY_ID = {c.id: c for c in (*CHECKS, *PROBE_CHECKS)}

@@ -68,7 +68,9 @@ class Diagnosis:
         }
 
 
-def diagnose(file: BinaryIO, source: str, *, model: ModelSpec | None = None, env: Mapping[str, str] | None = None) -> Diagnosis:
+def diagnose(
+    file: BinaryIO, source: str, *, model: ModelSpec | None = None, env: Mapping[str, str] | None = None, gpus: Sequence[Gpu] = ()
+) -> Diagnosis:
     """The diagnosis of a log.
 
     Args:
@@ -76,12 +78,13 @@ def diagnose(file: BinaryIO, source: str, *, model: ModelSpec | None = None, env
         source: how to call it in evidence, e.g. the file's name.
         model: its description, where the reader of the log knows it; else the log's own words are looked up.
         env: where models may be found (Ollama's store); None looks at no file.
+        gpus: the server's cards, where the log does not name them.
     """
     found = loads(scan(file, ROWS), source)
     load = principal(found)
     if load is None:
         return nothing(source)
-    return of_load(load, model=model, env=env)
+    return of_load(load, model=model, env=env, gpus=gpus)
 
 
 def nothing(source: str) -> Diagnosis:
@@ -99,12 +102,17 @@ def nothing(source: str) -> Diagnosis:
 
 
 def of_load(
-    load: Load, *, model: ModelSpec | None = None, env: Mapping[str, str] | None = None, more: Sequence[Finding] = ()
+    load: Load,
+    *,
+    model: ModelSpec | None = None,
+    env: Mapping[str, str] | None = None,
+    more: Sequence[Finding] = (),
+    gpus: Sequence[Gpu] = (),
 ) -> Diagnosis:
     name = model_name(load)
     spec = model or _described(load, name, env)
     layers, kv = tuple(judge(load, spec)), judge_kv(load, spec)
-    case = Case(load=load, version=version_of(load), spec=spec, gpus=gpus_of(load), layers=layers, kv=kv)
+    case = Case(load=load, version=version_of(load), spec=spec, gpus=gpus_of(load) or tuple(gpus), layers=layers, kv=kv)
     return Diagnosis(
         engine=load.engine,
         version=case.version,

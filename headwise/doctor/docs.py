@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from headwise.doctor.checks import CHECKS, Check
+from headwise.doctor.checks import CHECKS, PROBE_CHECKS, Check
 from headwise.doctor.proofs import PROOFS
 
 MADE = "<!-- made by `python -m headwise.doctor.docs docs` -->\n"
@@ -40,13 +40,13 @@ def proofs() -> str:
 
 def checks() -> str:
     rows = ["| check | severity | |", "|---|---|---|"]
-    rows += [f"| [`{c.id}`](checks/{c.id}.md) | {c.severity} | {c.title} |" for c in CHECKS]
+    rows += [f"| [`{c.id}`](checks/{c.id}.md) | {c.severity} | {c.title} |" for c in (*CHECKS, *PROBE_CHECKS)]
     return "\n".join(rows) + "\n"
 
 
 def pages(docs: Path) -> dict[Path, str]:
     """Every generated file and what it must hold."""
-    out = {docs / f"checks/{c.id}.md": page(c) for c in CHECKS}
+    out = {docs / f"checks/{c.id}.md": page(c) for c in (*CHECKS, *PROBE_CHECKS)}
     text = (docs / "doctor.md").read_text(encoding="utf-8")
     for name, table in (("proofs", proofs()), ("checks", checks())):
         text = re.sub(rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)", lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)

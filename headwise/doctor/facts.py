@@ -16,7 +16,8 @@ SHOWN = 400  # characters of a line that are quoted
 KEPT = 512  # facts of one name per load: a server's log repeats some lines for months
 # These belong to the process, and to every model that it loads.
 OF_THE_PROCESS = frozenset(
-    "version build ollama_env gpu_ollama gpu_cuda gpu_rocm gpu_device gpu_using gpu_metal gpu_vulkan no_gpu command engine".split()
+    "version build ollama_env gpu_ollama gpu_cuda gpu_rocm gpu_rocminfo gpu_device "
+    "gpu_using gpu_metal gpu_vulkan no_gpu command engine".split()
 )
 
 

@@ -28,6 +28,7 @@ ROWS: tuple[Row, ...] = (
     row("no_gpu", "no usable GPU found"),
     row("gpu_cuda", "compute capability", r"Device (?P<index>\d+): (?P<name>.+?), compute capability (?P<cc>[\d.]+)"),
     row("gpu_rocm", "gfx", r"Device (?P<index>\d+): (?P<name>.+?), (?P<gfx>gfx[0-9a-f]+)"),
+    row("gpu_rocminfo", "  gfx", r"^\s*Name:\s+(?P<gfx>gfx[0-9a-f]+)\s*$"),
     row(
         "gpu_device",
         " MiB free)",

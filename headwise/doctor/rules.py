@@ -566,12 +566,17 @@ def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float] | None:
 def _vllm(case: Case) -> Iterator[Finding]:
     load = case.load
     if load.has("vl_heads", "vl_forced"):
+        does = ""
+        if case.spec and case.gpus and case.version:
+            with contextlib.suppress(HeadwiseError):
+                choice = explain_engine("vllm", case.version, case.spec, case.gpus[0], "auto").choices[-1]
+                does = f"; by its source {case.version} takes {choice.backend} on {case.gpus[0].label}: {choice.why}"
         backend = load.last("vl_backend")
         name = backend.text("backend") if backend else "one backend"
         yield _finding(
             "vllm-one-backend",
             f"{name} serves every kind of layer",
-            "the head sizes differ, and vLLM mixes backends only where it is told to",
+            f"the head sizes differ, and vLLM mixes backends only where it is told to{does}",
             "nothing to do; to try a mix: --attention-config '{\"backend_per_kind\": {...}}'",
             load.last("vl_heads"),
             load.last("vl_forced"),
@@ -594,7 +599,9 @@ def _vllm(case: Case) -> Iterator[Finding]:
 
 def _settings(case: Case) -> Iterator[Finding]:
     env, fact = environment(case.load), case.load.last("ollama_env")
-    yield from settings(env, evidence(fact), "ollama", [f.text("gfx") for f in case.load.all("gpu_rocm")])
+    yield from settings(
+        env, evidence(fact), "ollama", [f.text("gfx") for f in case.load.all("gpu_rocm") + case.load.all("gpu_rocminfo")]
+    )
 
 
 def settings(env: dict[str, str], where: Sequence[Evidence], engine: str, gfx: Sequence[str] = ()) -> Iterator[Finding]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,11 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.cli import main
+from headwise.doctor import look
+from headwise.doctor.checks import BY_ID, CHECKS
 from headwise.doctor.diagnose import ROWS, Diagnosis, diagnose
 from headwise.doctor.facts import amounts, pairs
 from headwise.doctor.rules import slope
 from headwise.doctor.scan import plain
 from headwise.doctor.verdicts import flags
+from headwise.hardware.gpus import find_gpu
 from headwise.spec import catalogue
 
 LOGS = Path(__file__).parent / "logs"
@@ -429,7 +433,7 @@ def test_an_estimate_far_above_the_need() -> None:
 def test_what_fits_is_said_beside_an_estimate() -> None:
     """45K tokens were believed to be all that 12 + 24 GB hold."""
     d = of(
-        'level=INFO source=server.go:168 msg=offload library=cuda layers.requested=-1 layers.model=65 layers.offload=65 '
+        "level=INFO source=server.go:168 msg=offload library=cuda layers.requested=-1 layers.model=65 layers.offload=65 "
         'layers.split="21,44" memory.available="[11.6 GiB 23.3 GiB]" memory.gpu_overhead="0 B" memory.required.full="33.0 GiB" '
         'memory.required.partial="33.0 GiB" memory.required.kv="5.6 GiB" memory.required.allocations="[11.0 GiB 22.0 GiB]" '
         'memory.weights.total="18.0 GiB" memory.weights.repeating="17.5 GiB" memory.weights.nonrepeating="525.0 MiB" '
@@ -479,6 +483,35 @@ def test_vllm_kv_types() -> None:
         "ValueError: Selected backend FLASHINFER is not valid for this configuration. Reason: ['head_size not supported']\n"
     )
     assert "vllm-refused" in ids(refused)
+
+
+def test_what_vllm_takes_on_a_card_stands_beside_what_it_says() -> None:
+    """0.19 forces Triton everywhere; its log names no card."""
+    with (LOGS / "vllm_0.19.0_gemma4_e4b_rtx4090.txt").open("rb") as file:
+        text = b"INFO vLLM API server version 0.19.0\n" + file.read()
+    d = diagnose(io.BytesIO(text), "log", model=catalogue.spec("gemma-4-e4b"), gpus=[find_gpu("rtx4090")])
+    (found,) = [f for f in d.findings if f.id == "vllm-one-backend"]
+
+    assert "0.19.0 takes TRITON_ATTN on" in found.why
+
+
+def test_rocminfo_says_whose_kernels_are_replaced() -> None:
+    """rocminfo's output may stand before a log in one pipe."""
+    d = of(
+        "  Name:                    gfx1100                            \n"
+        'msg="server config" env="map[HSA_OVERRIDE_GFX_VERSION:10.3.0]"\n'
+    )
+    (found,) = [f for f in d.findings if f.id == "setting-without-effect"]
+
+    assert "on gfx1100" in found.why
+
+
+def test_every_finding_has_a_page() -> None:
+    source = "".join(p.read_text() for p in (Path(look.__file__).parent).glob("*.py") if p.stem != "checks")
+    used = set(re.findall(r'"(probe\.[a-z-]+)"', source)) | {c.id for c in CHECKS}
+    emitted = set(re.findall(r'_finding\(\s*"([a-z-]+)"', source)) | set(re.findall(r'\bid="([a-z-]+)",\n\s+severity', source))
+
+    assert used | emitted <= set(BY_ID)
 
 
 # --- whatever comes ---
