@@ -449,7 +449,7 @@ PROBE_CHECKS: tuple[Check, ...] = (
     _probe(
         "busy",
         "The machine or the server had other work",
-        "note",
+        "warning",
         "other requests, and the CPU before the probe",
         "A measurement is a measurement.",
         "Shared cores and batches halve speeds.",

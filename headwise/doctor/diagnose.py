@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -168,6 +169,9 @@ def _described(load: Load, name: str | None, env: Mapping[str, str] | None) -> M
             if canonical := catalogue.find(spelling):
                 spec = catalogue.spec(canonical)
                 break
+    if spec is None and name and env is not None and load.engine == "ollama":
+        with contextlib.suppress(HeadwiseError, OSError):  # of another name than the catalogue's: the store has its file
+            spec = open_model(f"ollama:{name}", env=env).spec
     if spec is None:
         return None
     for f in load.all("model"):

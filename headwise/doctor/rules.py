@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from headwise.attention.engines import explain_engine
+from headwise.attention.engines import engine_choice, explain_engine
 from headwise.doctor.checks import BY_ID
 from headwise.doctor.facts import Fact, Load, amounts, evidence, pairs
 from headwise.doctor.finding import SEVERITIES, Evidence, Finding, Severity
@@ -303,6 +303,11 @@ def _kv_kernel(case: Case) -> Iterator[Finding]:
             wrong = f"Metal kernels want K and V of one type, here {cache.k} and {cache.v}"
         elif api == "metal" and cache.k == "iq4_nl":
             wrong = "no Metal kernel reads iq4_nl"
+        if wrong is None and case.gpus and case.spec and case.version and case.load.engine == "llama.cpp" and cache.k in GGML_KV:
+            with contextlib.suppress(HeadwiseError):  # what its version's source has kernels for
+                layer = next(x for x in case.spec.layers if cache.kind in ("all", x.kind))
+                choice = engine_choice("llama.cpp", case.version, layer, case.gpus[0], cache.k, kv_v=cache.v, fa="on")
+                wrong = choice.why if choice.verdict == "offloaded" else None
         if wrong:
             proven = any(v.verdict == "offloaded" for v in case.layers)
             yield _finding(

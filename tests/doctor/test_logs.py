@@ -305,6 +305,18 @@ def test_kv_types_without_a_kernel() -> None:
     assert "kv-type-without-kernel" in ids(of(metal))
 
 
+@pytest.mark.parametrize(("build", "found"), [("b9000", True), ("b99999", False)])
+def test_kernels_are_those_of_the_version(build: str, found: bool) -> None:
+    """Before September 2026 default builds had four KV types, with K and V alike."""
+    text = f"build: {build[1:]} (0123456)\n  Device 0: NVIDIA GeForce RTX 4090, compute capability 8.9, VMM: yes\n" + start(
+        k="q5_1"
+    )
+    d = of(text, "gemma-4-31b")
+
+    assert d.version == build and [g.name for g in d.gpus] == ["rtx4090"]
+    assert ("kv-type-without-kernel" in ids(d)) == found
+
+
 def test_the_scratch_of_a_quantised_cache_at_512() -> None:
     """32,768 cells, 4 KV heads of 512, K and V, 2 bytes: 256 MiB."""
     text = start(k="q8_0")
