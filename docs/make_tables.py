@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,87 +22,81 @@ def number(x: object) -> str:
     return f"{x:.1e}" if isinstance(x, float) else str(x).split(": ", 1)[0]
 
 
+def table(head: str, rows: Iterable[Sequence[str]], above: str = "") -> str:
+    """`head`, a line of Markdown, and the cells of each row under it; `above` is a paragraph before them."""
+    lines = [above, ""] if above else []
+    lines += [head, "|" + "---|" * (head.count("|") - 1)]
+    return "\n".join([*lines, *(f"| {' | '.join(cells)} |" for cells in rows)]) + "\n"
+
+
 def converter() -> str:
-    found = newest("llamacpp_converter")
-    lines = [
-        "| model | converted, headwise | converted, llama.cpp | our file, llama.cpp | why not equal |",
-        "|---|---|---|---|---|",
-    ]
-    for row in found["models"]:
-        cells = (row["converted, headwise"], row["converted, llama.cpp"], row["twin, llama.cpp"])
-        lines.append(f"| {row['model']} | {' | '.join(map(number, cells))} | {row['note'] or ''} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for row in newest("llamacpp_converter")["models"]:
+        results = (row["converted, headwise"], row["converted, llama.cpp"], row["twin, llama.cpp"])
+        rows.append((row["model"], *map(number, results), row["note"] or ""))
+    return table("| model | converted, headwise | converted, llama.cpp | our file, llama.cpp | why not equal |", rows)
 
 
 def attention() -> str:
     found = newest("attention_h200")
-    lines = [
+    above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, "
-        f"reads {found['read_tb_s']:.2f} TB/s.",
-        "",
-        "| | shape | tokens | KV | who | us | rate | of the card |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"reads {found['read_tb_s']:.2f} TB/s."
+    )
+    rows = []
     for row in found["rows"]:
         s = row["shape"]
         store = "one tensor" if s["one"] else "two tensors"
         what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
         what += f", window {s['window']}" if s["window"] else ""
         rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tb_s']:.2f} TB/s"
-        cells = ("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"], f"{row['us']:,.1f}", rate,
-                 f"{row['fraction']:.0%}")  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"], f"{row['us']:,.1f}",
+                     rate, f"{row['fraction']:.0%}"))  # fmt: skip
+    return table("| | shape | tokens | KV | who | us | rate | of the card |", rows, above)
 
 
 def cpu() -> str:
     found = newest("cpu_decode")
-    lines = [
+    above = (
         f"{found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}, "
-        f"{found['rounds']} rounds.",
-        "",
-        "| | prefill tok/s | decode tok/s | decode, slowest to fastest |",
-        "|---|---|---|---|",
-    ]
+        f"{found['rounds']} rounds."
+    )
+    rows = []
     for who, speed in found["engines"].items():
         decode = speed["decode_tok_s"]
         spread = f"{decode['min']:.0f} to {decode['max']:.0f}"
-        lines.append(f"| {who} | {speed['prefill_tok_s']['median']:,.0f} | {decode['median']:.0f} | {spread} |")
-    return "\n".join(lines) + "\n"
+        rows.append((who, f"{speed['prefill_tok_s']['median']:,.0f}", f"{decode['median']:.0f}", spread))
+    return table("| | prefill tok/s | decode tok/s | decode, slowest to fastest |", rows, above)
 
 
 def cuda() -> str:
     found = newest("cuda_check_h200")
     worst = max(max(f["max_abs_error"].values()) for f in found["families"])
     held = "all" if all(f["planned"] == f["allocated"] for f in found["families"]) else "not all"
-    lines = [
+    above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}: {len(found['families'])} families, largest difference of a "
-        f"logit {worst:.1e}; planned = allocated in {held}.",
-        "",
-        "| activations | KV | planned = allocated | peak above it | first start, checked | prefill tok/s | decode tok/s |",
-        "|---|---|---|---|---|---|---|",
-    ]
+        f"logit {worst:.1e}; planned = allocated in {held}."
+    )
+    rows = []
     for row in found["embedded"]:
         same = f"{row['planned']:,}" if row["planned"] == row["allocated"] else f"{row['planned']:,} / {row['allocated']:,}"
-        cells = (row["dtype"], row["kv"], same, f"{max(0, row['peak'] - row['planned']):,} B", f"{row['ready_s']:.1f} s",
-                 f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.0f}")  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append((row["dtype"], row["kv"], same, f"{max(0, row['peak'] - row['planned']):,} B", f"{row['ready_s']:.1f} s",
+                     f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.0f}"))  # fmt: skip
+    head = "| activations | KV | planned = allocated | peak above it | first start, checked | prefill tok/s | decode tok/s |"
+    return table(head, rows, above)
 
 
 def doctor() -> str:
     found = newest("doctor_matrix")
-    lines = [
+    above = (
         f"{found['date']}, commit {found['commit']}, llama-server {' '.join(found['server'])}: {len(found['cases'])} cases, "
-        f"{found['false_fused']} layer kinds called fused that are not.",
-        "",
-        "| case | truth: sliding, global | verdict: sliding, global | KV type | problems and warnings |",
-        "|---|---|---|---|---|",
-    ]
+        f"{found['false_fused']} layer kinds called fused that are not."
+    )
+    rows = []
     for row in found["cases"]:
         truth = "did not start" if row["truth"] is None else both(row["truth"])
-        lines.append(f"| {row['case']} | {truth} | {both(row['verdict'])} | {row['kv']} | {', '.join(row['checks'])} |")
-    return "\n".join(lines) + "\n"
+        rows.append((row["case"], truth, both(row["verdict"]), row["kv"], ", ".join(row["checks"])))
+    return table("| case | truth: sliding, global | verdict: sliding, global | KV type | problems and warnings |", rows, above)
 
 
 def both(kinds: dict[str, str]) -> str:
@@ -110,40 +105,26 @@ def both(kinds: dict[str, str]) -> str:
 
 def probe() -> str:
     found = newest("probe_llamaserver_cpu")
-    lines = [
-        f"{found['date']}, llama-server {found['output']['server']['version']}, {found['machine']}.",
-        "",
-        "| tokens | first token | prefill tok/s | decode tok/s | verdict |",
-        "|---|---|---|---|---|",
+    above = f"{found['date']}, llama-server {found['output']['server']['version']}, {found['machine']}."
+    rows = [
+        (f"{p['length']:,}", f"{p['ttft_s']:.3g} s", f"{p['prefill_tok_s']:,.0f}", f"{p['decode_tok_s']:,.0f}", p["verdict"])
+        for p in found["output"]["points"]
     ]
-    for p in found["output"]["points"]:
-        speeds = (f"{p['prefill_tok_s']:,.0f}", f"{p['decode_tok_s']:,.0f}")
-        lines.append(f"| {p['length']:,} | {p['ttft_s']:.3g} s | {' | '.join(speeds)} | {p['verdict']} |")
-    return "\n".join(lines) + "\n"
+    return table("| tokens | first token | prefill tok/s | decode tok/s | verdict |", rows, above)
 
 
 def engine() -> str:
     found = newest("engine_h200")
-    lines = [
+    above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; "
-        f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s.",
-        "",
-        "| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+        f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
+    )
+    rows = []
     for row in found["rows"]:
         of = ["", ""] if "prefill_of_card" not in row else [f"{row[f'{what}_of_card']:.0%}" for what in ("prefill", "decode")]
-        cells = (
-            row["model"],
-            row["who"],
-            f"{row['tokens']:,}",
-            f"{row['prefill_tok_s']:,.0f}",
-            of[0],
-            f"{row['decode_tok_s']:.1f}",
-            of[1],
-        )
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        prefill, decode = f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.1f}"
+        rows.append((row["model"], row["weights"], row["who"], f"{row['tokens']:,}", prefill, of[0], decode, of[1]))
+    return table("| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |", rows, above)
 
 
 KINDS = {"globals": ("global",), "sliding": ("sliding",), "both": ("global", "sliding")}
@@ -152,65 +133,54 @@ KINDS = {"globals": ("global",), "sliding": ("sliding",), "both": ("global", "sl
 def kv_types() -> str:
     found = newest("kv_quality")
     tokens = ", ".join(f"{name}.py {n:,}" for name, n in found["files"].items())
-    lines = [
-        f"{found['date']}, commit {found['commit']}, torch {found['torch']}, Python {found['python']}; tokens: {tokens}.",
-        "",
-        "| KV type | bits a value | " + " | ".join(f"{kinds}: mean KL, 99 % below | same top token" for kinds in KINDS) + " |",
-        "|---|---|" + "---|---|" * len(KINDS),
-    ]
+    above = f"{found['date']}, commit {found['commit']}, torch {found['torch']}, Python {found['python']}; tokens: {tokens}."
+    rows = []
     for kv in dict.fromkeys(row["global"] for row in found["types"] if row["global"] != "f32"):
         cells = [kv, f"{float(8 * KV_FORMATS[kv.split(',')[0]].bytes_per_value):g}"]
         for kinds in KINDS.values():
             row = next(r for r in found["types"] if all(r[k] == (kv if k in kinds else "f32") for k in ("global", "sliding")))
             cells += [f"{row['kl_mean']:.1e}, {row['kl_p99']:.1e}", f"{row['top1']:.2%}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    columns = " | ".join(f"{kinds}: mean KL, 99 % below | same top token" for kinds in KINDS)
+    return table(f"| KV type | bits a value | {columns} |", rows, above)
 
 
 def kv_one() -> str:
     found = newest("kv_quality")
-    lines = [
-        f"Largest difference of a logit between one f32 tensor and two: {found['one_tensor_largest_logit_difference_f32']:.1e}.",
-        "",
-        "| stored | K | V | bytes a token and KV head | mean KL | 99 % below | same top token |",
-        "|---|---|---|---|---|---|---|",
+    difference = found["one_tensor_largest_logit_difference_f32"]
+    rows = [
+        (r["store"], r["k"], r["v"], f"{r['bytes']:,}", f"{r['kl_mean']:.1e}", f"{r['kl_p99']:.1e}", f"{r['top1']:.2%}")
+        for r in sorted(found["one_tensor"], key=lambda r: -r["bytes"])
     ]
-    for r in sorted(found["one_tensor"], key=lambda r: -r["bytes"]):
-        cells = (r["store"], r["k"], r["v"], f"{r['bytes']:,}", f"{r['kl_mean']:.1e}", f"{r['kl_p99']:.1e}", f"{r['top1']:.2%}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    head = "| stored | K | V | bytes a token and KV head | mean KL | 99 % below | same top token |"
+    return table(head, rows, f"Largest difference of a logit between one f32 tensor and two: {difference:.1e}.")
 
 
 def kv_layers() -> str:
-    found = newest("kv_quality")
-    lines = ["| layer | stored | KV type | bytes | plain | keys | both |", "|---|---|---|---|---|---|---|"]
     errors: dict[tuple[str, ...], dict[str, float]] = {}
-    for r in found["layers"]:
+    for r in newest("kv_quality")["layers"]:
         if r["kv"] == "f16" or r["kv"].endswith(" 32"):  # no surprise in either; the result holds them
             continue
         errors.setdefault((r["layer"], r["store"], r["kv"], f"{r['bytes']:,}"), {})[r["data"]] = r["error"]
-    for what, by_data in errors.items():
-        lines.append(f"| {' | '.join([*what, *(f'{by_data[data]:.1e}' for data in ('plain', 'keys', 'both'))])} |")
-    return "\n".join(lines) + "\n"
+    rows = [(*what, *(f"{by_data[data]:.1e}" for data in ("plain", "keys", "both"))) for what, by_data in errors.items()]
+    return table("| layer | stored | KV type | bytes | plain | keys | both |", rows)
 
 
 def in_transformers() -> str:
     found = newest("transformers_attention_h200")
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
-    lines = [
+    above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode "
         f"of one sequence. Error against eager in fp32: sdpa {found['relative_error']['float32 whole']['sdpa']:.1e}, headwise "
-        f"{found['relative_error']['float32 whole']['headwise']:.1e}.",
-        "",
-        "| prompt | attention | prefill tok/s | decode tok/s |",
-        "|---|---|---|---|",
-    ]
+        f"{found['relative_error']['float32 whole']['headwise']:.1e}."
+    )
+    rows = []
     for length, kinds in found["tokens_per_second"].items():
         for kind, speed in kinds.items():
             if isinstance(speed, dict) and "prefill_tok_s" in speed:
                 rates = (speed[f"{what}_tok_s"]["median"] for what in ("prefill", "decode"))
-                lines.append(f"| {int(length):,} | {kind} | " + " | ".join(f"{r:,.0f}" for r in rates) + " |")
-    return "\n".join(lines) + "\n"
+                rows.append((f"{int(length):,}", kind, *(f"{r:,.0f}" for r in rates)))
+    return table("| prompt | attention | prefill tok/s | decode tok/s |", rows, above)
 
 
 TABLES = {

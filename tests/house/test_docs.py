@@ -80,6 +80,15 @@ def test_tables_are_what_the_results_say() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tables_have_one_cell_a_column(page: Path) -> None:
+    """A cell left out puts every later number under the wrong head, and the last column reads as empty."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    for lines in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        head, *rows = (len(re.findall(r"(?<!\\)\|", line)) for line in lines.splitlines())
+        assert {*rows} == {head}, lines
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_command_shown_parses(page: Path) -> None:
     """A flag that was renamed stays in the README for years."""
     text = page.read_text()
