@@ -20,15 +20,15 @@ from torch import Tensor
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, choose_layers
 from headwise.bench.attention import ceilings
-from headwise.engine.llm import device_kind
+from headwise.engine.llm import before_loading, device_kind, target_of
 from headwise.engine.replay import own_stream
 from headwise.engine.runner import Runner
 from headwise.errors import UsageError
-from headwise.planner.ceiling import active_share
-from headwise.planner.memory import Plan, Target, Workload, plan
+from headwise.planner.ceiling import decode_bytes, weight_flops
+from headwise.planner.memory import Plan, Workload, plan
 from headwise.planner.quantise import weight_types
-from headwise.planner.residence import groups, planed, weight_bytes
-from headwise.spec.kv import KVFormat, kv_format, kv_read_bytes
+from headwise.planner.residence import groups, planed
+from headwise.spec.kv import KVFormat, kv_format
 from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.tensors import weight_tensors
 from headwise.weights.blocks import Weight, dequantise, row_bytes
@@ -106,16 +106,12 @@ def runner_for(
     """A runner over random weights, or over `weights`, with what was chosen and planned."""
     choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
     work = Workload(context=context, chunk=chunk, kv=dict(kv), dtype=dtype, reads=frozenset(c.backend.reads for c in choices))
-    free, total = torch.cuda.mem_get_info(device)
-    p = plan(spec, stored, work, [Target(name=kind.label, gpu=None, total_bytes=total, others_bytes=total - free)])
+    p = plan(spec, stored, work, [target_of(device)])
     if not p.fits:
         raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")
     stream = torch.cuda.Stream(device)
     with own_stream(stream):
-        x = torch.ones(8, 8, dtype=torch.bfloat16, device=device)
-        torch.mm(x, x)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
+        before = before_loading(device)
     made = random_weights(spec, p, device)[0] if weights is None else weights
     return Runner(p, choices, made, device, before_bytes=before, stream=stream), choices, p
 
@@ -164,16 +160,11 @@ def measure(runner: Runner, ids: Sequence[int], rounds: int) -> tuple[float, flo
 
 def allowed(p: Plan, length: int, ceiling: tuple[float, float]) -> tuple[float, float]:
     """Seconds of a prefill and of a decoded token that the measured products and bandwidth allow."""
-    spec = p.spec
-    tensors = weight_tensors(spec)
-    sizes = weight_bytes(spec, p.resident)
-    read = sum(sizes[t.name] * active_share(spec, t) for t in tensors)
-    read += sum(kv_read_bytes(x, position=length, fmt=p.workload.kv[x.kind]) for x in spec.layers)
-    flops = length * sum(2.0 * t.n_elements * active_share(spec, t) for t in tensors if t.role in ("matrix", "experts"))
-    for x in spec.layers:
+    flops = length * weight_flops(p.spec)
+    for x in p.spec.layers:
         w = min(x.window or length, length)
         flops += 4.0 * x.n_heads * x.head_dim * (w * (w + 1) / 2 + (length - w) * w)
-    return flops / (ceiling[0] * 1e12), read / (ceiling[1] * 1e12)
+    return flops / (ceiling[0] * 1e12), decode_bytes(p, length) / (ceiling[1] * 1e12)
 
 
 def bench(

@@ -11,7 +11,7 @@ from typing import BinaryIO
 
 from headwise.doctor import llamacpp_log, ollama_log, vllm_log
 from headwise.doctor.facts import Load, loads, principal
-from headwise.doctor.finding import SEVERITIES, Finding
+from headwise.doctor.finding import Finding, worst_first
 from headwise.doctor.rules import Case, find, gpus_of, memory_of, version_of
 from headwise.doctor.scan import scan
 from headwise.doctor.verdicts import KvVerdict, LayerVerdict, flags, judge, judge_kv
@@ -120,7 +120,7 @@ def of_load(
         model=name or (spec.name if spec else None),
         layers=layers,
         kv=kv,
-        findings=tuple(sorted((*more, *find(case)), key=lambda f: SEVERITIES.index(f.severity))),
+        findings=worst_first((*more, *find(case))),
         gpus=case.gpus,
         spec=spec,
         memory=tuple(memory_of(load)),

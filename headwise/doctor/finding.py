@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -35,3 +36,8 @@ class Finding:
         keys = ("id", "severity", "what", "why", "cure", "sure")
         out: dict[str, object] = {key: getattr(self, key) for key in keys}
         return out | {"evidence": [e.to_json() for e in self.evidence]}
+
+
+def worst_first(findings: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Problems, then warnings, then notes; each in the order they were found."""
+    return tuple(sorted(findings, key=lambda f: SEVERITIES.index(f.severity)))

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from headwise.doctor.diagnose import Diagnosis, diagnose, of_load
 from headwise.doctor.facts import Engine, Fact, Load
-from headwise.doctor.finding import SEVERITIES, Evidence, Finding
+from headwise.doctor.finding import Evidence, Finding, worst_first
 from headwise.doctor.rules import settings
 from headwise.doctor.servers import Http, Server, Transport, http_at, identify
 from headwise.doctor.verdicts import flags
@@ -179,7 +179,7 @@ def of_process(p: Process, env: Mapping[str, str]) -> Diagnosis:
         with contextlib.suppress(OSError), p.log.open("rb") as file:
             found = diagnose(file, str(p.log), env=env)
             if found.engine is not None:
-                return replace(found, findings=tuple(sorted((*found.findings, *more), key=lambda f: SEVERITIES.index(f.severity))))
+                return replace(found, findings=worst_first((*found.findings, *more)))
     load = Load(p.name, "vllm" if p.engine == "vllm" else "ggml")
     for fact in requests_of(p.engine, p.argv, Evidence(p.name, None, " ".join(p.argv)[:400])):
         load.add(fact)

@@ -25,13 +25,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from headwise.doctor.finding import SEVERITIES, Evidence, Finding
+from headwise.doctor.finding import Evidence, Finding, worst_first
 from headwise.doctor.servers import Clock, Counts, Server, ask, stream, tokenize, watch
 from headwise.errors import ProbeError, UsageError
 from headwise.hardware.usage import Usage
-from headwise.planner.ceiling import Ceiling, active_share
+from headwise.planner.ceiling import Ceiling, weight_flops
 from headwise.spec.layers import ModelSpec
-from headwise.spec.tensors import weight_tensors
 
 Verdict = Literal["ok", "slow", "stuck", "failed"]
 WORST: tuple[Verdict, ...] = ("failed", "stuck", "slow", "ok")
@@ -179,7 +178,7 @@ def probe(server: Server, lengths: Sequence[int], options: Options = Options()) 
         findings += _findings(server, point, run, parts, slow, options)
     findings += _recall(points) + _no_growth(points)
     findings += desk.findings
-    return Probe(server=server, points=tuple(points), chunks=tuple(chunks), findings=tuple(_worst_first(findings)))
+    return Probe(server=server, points=tuple(points), chunks=tuple(chunks), findings=worst_first(findings))
 
 
 def lengths_that_fit(server: Server, lengths: Sequence[int]) -> list[int]:
@@ -201,10 +200,8 @@ def healthy_depth(spec: ModelSpec | None) -> float:
     """The D (module docstring) that is still healthy: for a known model from its operations, else HEALTHY_DEPTH."""
     if spec is None:
         return HEALTHY_DEPTH
-    tensors = weight_tensors(spec)
-    products = sum(2 * t.n_elements * active_share(spec, t) for t in tensors if t.role in ("matrix", "experts"))
     attention = sum(4 * layer.n_heads * layer.head_dim for layer in spec.layers if layer.window is None)
-    return max(500.0, products / attention / LEAST_EFFICIENCY) if attention else math.inf
+    return max(500.0, weight_flops(spec) / attention / LEAST_EFFICIENCY) if attention else math.inf
 
 
 def off_the_line(points: Sequence[Point], chunks: Sequence[Sequence[Chunk]], depth: float) -> str:
@@ -662,10 +659,6 @@ def _recall(points: Sequence[Point]) -> list[Finding]:
     why = f"it was recalled at {', '.join(f'{p.length:,}' for p in short)}; a small model may simply not be able to"
     cure = "a cut prompt, a KV type that is too coarse, or a wrong position scaling (RoPE) look like this: try f16 KV"
     return [Finding(id="probe.recall", severity="warning", what=what, why=why, cure=cure, sure="possible")]
-
-
-def _worst_first(findings: Sequence[Finding]) -> list[Finding]:
-    return sorted(findings, key=lambda f: SEVERITIES.index(f.severity))
 
 
 def probe_json(p: Probe, other: Probe | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Literal
 from headwise.attention.engines import engine_choice, explain_engine
 from headwise.doctor.checks import BY_ID
 from headwise.doctor.facts import Fact, Load, amounts, evidence, pairs
-from headwise.doctor.finding import SEVERITIES, Evidence, Finding, Severity
+from headwise.doctor.finding import Evidence, Finding, Severity
 from headwise.doctor.proofs import BY_ID as PROOF
 from headwise.doctor.verdicts import MIB, KvVerdict, LayerVerdict, caches, gpu_devices, graph_identity, is_gpu
 from headwise.errors import HeadwiseError
@@ -36,9 +36,8 @@ class Case:
 
 
 def find(case: Case) -> list[Finding]:
-    """Every finding, problems first."""
-    out = [f for rule in RULES for f in rule(case)]
-    return sorted(out, key=lambda f: SEVERITIES.index(f.severity))
+    """Every finding, in the order of `RULES`."""
+    return [f for rule in RULES for f in rule(case)]
 
 
 def _finding(

@@ -180,7 +180,7 @@ class LLM:
             cpu=self.device.type == "cpu",
             reads=frozenset(c.backend.reads for c in self.choices),
         )
-        self.plan = plan(self.spec, matched.types, workload, [_target(self.device)])
+        self.plan = plan(self.spec, matched.types, workload, [target_of(self.device)])
         require_fit(self.plan)
         self.groups = group_layers(self.spec, self.choices, self.kv)
         self.checks: list[Check] = []
@@ -191,7 +191,7 @@ class LLM:
             return
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with own_stream(stream):
-            before_bytes = _before_loading(self.device)
+            before_bytes = before_loading(self.device)
         self.weights = load_weights(
             self.spec,
             self.source.path,
@@ -400,7 +400,7 @@ def _triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _before_loading(device: torch.device) -> int:
+def before_loading(device: torch.device) -> int:
     """Bytes this process holds on a GPU already, cuBLAS's workspaces included (the plan's margin covers them)."""
     if device.type != "cuda":
         return 0
@@ -414,7 +414,8 @@ def _before_loading(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device)
 
 
-def _target(device: torch.device) -> Target:
+def target_of(device: torch.device) -> Target:
+    """`device` as it is now, to plan for."""
     if device.type == "cpu":
         total, available = cpu_memory()
         return Target(

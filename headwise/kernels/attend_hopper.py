@@ -418,9 +418,7 @@ def _pair512(
     ], [4, 1], [216, 24])  # fmt: skip
 
 
-def attend_pair512(
-    q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float
-) -> Tensor:
+def attend_pair512(q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float) -> Tensor:
     """Prefill at head_dim 512 with a tensor each for K and V (Gemma 4 E2B, E4B); no window, softcap or sinks."""
     _, H, _ = q_NHE.shape
     G = k.data_SGW.shape[1]

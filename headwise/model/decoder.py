@@ -46,6 +46,8 @@ class Decoder:
         ]
         rope_index = {rope: i for i, rope in enumerate(ropes(spec))}
         self.shapes = [HeadShape.of(layer, rope_index) for layer in spec.layers]
+        norms = [w.get("attn_norm") for w in self.per_layer]  # None where a family norms after each branch alone
+        self.first_norm, self.next_norms = norms[0], [*norms[1:], None]
         self.mask_names = [f"mask.{layer.window}" for layer in spec.layers]
 
     def forward(self, step: Step, caches: Mapping[int, LayerCache]) -> Tensor:
@@ -61,9 +63,8 @@ class Decoder:
             x.mul_(torch.tensor(spec.embed_scale, dtype=x.dtype))  # the scale is rounded to the activations' type
         ple = self._per_layer_embeddings(step, x) if spec.ple else None
         free = arena.take("h", *x.shape)
-        before = [w.get("attn_norm") for w in self.per_layer]  # None where a family norms after each branch alone
-        h = x if before[0] is None else ops.norm(x, before[0], free, arena)
-        for layer, w, attend, after in zip(spec.layers, self.per_layer, self.attends, [*before[1:], None], strict=True):
+        h = x if self.first_norm is None else ops.norm(x, self.first_norm, free, arena)
+        for layer, w, attend, after in zip(spec.layers, self.per_layer, self.attends, self.next_norms, strict=True):
             cache = caches[layer.index if layer.kv_source is None else layer.kv_source]
             y = self._attention(layer, w, attend, cache, step, h)
             h = ops.branch(y, w.get("attn_post_norm"), x, w.get("mlp_norm"), free, arena)

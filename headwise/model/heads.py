@@ -152,8 +152,9 @@ def fused_heads(shape: HeadShape, w: LayerWeights, views: HeadViews, cache: Laye
 
     layer, arena, T = shape.layer, step.arena, step.n
     owns = layer.kv_source is None
-    q = views.q if not layer.k_eq_v else arena.take("q.one", T, layer.n_heads, shape.key_values)
-    if q is views.q:  # packed heads are strided; attention wants its queries side by side
+    if layer.k_eq_v:
+        q = arena.take("q.one", T, layer.n_heads, shape.key_values)
+    else:  # packed heads are strided; attention wants its queries side by side
         q = arena.take("q.own", T, layer.n_heads, layer.head_dim)
     cos, sin = (None, None) if shape.rope is None else arena.keep(("rope", T, layer.index), lambda: _tables(shape, arena, T))
     span = arena.flat("span")

@@ -32,21 +32,27 @@ def active_share(spec: ModelSpec, tensor: TensorSpec) -> float:
     return 1.0
 
 
+def decode_bytes(plan: Plan, position: int) -> float:
+    """What the token at `position` reads: every active weight, and the cached keys and values it sees."""
+    sizes = weight_bytes(plan.spec, plan.resident)
+    weights = sum(sizes[t.name] * active_share(plan.spec, t) for t in weight_tensors(plan.spec))
+    return weights + sum(kv_read_bytes(x, position=position, fmt=plan.workload.kv[x.kind]) for x in plan.spec.layers)
+
+
+def weight_flops(spec: ModelSpec) -> float:
+    """Operations of one token's products with weights."""
+    return sum(2 * t.n_elements * active_share(spec, t) for t in weight_tensors(spec) if t.role in ("matrix", "experts"))
+
+
 def ceiling(plan: Plan, gpu: Gpu) -> Ceiling:
     """For one sequence whose cache holds `context` tokens."""
     spec, w = plan.spec, plan.workload
-    sizes = weight_bytes(spec, plan.resident)
-    tensors = weight_tensors(spec)
-    read = sum(sizes[t.name] * active_share(spec, t) for t in tensors)
-    position = w.context - 1
-    for layer in spec.layers:
-        read += kv_read_bytes(layer, position=position, fmt=w.kv[layer.kind])
     rate = gpu.tflops.bf16 or gpu.tflops.f16 or gpu.tflops.f32
     prefill = None
     if rate:
-        flops = sum(2 * t.n_elements * active_share(spec, t) for t in tensors if t.role in ("matrix", "experts"))
+        flops = weight_flops(spec)
         for layer in spec.layers:
             seen = w.context / 2 if layer.window is None else min(layer.window, w.context / 2)
             flops += 4 * seen * layer.n_heads * layer.head_dim
         prefill = rate * 1e12 / flops
-    return Ceiling(gpu.bandwidth_gb_s * 1e9 / read, prefill)
+    return Ceiling(gpu.bandwidth_gb_s * 1e9 / decode_bytes(plan, w.context - 1), prefill)

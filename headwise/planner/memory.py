@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
-from headwise.planner.residence import planed, resident_types, weight_bytes
+from headwise.planner.residence import FLOAT_TYPES, planed, resident_types, weight_bytes
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
 from headwise.spec.kv import KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, ModelSpec
@@ -141,8 +142,9 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     asked, w = w, w.at(w.context)
     resident = resident_types(spec, stored, cpu=w.cpu, dtype=w.dtype)
     sizes = weight_bytes(spec, resident)
-    buffers = _buffers(spec, w, resident)
-    shares, notes = _split(spec, sizes, w, resident, targets)
+    quantised = _quantised(spec, w, resident)
+    buffers = _buffers(spec, w, quantised)
+    shares, notes = _split(spec, sizes, w, quantised, targets)
     return Plan(
         spec=spec,
         workload=w,
@@ -160,8 +162,22 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     )
 
 
-def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple[Buffer, ...]:
+class _Quantised(NamedTuple):
+    """What the products with weights that stay quantised need of `workspace`; the same for every context."""
+
+    block_weights: bool
+    plane_values: int
+
+
+def _quantised(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> _Quantised:
     planes = planed(spec, resident) if w.fused else frozenset()
+    return _Quantised(
+        block_weights=any(t not in FLOAT_TYPES for name, t in resident.items() if name not in planes),
+        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role == "matrix"), default=0),
+    )
+
+
+def _buffers(spec: ModelSpec, w: Workload, quantised: _Quantised) -> tuple[Buffer, ...]:
     return workspace(
         spec,
         n_tokens=w.context,
@@ -169,9 +185,8 @@ def _buffers(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> tuple
         dtype=w.dtype,
         kv=w.kv,
         cpu=w.cpu,
-        block_weights=any(t not in ("f32", "f16", "bf16") for name, t in resident.items() if name not in planes),
-        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role == "matrix"), default=0),
         reads=w.reads,
+        **quantised._asdict(),
     )
 
 
@@ -180,8 +195,10 @@ def max_context(
 ) -> int:
     """The largest context, up to the model's own, that fits `targets`; 0 where not even one token does."""
 
+    quantised = _quantised(spec, w, resident)
+
     def fits(context: int) -> bool:
-        shares, _ = _split(spec, sizes, w.at(context), resident, targets)
+        shares, _ = _split(spec, sizes, w.at(context), quantised, targets)
         return all(s.fits for s in shares)
 
     low, high = 0, spec.max_context  # fits(low) holds, or nothing fits
@@ -192,12 +209,12 @@ def max_context(
 
 
 def _split(
-    spec: ModelSpec, sizes: Mapping[str, int], w: Workload, resident: Mapping[str, str], targets: Sequence[Target]
+    spec: ModelSpec, sizes: Mapping[str, int], w: Workload, quantised: _Quantised, targets: Sequence[Target]
 ) -> tuple[tuple[Share, ...], tuple[str, ...]]:
     """Whole layers in order over the devices, each filled to the same fraction of what it can use."""
     if not targets:
         return (), ()
-    compute = arena_bytes(_buffers(spec, w, resident))
+    compute = arena_bytes(_buffers(spec, w, quantised))
     layer_bytes = [0] * len(spec.layers)
     outer_first = outer_last = 0
     for name, n in sizes.items():

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.quant_cases import BLOCK, BLOCK_BYTES, random_blocks, run_all
+from kernels.quant_cases import BLOCK, BLOCK_BYTES, random_blocks, run_all, run_in_halves
 
 TYPES = tuple(BLOCK)
 LIMIT = {"f32": 2e-5, "f16": 1e-3}  # of the matrix unit
@@ -45,11 +45,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        halves = [*pool.map(run_all, (CASES[::2], CASES[1::2]))]
-    return [halves[i % 2][i // 2] for i in range(len(CASES))]
+    return run_in_halves(CASES)
 
 
 @pytest.mark.parametrize(
