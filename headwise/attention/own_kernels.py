@@ -37,13 +37,16 @@ def attend(
     Raises:
         ValueError: the span is not on the device, or a softcap with the Hopper kernels, whose row claims none.
     """
-    if span.device is None:
+    on_device = span.device
+    if on_device is None:
         raise ValueError(f"{backend} needs the span on the device")
+    table = on_device.tables[cache.window]
     launch(
         backend, q_THE, stored(cache.k), None if cache.v is None else stored(cache.v), out_THD,
-        Sequences(span.device[:2], span.device[2:3], span.n, span.stop),
-        Slots(span.device[3:4], ring=cache.n_slots if cache.window else 0),
+        Sequences(on_device.starts_B1, on_device.lengths_B, span.n, span.stop),
+        Slots(table.rows, ring=cache.n_slots if cache.window else 0, page=table.page),
         scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H, partial=scratch.partial, done=scratch.done,
+        overlap=not on_device.fresh,
     )  # fmt: skip
 
 

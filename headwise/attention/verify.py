@@ -23,7 +23,7 @@ from torch import Tensor
 from headwise.attention.choose import LayerGroup
 from headwise.attention.reference import attend as formula
 from headwise.attention.reference import visible
-from headwise.cache.storage import LayerCache, Scratch, Span, slot_positions
+from headwise.cache.storage import LayerCache, Place, Scratch, Span, alone, slot_positions
 from headwise.errors import BackendError
 from headwise.planner.workspace import partial_values
 from headwise.spec.kv import KV_FORMATS, k_values, v_values
@@ -92,7 +92,7 @@ def check_group(
         while written < stop:
             n = min(chunk, stop - written)
             part = slice(written, written + n)
-            cache.write(written, k[part], None if v is None else v[part], writing)
+            cache.write(Place(), written, k[part], None if v is None else v[part], writing)
             written += n
 
     def query(n: int, phase: str) -> None:
@@ -109,13 +109,12 @@ def check_group(
             mask = torch.zeros(n, cache.n_slots, dtype=dtype, device=device)
             mask.masked_fill_(~visible(positions, held, layer.window), float("-inf"))
             mask = mask[:, : min(cache.n_slots, written)]
-        index = torch.tensor([0, n, written, 0], dtype=torch.int32, device=device)
         out = torch.full((n, layer.n_heads, layer.head_dim), float("nan"), dtype=dtype, device=device)
         scale = k_values(layer) ** -0.5
         attend(
             q,
             cache,
-            Span(start, n, mask, index),
+            Span(start, n, mask, alone(n, written, layer.window, device)),
             scale=scale,
             softcap=layer.softcap,
             sinks_H=sinks,

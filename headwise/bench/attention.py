@@ -20,7 +20,7 @@ from torch import Tensor
 
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import choose_layers
-from headwise.cache.storage import LayerCache, Scratch, Span
+from headwise.cache.storage import LayerCache, Scratch, Span, alone
 from headwise.engine.runner import attend_functions
 from headwise.errors import UsageError
 from headwise.planner.workspace import partial_values
@@ -123,8 +123,7 @@ class Ours:
             self.q[..., :64] = 0
             self.q[..., 256:320] = 0
         self.out = torch.full((n, shape.heads, shape.head_dim), float("nan"), device=device, dtype=torch.bfloat16)
-        device_span = torch.tensor([0, n, shape.length, 0], dtype=torch.int32, device=device)
-        self.span = Span(shape.length - n, n, None, device_span)
+        self.span = Span(shape.length - n, n, None, alone(n, shape.length, shape.window, device))
         done = torch.zeros(shape.kv_heads, dtype=torch.int32, device=device)
         self.scratch = Scratch(None, None, torch.empty(partial_values(layer), device=device), done, chunk)
 

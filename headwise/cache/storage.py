@@ -10,14 +10,15 @@ Legend: S slots, T tokens of this step, G KV heads, D values per head, B blocks 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from headwise.spec.kv import KVFormat, k_values, kv_slots, v_values
+from headwise.cache.pages import Extent
+from headwise.spec.kv import PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
 from headwise.spec.layers import LayerSpec
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
@@ -33,18 +34,61 @@ class Segment(NamedTuple):
     mask_TS: Tensor | None = None  # additive, 0 or -inf
 
 
+class Place(NamedTuple):
+    """Where a sequence lies: which ring of each windowed layer is its own, and which pages of the global ones, in order.
+
+    Args:
+        extents: pages in a row, as `pages.extents` gives them; None: the sequence is alone, position p lies in slot p.
+    """
+
+    ring: int = 0
+    extents: tuple[Extent, ...] | None = None
+
+
+class Table(NamedTuple):
+    """int32 on the device, where the positions of several sequences lie: the first slot of each, or with `page` slots a page its
+    pages, a row a sequence."""
+
+    rows: Tensor
+    page: int = 0
+
+
+class OnDevice(NamedTuple):
+    """What kernels read of the sequences of a launch, int32 on the device.
+
+    Args:
+        starts_B1: where the queries of each begin in the launch; lengths_B: their keys, the new ones included.
+        tables: by window, None for global layers.
+        fresh: keys before a sequence's queries may have been written by this step.
+    """
+
+    starts_B1: Tensor
+    lengths_B: Tensor
+    tables: Mapping[int | None, Table]
+    fresh: bool = False
+
+
+def alone(n: int, stop: int, window: int | None, device: torch.device) -> OnDevice:
+    """One sequence of `stop` keys in a cache of its own, whose last `n` are the launch's queries."""
+    numbers = torch.tensor([0, n, stop, 0], dtype=torch.int32, device=device)
+    return OnDevice(numbers[:2], numbers[2:3], {window: Table(numbers[3:4])})
+
+
 class Span(NamedTuple):
-    """The positions [start, start + n) of a step's queries, and what is filled once for all layers of the step.
+    """The positions [start, start + n) of a sequence's queries, and what is filled once for all layers of the step.
+
+    With `device` it may stand for several sequences; then n is the most queries of one and `stop` the most keys.
 
     Args:
         mask_TS: for several queries of a windowed layer, which ring slots each sees (additive); backends with a mask need it.
-        device: int32 on the device, [0, n, start + n, 0]: a kernel's queries, keys and first slot of the one sequence.
+        device: what kernels that read caches by slots need.
     """
 
     start: int
     n: int
     mask_TS: Tensor | None = None
-    device: Tensor | None = None
+    device: OnDevice | None = None
+    place: Place = Place()
 
     @property
     def stop(self) -> int:
@@ -152,42 +196,72 @@ def _quantise_q4_0(blocks: Tensor, dest: Tensor, scales: Tensor) -> None:
 
 
 class LayerCache:
-    """What one layer has stored of one sequence."""
+    """What one layer has stored, of one sequence or of several.
 
-    def __init__(self, layer: LayerSpec, fmt: KVFormat, *, n_tokens: int, chunk: int, device: torch.device) -> None:
+    Args:
+        rings: sequences whose windows are held at once.
+        n_tokens: of the longest sequence; pool_tokens: of all together, in a global layer; default `n_tokens`.
+    """
+
+    def __init__(
+        self, layer: LayerSpec, fmt: KVFormat, *, n_tokens: int, chunk: int, device: torch.device, rings: int = 1,
+        pool_tokens: int | None = None,
+    ) -> None:  # fmt: skip
         self.window = layer.window
-        self.n_slots = kv_slots(layer, n_tokens=n_tokens, chunk=chunk)
-        self.k = Values(self.n_slots, layer.n_kv_heads, k_values(layer), fmt, device)
-        self.v = Values(self.n_slots, layer.n_kv_heads, v_values(layer), fmt, device) if v_values(layer) else None
+        if layer.window is None:
+            rings, n_tokens = 1, n_tokens if pool_tokens is None else pool_tokens
+        self.n_slots = kv_slots(layer, n_tokens=n_tokens, chunk=chunk)  # of one ring, or of the pool
+        self.k = Values(rings * self.n_slots, layer.n_kv_heads, k_values(layer), fmt, device)
+        self.v = Values(rings * self.n_slots, layer.n_kv_heads, v_values(layer), fmt, device) if v_values(layer) else None
 
-    def slots(self, start: int, n: int) -> list[tuple[int, int, int]]:
-        """Where positions [start, start + n) lie: (first slot, first token, count), two runs where the ring wraps."""
-        if self.window is None:
-            return [(start, 0, n)]
-        first = start % self.n_slots
-        head = min(n, self.n_slots - first)
-        return [(first, 0, head)] + ([(0, head, n - head)] if head < n else [])
+    def slots(self, place: Place, start: int, n: int) -> list[tuple[int, int, int]]:
+        """Where positions [start, start + n) lie: (first slot, first token, count), more than one run where a ring wraps."""
+        if self.window is not None:
+            first, base = start % self.n_slots, place.ring * self.n_slots
+            head = min(n, self.n_slots - first)
+            return [(base + first, 0, head)] + ([(base, head, n - head)] if head < n else [])
+        if place.extents is None:
+            return [(start, 0, n)] if n else []
+        runs, at = [], 0  # `at`: the position that an extent begins with
+        for page, count in place.extents:
+            stop = at + count * PAGE_TOKENS
+            a, b = max(start, at), min(start + n, stop)
+            if a < b:
+                runs.append((page * PAGE_TOKENS + a - at, a - start, b - a))
+            at = stop
+        if at < start + n:
+            raise ValueError(f"positions {start}..{start + n - 1} in pages that hold {at}")
+        return runs
 
-    def write(self, start: int, k_TGD: Tensor, v_TGD: Tensor | None, scratch: Tensor | None) -> None:
+    def write(self, place: Place, start: int, k_TGD: Tensor, v_TGD: Tensor | None, scratch: Tensor | None) -> None:
         """Appends the keys and values of positions [start, start + T)."""
         for values, x in ((self.k, k_TGD), (self.v, v_TGD)):
             if values is None or x is None:
                 continue
-            for slot, token, n in self.slots(start, x.shape[0]):
+            for slot, token, n in self.slots(place, start, x.shape[0]):
                 part = x[token : token + n]
                 values.write(slot, part, carve(scratch, part.shape) if scratch is not None and values.needs_scratch else None)
 
     def segments(self, span: Span) -> list[Segment]:
-        """What the queries of `span` read, once their own keys are written."""
-        start, n = span.start, span.n
+        """What the queries of `span` read, once their own keys are written.
+
+        Raises:
+            ValueError: the queries' own keys lie in pages apart; ask for each run of them by itself.
+        """
+        start, n, place = span.start, span.n, span.place
         if self.window is None:
+            before = [Segment(slot, slot + count) for slot, _, count in self.slots(place, 0, start if n > 1 else start + 1)]
             if n == 1:
-                return [Segment(0, start + 1)]
-            return ([Segment(0, start)] if start else []) + [Segment(start, start + n, causal=True)]
+                return before
+            (slot, _, count), *more = self.slots(place, start, n)
+            if more:
+                raise ValueError(f"positions {start}..{span.stop - 1} lie in {1 + len(more)} runs of pages")
+            return [*before, Segment(slot, slot + count, causal=True)]
         if n == 1:  # one query sees a run of slots, or two where the ring wraps: no mask
             first = max(0, start + 1 - self.window)
-            return [Segment(slot, slot + count) for slot, _, count in self.slots(first, start + 1 - first)]
-        return [Segment(0, min(self.n_slots, start + n), mask_TS=span.mask_TS)]
+            return [Segment(slot, slot + count) for slot, _, count in self.slots(place, first, start + 1 - first)]
+        base = place.ring * self.n_slots
+        return [Segment(base, base + min(self.n_slots, start + n), mask_TS=span.mask_TS)]
 
 
 def carve(buffer: Tensor, shape: Sequence[int]) -> Tensor:

@@ -7,37 +7,59 @@ another.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from headwise.cache.pages import pages_for
+from headwise.engine.batch import Run
 from headwise.engine.constrain import Constrainer, Constraint
-from headwise.engine.kept import Kept, keep_after
+from headwise.engine.draft import SIZES, Drafts
 from headwise.engine.llm import LLM
+from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
 from headwise.engine.sample import Sampler
-from headwise.engine.schedule import Load, best_slot, next_waiting, saving, schedule
+from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES
+from headwise.spec.kv import DRAFT_TOKENS
+
+BESIDE = {"cpu": 128, "cuda": 512}  # most prompt tokens in a step with answers
+UNKNOWN_COST = 1.3  # of a step with drafts over one without, until it is measured
 
 
 @dataclass(slots=True)
 class _Running:
-    """A request that holds a slot."""
+    """A request that holds a slot, or has held one and waits for another."""
 
     request: Request
-    slot: int
     sampler: Sampler
     constraint: Constraint | None
-    cached: int
-    done: int  # tokens in the cache
+    tokens: list[int]  # the prompt's and the answer's
+    arrived: float
     started: float
-    queue_s: float
+    slot: int = -1
+    cached: int = 0
+    done: int = 0  # tokens in the cache
+    parting: int | None = None  # tokens after which the ring is worth a copy, because another prompt parted here
+    kept: bool = False
     first: float | None = None  # when its first token came
-    answer: list[int] = field(default_factory=list[int])
+    drafts: Drafts | None = None
+    draft: Sequence[int] = ()
+
+    @property
+    def answers(self) -> bool:
+        return self.done == len(self.tokens) - 1 >= len(self.request.prompt)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    request: Request
+    arrived: float
+    again: _Running | None = None  # it ran, and gave its pages to older ones
 
 
 class Engine:
@@ -45,33 +67,41 @@ class Engine:
 
     Args:
         emit: takes every event, in order.
+        deterministic: every sequence in steps of its own, and only prefixes that a cold start would compute so: an answer does
+            not depend on what else runs or ran.
+        speculate: draft tokens from what a sequence repeats, where that pays.
     """
 
-    def __init__(self, llm: LLM, emit: Callable[[Event], None]) -> None:
+    def __init__(self, llm: LLM, emit: Callable[[Event], None], *, deterministic: bool = False, speculate: bool = True) -> None:
         self.llm, self.runner, self.emit = llm, llm.runner, emit
+        self.deterministic, self.speculate = deterministic, speculate and not deterministic
         self.stop = frozenset(llm.spec.eos_ids) | llm.tokenizer.eos_ids
-        self.held: dict[int, list[int]] = {slot: [] for slot in range(len(llm.runner.slots))}  # least recently used first
-        self.kept = _kept(llm)
-        self.keep_after = keep_after(llm.runner.rings) if self.kept else 0
-        self.waiting: list[tuple[Request, float]] = []
-        self.running: list[_Running] = []
+        w, rings = llm.plan.workload, self.runner.steps.rings
+        self.prefixes = Prefixes(
+            self.runner.caches, rings, slots=w.slots, pages=pages_for(w.pool_tokens), n_kept=_copies(llm),
+            chunk=self.runner.chunk if deterministic else None,
+        )  # fmt: skip
+        self.keep_after = max(0, keep_after(rings) - DRAFT_TOKENS)
+        self.waiting: list[_Waiting] = []
+        self.running: list[_Running] = []  # oldest first
         self._served: dict[str, int] = {}
         self._admissions = 0
         self._constrainer: Constrainer | None = None
+        self._seconds: dict[tuple[int, int], float] = {}  # of a step, by answers and tokens of each
 
     @property
     def busy(self) -> bool:
         return bool(self.waiting or self.running)
 
     def submit(self, request: Request) -> None:
-        self.waiting.append((request, time.perf_counter()))
+        self.waiting.append(_Waiting(request, time.perf_counter()))
 
     def cancel(self, request_id: int) -> None:
         """Ends a request that waits or runs; its slot keeps what it has computed. Unknown ids have ended by themselves."""
-        for i, (request, _) in enumerate(self.waiting):
-            if request.id == request_id:
-                del self.waiting[i]
-                self.emit(Finish(request=request_id, reason="cancelled", prompt_tokens=len(request.prompt)))
+        for w in self.waiting:
+            if w.request.id == request_id:
+                self.waiting.remove(w)
+                self.emit(Finish(request=request_id, reason="cancelled", prompt_tokens=len(w.request.prompt)))
                 return
         for r in self.running:
             if r.request.id == request_id:
@@ -79,72 +109,147 @@ class Engine:
                 return
 
     def round(self) -> None:
-        """Admits what has a slot, then one step for each sequence that is due."""
-        free = set(self.held) - {r.slot for r in self.running}
-        while free and self.waiting:
-            index = next_waiting([request for request, _ in self.waiting], self._served)
-            self._admit(*self.waiting.pop(index), free)
-            free = set(self.held) - {r.slot for r in self.running}
-        running = {r.slot: r for r in self.running}
-        loads = [Load(r.slot, max(0, len(r.request.prompt) - r.done)) for r in self.running]
-        for step in schedule(loads, self.runner.chunk):
-            r = running[step.slot]
+        """Admits what has a slot and pages, then a step of everything that is due."""
+        while self.waiting and self.prefixes.free:
+            i = next((i for i, w in enumerate(self.waiting) if w.again), None)
+            i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
+            if not self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1):
+                break
+            self._admit(self.waiting.pop(i))
+        for r in self.running:
+            r.draft = self._draft(r)
+        loads = [self._load(r) for r in self.running]
+        beside = BESIDE[self.runner.device.type]
+        by_slot = {r.slot: r for r in self.running}
+        for steps in schedule(loads, self.runner.chunk, beside=beside, alone=self.deterministic):
+            self._step([(by_slot[s.slot], s.n) for s in steps if by_slot[s.slot] in self.running])
+
+    def _n_tokens(self, w: _Waiting) -> int:
+        return len(w.again.tokens if w.again else w.request.prompt)
+
+    def _load(self, r: _Running) -> Load:
+        left = len(r.tokens) - r.done
+        if r.answers:
+            return Load(r.slot, 1 + len(r.draft), prompt=False)
+        if self.deterministic:  # what was an answer's is computed a token at a time again
+            left = max(1, len(r.request.prompt) - r.done)
+        return Load(r.slot, left, prompt=True, until=r.parting - r.done if r.parting else None)
+
+    def _draft(self, r: _Running) -> Sequence[int]:
+        """Tokens to try behind the next one, as many as the step has room for."""
+        if not self.speculate or not r.answers:
+            return ()
+        together = sum(x.answers for x in self.running)
+        context, answered = self.llm.plan.workload.context, len(r.tokens) - len(r.request.prompt)
+        room = min((self.runner.rows - len(self.running)) // together, context - r.done, self.runner.chunk) - 1
+        left = r.request.sampling.max_tokens - answered - 1
+        plain = self._seconds.get((together, 1))
+        steps = [self._seconds.get((together, 1 + n)) for n in SIZES]
+        costs = [step / plain if plain and step else UNKNOWN_COST for step in steps]
+        r.drafts = r.drafts or Drafts()
+        return r.drafts.propose(r.tokens, min(room, left), costs)
+
+    def _admit(self, w: _Waiting) -> None:
+        request, now = w.request, time.perf_counter()
+        r = w.again
+        if r is None:
+            self._admissions += 1
+            self._served[request.client] = self._admissions
+            while len(self._served) > 1024:
+                self._served.pop(min(self._served, key=lambda c: self._served[c]))
+            room = self.llm.plan.workload.context - len(request.prompt)
             try:
-                self._step(r, step.n)
+                if not request.prompt or room < 1:
+                    raise PlanError(
+                        f"the prompt has {len(request.prompt)} tokens", why=f"the context is {room + len(request.prompt)}"
+                    )
+                constraint = self._constraint(request, min(room, request.sampling.max_tokens))
             except HeadwiseError as error:
-                self._finish(r, "error", (error.what, error.why, error.do))
-
-    def _admit(self, request: Request, arrived: float, free: set[int]) -> None:
-        self._admissions += 1
-        self._served[request.client] = self._admissions
-        while len(self._served) > 1024:
-            self._served.pop(min(self._served, key=lambda c: self._served[c]))
-        room = self.llm.plan.workload.context - len(request.prompt)
-        try:
-            if not request.prompt or room < 1:
-                raise PlanError(f"the prompt has {len(request.prompt)} tokens", why=f"the context is {room + len(request.prompt)}")
-            constraint = None
-            if request.grammar is not None:
-                self._constrainer = self._constrainer or Constrainer(self.llm.tokenizer)
-                if request.grammar.trigger is None:
-                    constraint = self._constrainer.start(request.grammar, min(room, request.sampling.max_tokens))
-        except HeadwiseError as error:
-            said = (error.what, error.why, error.do)
-            self.emit(Finish(request=request.id, reason="error", prompt_tokens=len(request.prompt), error=said))
-            return
-        savings = {
-            s: (len(held), saving(held, self.kept[s].tokens if self.kept else (), request.prompt, self.runner.rings))
-            for s, held in self.held.items()
-            if s in free
-        }
-        slot = best_slot(savings, len(request.prompt))
-        cached = savings[slot][1].n
-        if savings[slot][1].restored:
-            self.kept[slot].restore()
-        self.held.pop(slot)
-        self.held[slot] = list(request.prompt[:cached])
-        now = time.perf_counter()
-        r = _Running(request, slot, Sampler(request.sampling), constraint, cached, cached, now, now - arrived)
-        self.running.append(r)
-        self.emit(Prefill(request.id, cached, len(request.prompt), cached))
-
-    def _step(self, r: _Running, n: int) -> None:
-        """Runs the next `n` tokens of a prompt, or the last token of an answer, and samples where one is due."""
-        prompt = r.request.prompt
-        ids = list(prompt[r.done : r.done + n]) if r.done < len(prompt) else r.answer[-1:]
-        self.runner.use(r.slot, r.done)
-        x = self.runner.step(ids)
-        r.done += len(ids)
-        self.held[r.slot] += ids
-        if self.kept and r.done - len(prompt) == self.keep_after:
-            self.kept[r.slot].take(self.held[r.slot].copy())
-        if not r.answer:
-            self.emit(Prefill(r.request.id, r.done, len(prompt), r.cached))
-            if r.done < len(prompt):
+                said = (error.what, error.why, error.do)
+                self.emit(Finish(request=request.id, reason="error", prompt_tokens=len(request.prompt), error=said))
                 return
-        self._sample(r, self.runner.logits(x[-1:])[0])
+            r = _Running(request, Sampler(request.sampling), constraint, list(request.prompt), w.arrived, now)
+        r.slot, r.done, r.parting = self.prefixes.admit(r.tokens)
+        if w.again is None:
+            r.cached = r.done
+        self.running.append(r)
+        self.running.sort(key=lambda r: r.started)
+        if w.again is None:
+            self.emit(Prefill(request.id, r.done, len(request.prompt), r.cached))
 
-    def _sample(self, r: _Running, logits_V: Tensor) -> None:
+    def _constraint(self, request: Request, most: int) -> Constraint | None:
+        if request.grammar is None:
+            return None
+        self._constrainer = self._constrainer or Constrainer(self.llm.tokenizer)
+        return self._constrainer.start(request.grammar, most) if request.grammar.trigger is None else None
+
+    def _step(self, due: list[tuple[_Running, int]]) -> None:
+        """One forward pass over the next tokens of each, and what follows from it."""
+        due = [(r, n) for r, n in due if self._has_pages(r, r.done + n)]
+        due = [(r, n) for r, n in due if r in self.running]  # some gave their pages to older ones
+        if not due:
+            return
+        runs = []
+        for r, n in due:
+            ids = [*r.tokens, *r.draft][r.done : r.done + n] if r.answers else r.tokens[r.done : r.done + n]
+            wanted = n if r.answers else int(r.done + n == len(r.tokens))
+            runs.append(Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted))
+        start = time.perf_counter()
+        try:
+            x = self.runner.run(runs)
+            logits = self.runner.logits(x) if x.shape[0] else x
+            best = logits.argmax(-1).tolist()
+        except HeadwiseError as error:
+            for r, _ in due:
+                self._finish(r, "error", (error.what, error.why, error.do))
+            return
+        if all(r.answers for r, _ in due) and len({n for _, n in due}) == 1:
+            key, seconds = (len(due), due[0][1]), time.perf_counter() - start
+            self._seconds[key] = min(seconds, self._seconds.get(key, seconds) * 0.9 + seconds * 0.1)
+        row = 0
+        for (r, _), run in zip(due, runs, strict=True):
+            self._follow_up(r, run, logits[row : row + run.wanted], best[row : row + run.wanted])
+            row += run.wanted
+
+    def _has_pages(self, r: _Running, n_tokens: int) -> bool:
+        """Makes room for a sequence; the youngest gives way, whose tokens are computed again when there is room."""
+        while r in self.running and not self.prefixes.grow(r.slot, n_tokens):
+            youngest = self.running.pop()
+            self.prefixes.leave(youngest.slot)
+            self.waiting.insert(0, _Waiting(youngest.request, youngest.arrived, youngest))
+        return r in self.running
+
+    def _follow_up(self, r: _Running, run: Run, logits_WV: Tensor, best: Sequence[int]) -> None:
+        """What a step of one request leads to: more of the prompt, or tokens of the answer."""
+        prompt = len(r.request.prompt)
+        if not r.answers:
+            r.done += run.n
+            self.prefixes.wrote(r.slot, run.ids)
+            if r.done == r.parting:
+                self.prefixes.keep(r.slot, parting=True)
+                r.parting = None
+            if len(r.tokens) == prompt:
+                self.emit(Prefill(r.request.id, r.done, prompt, r.cached))
+            if run.wanted:
+                self._sample(r, logits_WV[0], best[0])
+            return
+        accepted = 0
+        for i in range(run.n):
+            token = self._sample(r, logits_WV[i], best[i])
+            if i == len(r.draft) or token != r.draft[i]:
+                break
+            accepted += 1
+        computed = min(1 + accepted, run.n)
+        if r.drafts is not None and r.draft:
+            r.drafts.verified(len(r.draft), accepted)
+        r.done += computed
+        self.prefixes.wrote(r.slot, run.ids[:computed], run.n - computed)
+        if not r.kept and r.done - prompt >= self.keep_after:
+            r.kept = True
+            self.prefixes.keep(r.slot)
+
+    def _sample(self, r: _Running, logits_V: Tensor, best: int) -> int | None:
+        """The next token of an answer; None where the answer has ended."""
         allowed = None
         if r.constraint is not None:
             mask = r.constraint.allowed()
@@ -152,13 +257,13 @@ class Engine:
             allowed[: min(mask.numel(), logits_V.numel())] = mask[: logits_V.numel()]
             if not allowed.any():
                 self._finish(r, "stop")
-                return
-        token = r.sampler.token(logits_V, allowed)
+                return None
+        token = r.sampler.token(logits_V, allowed, best)
         r.first = r.first or time.perf_counter()
-        r.answer.append(token)
+        r.tokens.append(token)
         if token in self.stop:
             self._finish(r, "stop")
-            return
+            return None
         logprob, top = None, ()
         if r.request.top_logprobs is not None:
             logprobs = logits_V.float().log_softmax(-1)
@@ -167,8 +272,11 @@ class Engine:
             logprob = float(logprobs[token])
         self.emit(Token(r.request.id, token, logprob, top))
         self._follow(r, token)
-        if len(r.answer) >= r.request.sampling.max_tokens or r.done >= self.llm.plan.workload.context:
+        n = len(r.tokens) - len(r.request.prompt)
+        if n >= r.request.sampling.max_tokens or len(r.tokens) > self.llm.plan.workload.context:
             self._finish(r, "stop" if r.constraint is not None and r.constraint.complete else "length")
+            return None
+        return token
 
     def _follow(self, r: _Running, token: int) -> None:
         """Moves the grammar on, begins it at its trigger, and drops it where it is complete."""
@@ -180,21 +288,23 @@ class Engine:
             if grammar.trigger is not None and r.constraint.complete:
                 r.constraint = None
         elif token == grammar.trigger and self._constrainer is not None:
-            left = min(self.llm.plan.workload.context - r.done, r.request.sampling.max_tokens - len(r.answer))
+            answered = len(r.tokens) - len(r.request.prompt)
+            left = min(self.llm.plan.workload.context - len(r.tokens), r.request.sampling.max_tokens - answered)
             r.constraint = self._constrainer.start(grammar, left)
 
     def _finish(self, r: _Running, reason: Reason, error: tuple[str, str, str] | None = None) -> None:
         now = time.perf_counter()
         first = r.first or now
         self.running.remove(r)
+        self.prefixes.leave(r.slot)
         self.emit(
             Finish(
                 request=r.request.id,
                 reason=reason,
                 prompt_tokens=len(r.request.prompt),
                 cached_tokens=r.cached,
-                tokens=len(r.answer),
-                queue_s=r.queue_s,
+                tokens=len(r.tokens) - len(r.request.prompt),
+                queue_s=r.started - r.arrived,
                 prefill_s=first - r.started,
                 decode_s=now - first,
                 error=error,
@@ -202,10 +312,10 @@ class Engine:
         )
 
 
-def _kept(llm: LLM) -> list[Kept]:
-    """A copy of its rings for each slot; none where no ring forgets, or where the host has no room (planned as the rings are)."""
-    if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
-        return []
-    if cpu_memory()[1] < llm.plan.kv_sliding_bytes + CPU_MARGIN_BYTES:
-        return []
-    return [Kept(caches) for caches in llm.runner.slots]
+def _copies(llm: LLM) -> int:
+    """Copies of rings: one a slot, and one for what prompts begin with; none where the host has no room (planned as rings are)."""
+    if not any(slots < llm.plan.workload.context for slots in llm.runner.steps.rings.values()):
+        return llm.plan.workload.slots + 1  # of pages alone
+    most = llm.plan.workload.slots + 1
+    need = llm.plan.kv_sliding_bytes // llm.plan.workload.slots * most
+    return most if cpu_memory()[1] >= need + CPU_MARGIN_BYTES else 0

@@ -21,15 +21,20 @@ class Sampler:
 
         self._counts: dict[int, int] = {}
 
-    def token(self, logits_V: Tensor, allowed_V: Tensor | None = None) -> int:
+    def token(self, logits_V: Tensor, allowed_V: Tensor | None = None, best: int | None = None) -> int:
         """The next token.
 
         Args:
             allowed_V: True where a grammar lets a token pass.
+            best: the token of the largest logit, where it is known.
         """
         s = self.sampling
         logits = self._biased(logits_V, allowed_V)
-        token = int(logits.argmax()) if s.temperature == 0.0 else self._drawn(logits.float().cpu() / s.temperature)
+        greedy = s.temperature == 0.0
+        if greedy and best is not None and logits is logits_V:
+            token = best
+        else:
+            token = int(logits.argmax()) if greedy else self._drawn(logits.float().cpu() / s.temperature)
         if s.presence_penalty or s.frequency_penalty:
             self._counts[token] = self._counts.get(token, 0) + 1
         return token

@@ -1,8 +1,4 @@
-"""Who is next: pure functions over what waits and what runs; no clock, no torch.
-
-Steps run one sequence at a time. Continuous batching would merge the tokens of one round into one step; nothing above
-this file would change.
-"""
+"""Who is next: pure functions over what waits and what runs; no clock, no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +7,21 @@ from dataclasses import dataclass
 
 from headwise.engine.request import Request
 
-INTERLEAVED_CHUNK = 128  # most prompt tokens between two tokens of a running answer
-
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """A sequence that holds a slot: how many of its prompt tokens are not in the cache yet; 0 where it generates."""
+    """A sequence that holds a slot.
+
+    Args:
+        left: tokens that are not in the cache yet; of an answer that goes on the last one, and drafts behind it.
+        prompt: whether they are a prompt's; tokens of an answer are never put off.
+        until: a prompt's next step ends after so many tokens at the latest.
+    """
 
     slot: int
-    prompt_left: int
+    left: int
+    prompt: bool
+    until: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +32,34 @@ class Step:
     n: int
 
 
-def schedule(running: Sequence[Load], chunk: int) -> list[Step]:
-    """One round: a token for each sequence that generates, and a chunk of the prompt that has waited longest.
+def schedule(running: Sequence[Load], chunk: int, *, beside: int, alone: bool = False) -> list[list[Step]]:
+    """One round, in steps: a token for each answer, and tokens of the prompts that have waited longest.
 
     Args:
         running: oldest first.
-        chunk: most tokens of one step; beside answers at most INTERLEAVED_CHUNK of it, so that they go on.
+        chunk: most tokens of one step.
+        beside: most prompt tokens in a step with answers, so that they go on.
+        alone: a step for each sequence, and prompts cut at multiples of `chunk`, so that nothing depends on the others.
     """
-    tokens = [Step(load.slot, 1) for load in running if not load.prompt_left]
-    prompt = next((load for load in running if load.prompt_left), None)
-    if prompt is None:
-        return tokens
-    most = min(chunk, INTERLEAVED_CHUNK) if tokens else chunk
-    return [*tokens, Step(prompt.slot, min(most, prompt.prompt_left))]
+    answers = [Step(load.slot, load.left) for load in running if not load.prompt]
+    prompts = [load for load in running if load.prompt]
+    if alone:
+        first = [Step(p.slot, min(p.left, chunk)) for p in prompts[:1]]
+        return [[step] for step in (*answers, *first)]
+    steps: list[list[Step]] = [[]]
+    for step in answers:
+        if sum(s.n for s in steps[-1]) + step.n > chunk:
+            steps.append([])
+        steps[-1].append(step)
+    room = chunk - sum(s.n for s in steps[-1])
+    room = min(room, beside) if answers else room
+    for load in prompts:
+        n = min(load.left, room, load.until or load.left)
+        if n <= 0:
+            break
+        steps[-1].append(Step(load.slot, n))
+        room -= n
+    return [step for step in steps if step]
 
 
 def next_waiting(waiting: Sequence[Request], served: Mapping[str, int]) -> int:
@@ -52,60 +69,3 @@ def next_waiting(waiting: Sequence[Request], served: Mapping[str, int]) -> int:
         served: client -> a number that grows with each admission; absent for a client never served.
     """
     return min(range(len(waiting)), key=lambda i: (served.get(waiting[i].client, -1), i))
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens both begin with."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def reusable(held: Sequence[int], prompt: Sequence[int], rings: Mapping[int, int]) -> int:
-    """How many tokens of `prompt` a slot that holds `held` need not compute again.
-
-    One token at least is computed: its logits are wanted. A global layer serves any common prefix. A ring has forgotten
-    all but its last slots, so the window before the divergence must still lie in it; after an exact continuation it does.
-
-    Args:
-        rings: window -> slots of its ring.
-    """
-    n = common(held, prompt[:-1])
-    return n if _whole(n, len(held), rings) else 0
-
-
-def _whole(n: int, written: int, rings: Mapping[int, int]) -> bool:
-    """Whether rings that `written` tokens went through still hold the window before token `n`."""
-    return all(max(0, n - window + 1) >= written - slots for window, slots in rings.items())
-
-
-@dataclass(frozen=True, slots=True)
-class Saving:
-    """What a slot saves of a prompt; `restored`: after its kept rings are put back."""
-
-    n: int
-    restored: bool = False
-
-
-def saving(held: Sequence[int], kept: Sequence[int], prompt: Sequence[int], rings: Mapping[int, int]) -> Saving:
-    """The better of what the rings hold and of what was kept of them.
-
-    Args:
-        held: the tokens of the global layers, and of the rings as they are.
-        kept: the tokens after which a copy of the rings was made.
-    """
-    now = reusable(held, prompt, rings)
-    before = min(common(held, prompt[:-1]), common(kept, prompt))
-    return Saving(before, restored=True) if before > now and _whole(before, len(kept), rings) else Saving(now)
-
-
-def best_slot(free: Mapping[int, tuple[int, Saving]], n_prompt: int) -> int:
-    """The free slot to take: the one that saves most, if that is half of what it holds or of the prompt.
-
-    Else the one that was used longest ago: a few tokens that every prompt begins with are no reason to forget another
-    conversation.
-
-    Args:
-        free: slot -> the number of tokens it holds and what it saves, least recently used first.
-    """
-    slot = max(free, key=lambda s: free[s][1].n)
-    n_held, saved = free[slot]
-    return slot if 2 * saved.n >= min(n_held, n_prompt) else next(iter(free))

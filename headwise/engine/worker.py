@@ -11,13 +11,15 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 
+ENGINE_SETTINGS = ("deterministic", "speculate")
+
 
 def main(connection: Connection, beat: Any, model: str | None, settings: Mapping[str, Any]) -> None:
     """Sends ("loading", what, done, total), then ("ready", facts) or ("refused", class name, what, why, do), then events.
 
     Args:
         beat: four shared integers, written before each layer: a count, the layer, the step's first position, its tokens.
-        model, settings: as `LLM` takes them.
+        model, settings: as `LLM` takes them, and `ENGINE_SETTINGS` as `Engine` does.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the server, which ends this
     from headwise.engine.engine import Engine
@@ -25,15 +27,16 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
 
     send = connection.send
     try:
-        llm = LLM(model, **settings, progress=lambda *said: send(("loading", *said)))
-        engine = Engine(llm, send)
+        how = {k: v for k, v in settings.items() if k not in ENGINE_SETTINGS}
+        llm = LLM(model, **how, progress=lambda *said: send(("loading", *said)))
+        engine = Engine(llm, send, **{k: settings[k] for k in ENGINE_SETTINGS if k in settings})
     except HeadwiseError as error:
         send(("refused", type(error).__name__, error.what, error.why, error.do))
         return
     watched = [partial(_beating, beat, i, attend) for i, attend in enumerate(llm.runner.decoder.attends)]
     llm.runner.decoder.attends = watched
     try:
-        send(("ready", facts(llm, [k.copies for k in engine.kept])))
+        send(("ready", facts(llm, [k.copies for k in engine.prefixes.kept])))
         while True:
             while connection.poll(0 if engine.busy else None):
                 what, value = connection.recv()
@@ -64,9 +67,9 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
         "device": str(llm.device),
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
-        "plan": plan_json(llm.plan) | {"kept_bytes": llm.plan.kv_sliding_bytes if kept else 0},
+        "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.kv_sliding_bytes // llm.plan.workload.slots},
         "measured": {
-            "kv_bytes": allocated_bytes(llm.runner.slots),
+            "kv_bytes": allocated_bytes(llm.runner.caches),
             "total_bytes": llm.runner.allocated_bytes,
             "kept_bytes": allocated_bytes(kept),
         },

@@ -15,6 +15,7 @@ Source    ggml-quants.c quantize_row_q8_0_ref, quantize_row_q4_0_ref; transforme
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -86,10 +87,9 @@ def _tail(head, w, rstd, cos, sin, A: tl.constexpr, P: tl.constexpr, R: tl.const
 
 @triton.jit
 def _kernel(
-    qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, span, ring, eps, row_stride,
+    qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, slots, eps, row_stride,
     H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, RING: tl.constexpr, K_FORMAT: tl.constexpr,
-    V_FORMAT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     t = tl.program_id(0)
@@ -124,8 +124,7 @@ def _kernel(
             tl.store(out + i, a.to(kind))
             tl.store(out + B + i, b.to(kind))
     else:
-        pos = tl.load(span + 2) - tl.load(span + 1) + t
-        slot = tl.load(span + 3).to(tl.int64) + (pos % ring if RING else pos)
+        slot = tl.load(slots + t).to(tl.int64)
         g = head - H
         if g < G:
             row = slot * G + g
@@ -152,16 +151,15 @@ def _kernel(
 
 
 def heads(
-    qkv_TN: Tensor, q_out_THE: Tensor, k: Stored | None, v: Stored | None, span: Tensor, *, head_dim: int, pairs: int,
-    cos_TP: Tensor | None, sin_TP: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, v_norm: bool, eps: float, ring: int,
+    qkv_TN: Tensor, q_out_THE: Tensor, k: Stored | None, v: Stored | None, slots_T: Tensor | None, *, head_dim: int, pairs: int,
+    cos_TP: Tensor | None, sin_TP: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, v_norm: bool, eps: float,
 ) -> Tensor:  # fmt: skip
-    """Queries to `q_out_THE`, keys and values of positions [stop - n, stop) to their slots.
+    """Queries to `q_out_THE`, keys and values to their slots.
 
     Args:
         k, v: the layer's cache; v None: one tensor for both; both None: the layer owns none.
-        span: int32 on the device, [0, n, stop, first slot].
+        slots_T: int32 on the device, where the keys and values of each token go; None where the layer owns no cache.
         q_norm, k_norm: weights of the norms, None where the family has none.
-        ring: slots of a ring, 0 where position p lies in slot p.
     Raises:
         ValueError: a head size that is no power of two from 64 to 512, or a width that does not fit its heads.
     """
@@ -178,32 +176,37 @@ def heads(
         raise ValueError(f"heads: {E} values a query for heads of {A} (plus a power of two, 32 and {2 * pairs} at least)")
     if 2 * pairs > A or (pairs and (cos_TP is None or sin_TP is None)):
         raise ValueError(f"heads: {pairs} rotated pairs (at most {A // 2}, with their tables)")
+    if k is not None and (slots_T is None or slots_T.dtype != torch.int32 or slots_T.shape[0] != T):
+        raise ValueError(f"heads: slots {None if slots_T is None else (slots_T.dtype, tuple(slots_T.shape))}, not int32 ({T},)")
     none = qkv_TN
     kd, ks = (bits(k.data_SGW), k.scales_SGB) if k else (none, None)
     vd, vs = (bits(v.data_SGW), v.scales_SGB) if v else (none, None)
     _kernel[(T, n_heads)](
         qkv_TN, q_out_THE, kd, none if ks is None else ks, vd, none if vs is None else vs,
         none if q_norm is None else q_norm, none if k_norm is None else k_norm,
-        none if cos_TP is None else cos_TP, none if sin_TP is None else sin_TP, span, max(1, ring), eps, qkv_TN.stride(0),
-        H=H, G=G, A=A, P=pairs, R=R, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0), RING=ring > 0,
+        none if cos_TP is None else cos_TP, none if sin_TP is None else sin_TP,
+        none if slots_T is None else slots_T, eps, qkv_TN.stride(0),
+        H=H, G=G, A=A, P=pairs, R=R, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0),
         K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, num_warps=1 if A <= 128 else 2, **overlap(qkv_TN),
     )  # fmt: skip
     return q_out_THE
 
 
 @triton.jit
-def _tables(span, freq, cos_ptr, sin_ptr, P, magnitude, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _tables(positions, freq, cos_ptr, sin_ptr, P, magnitude, BLOCK: tl.constexpr, PDL: tl.constexpr):
     in_turn(PDL)
     t = tl.program_id(0)
     i = tl.arange(0, BLOCK)
-    pos = tl.load(span + 2) - tl.load(span + 1) + t
+    pos = tl.load(positions + t)
     angle = pos.to(tl.float32) * tl.load(freq + i, mask=i < P, other=0.0)
     kind: tl.constexpr = cos_ptr.dtype.element_ty
     tl.store(cos_ptr + t * P + i, (tl.cos(angle) * magnitude).to(kind), mask=i < P)
     tl.store(sin_ptr + t * P + i, (tl.sin(angle) * magnitude).to(kind), mask=i < P)
 
 
-def rope_tables(span: Tensor, freq_P: Tensor, cos_TP: Tensor, sin_TP: Tensor, magnitude: float) -> None:
-    """cos and sin of position times frequency, times `magnitude`, for the step's positions [stop - T, stop)."""
+def rope_tables(positions_T: Tensor, freq_P: Tensor, cos_TP: Tensor, sin_TP: Tensor, magnitude: float) -> None:
+    """cos and sin of position times frequency, times `magnitude`; positions int32 on the device."""
     T, P = cos_TP.shape
-    _tables[(T,)](span, freq_P, cos_TP, sin_TP, P, magnitude, BLOCK=triton.next_power_of_2(P), num_warps=1, **overlap(cos_TP))
+    _tables[(T,)](
+        positions_T, freq_P, cos_TP, sin_TP, P, magnitude, BLOCK=triton.next_power_of_2(P), num_warps=1, **overlap(cos_TP)
+    )

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Scratch, Span
+from headwise.cache.storage import LayerCache, Scratch
 from headwise.model.arena import Arena
-from headwise.model.heads import HeadShape, HeadViews, LayerWeights, Step, head_views
+from headwise.model.heads import HeadShape, HeadViews, LayerWeights, Step, Tail, head_views
 from headwise.model.linear import linear, linears, rows
 from headwise.model.mlp import dense, experts_beside_dense, routed_experts
 from headwise.model.ops import PLAIN, Ops
@@ -26,6 +26,11 @@ from headwise.weights.blocks import Weight
 
 Weights = Mapping[str, Weight]
 Attend = Callable[..., None]
+
+
+def readers(spec: ModelSpec) -> int:
+    """The first of the last layers that own no cache: from there on only tokens whose hidden states are wanted matter."""
+    return 1 + max(layer.index for layer in spec.kv_layers)
 
 
 class Decoder:
@@ -44,20 +49,23 @@ class Decoder:
             {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{i}.")}
             for i in range(len(spec.layers))
         ]
-        rope_index = {rope: i for i, rope in enumerate(ropes(spec))}
+        self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(spec)]
+        rope_index = {rope: i for i, (rope, _) in enumerate(self.ropes)}
         self.shapes = [HeadShape.of(layer, rope_index) for layer in spec.layers]
+        self.readers = readers(spec)
         norms = [w.get("attn_norm") for w in self.per_layer]  # None where a family norms after each branch alone
         self.first_norm, self.next_norms = norms[0], [*norms[1:], None]
         self.mask_names = [f"mask.{layer.window}" for layer in spec.layers]
 
     def forward(self, step: Step, caches: Mapping[int, LayerCache]) -> Tensor:
-        """The hidden state of every token of the step, (T, D), after the last layer and before the final norm.
+        """The hidden states that the step wants, (T, D) or (W, D), after the last layer and before the final norm.
 
         Args:
             caches: by the index of the layer that owns it.
         """
         spec, arena, ops = self.spec, step.arena, self.ops
         x = arena.take("x", step.n, spec.hidden)
+        self._rope_tables(step)
         rows(self.w["embed"], step.ids_T, x)
         if spec.embed_scale != 1.0:
             x.mul_(torch.tensor(spec.embed_scale, dtype=x.dtype))  # the scale is rounded to the activations' type
@@ -65,6 +73,12 @@ class Decoder:
         free = arena.take("h", *x.shape)
         h = x if self.first_norm is None else ops.norm(x, self.first_norm, free, arena)
         for layer, w, attend, after in zip(spec.layers, self.per_layer, self.attends, self.next_norms, strict=True):
+            if step.tail is not None and layer.index == self.readers:
+                x, h, ple = self._narrow(step.tail, x, h, ple)
+                step, free = step.tail.step, arena.take("h", *x.shape)
+                if not step.n:
+                    return x
+                self._rope_tables(step)
             cache = caches[layer.index if layer.kv_source is None else layer.kv_source]
             y = self._attention(layer, w, attend, cache, step, h)
             h = ops.branch(y, w.get("attn_post_norm"), x, w.get("mlp_norm"), free, arena)
@@ -76,7 +90,27 @@ class Decoder:
                 ops.branch(y, w.get("mlp_post_norm"), x, None, free, arena)
                 y = self._ple(w, step, x, ple[:, layer.index])
                 h = ops.branch(y, w["ple_post_norm"], x, after, free, arena, scale)
-        return x
+        return x if step.tail is None else self._narrow(step.tail, x, x, None)[0]
+
+    def _rope_tables(self, step: Step) -> None:
+        for i, (rope, pairs) in enumerate(self.ropes):
+            cos, sin = (step.arena.take(f"rope.{i}.{t}", step.n, pairs) for t in ("cos", "sin"))
+            self.ops.rope(step.positions_T, step.arena.take(f"rope.{i}.freq", pairs), cos, sin, rope.magnitude)
+
+    def _narrow(self, tail: Tail, x: Tensor, h: Tensor, ple: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The wanted rows alone, at the start of the same buffers, and their rope tables."""
+        arena, W = tail.step.arena, tail.step.n
+
+        def rows_of(t: Tensor, buffer: str, room: str) -> Tensor:
+            got = torch.index_select(t, 0, tail.rows_W, out=arena.take(room, W, t.shape[1]))
+            return arena.take(buffer, W, t.shape[1]).copy_(got)
+
+        if not W:
+            return x[:0], h[:0], ple
+        same = h.data_ptr() == x.data_ptr()
+        x = rows_of(x, "x", "y")
+        h = x if same else rows_of(h, "h", "y")
+        return x, h, None if ple is None else rows_of(ple.flatten(1), "ple", "ple.rows").unflatten(-1, ple.shape[1:])
 
     def logits(self, x_TD: Tensor, arena: Arena, out: Tensor | None = None) -> Tensor:
         """Logits of the given hidden states, (T, vocab)."""
@@ -95,12 +129,13 @@ class Decoder:
         shape = self.shapes[layer.index]
         q = self.ops.heads(shape, w, self._project(shape, w, h, arena), cache, step)
         out = arena.take("attn", T, layer.n_heads, layer.head_dim)
-        mask = arena.get(self.mask_names[layer.index]) if T > 1 else None
-        if mask is not None:
-            mask = mask[:T, : min(cache.n_slots, step.start + T)]
-        span = Span(step.start, T, mask, arena.flat("span"))
         sinks, scratch = w.get("sinks"), arena.keep("scratch", lambda: self._scratch(arena))
-        attend(q, cache, span, scale=layer.scale, softcap=layer.softcap, sinks_H=sinks, scratch=scratch, out_THD=out)
+        masks = arena.get(self.mask_names[layer.index])
+        for first, last, span in step.parts:
+            if masks is not None and span.n > 1:
+                span = span._replace(mask_TS=masks[first:last, : min(cache.n_slots, span.stop)])
+            part, into = (q, out) if last - first == T else (q[first:last], out[first:last])
+            attend(part, cache, span, scale=layer.scale, softcap=layer.softcap, sinks_H=sinks, scratch=scratch, out_THD=into)
         y = linear(out.flatten(1), w["o"], arena.take("y", T, self.spec.hidden), arena.room)
         return y.add_(w["o_bias"]) if layer.o_bias else y
 

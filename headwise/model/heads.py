@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Values
+from headwise.cache.storage import LayerCache, Span, Values
 from headwise.model.arena import Arena
 from headwise.model.norm import rms_norm
 from headwise.spec.kv import k_values
@@ -25,17 +25,42 @@ from headwise.spec.rope import RopeSpec
 LayerWeights = Mapping[str, Any]  # our short name -> a Tensor, or for a matrix that stays quantised a BlockTensor
 
 
+class Part(NamedTuple):
+    """Tokens [first, last) of a step, which attention takes in one go: `span` says whose they are."""
+
+    first: int
+    last: int
+    span: Span
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: `ids_T` at positions [start, start + T). Rope tables and ring masks are filled once, for all layers."""
+    """One forward pass over tokens of one or several sequences. Rope tables and ring masks are filled once, for all layers.
+
+    Args:
+        positions_T: of each token, on the device.
+        slots: by window (None: global layers), int32 on the device, the slot of each token's keys; kernels that store need it.
+        tail: the tokens whose hidden states are wanted, where not all are; layers that own no cache need no others.
+    """
 
     ids_T: Tensor
-    start: int
+    positions_T: Tensor
+    parts: tuple[Part, ...]
     arena: Arena
+    slots: Mapping[int | None, Tensor]
+    tail: Tail | None = None
 
     @property
     def n(self) -> int:
         return self.ids_T.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """Of a step the tokens `rows_W` (int64 on the device) alone."""
+
+    rows_W: Tensor
+    step: Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +126,7 @@ def plain_heads(shape: HeadShape, w: LayerWeights, views: HeadViews, cache: Laye
         _rotate(*views.rotated, shape, arena, step.n)
     if not layer.k_eq_v:
         if owns:
-            cache.write(step.start, views.k, views.v, arena.flat("kv.write"))
+            _write(cache, step, views.k, views.v)
         return views.q
     if owns:
         _store_one(shape, w, cache, step, views.k)
@@ -128,7 +153,13 @@ def _store_one(shape: HeadShape, w: LayerWeights, cache: LayerCache, step: Step,
         torch.mul(v[..., half : half + P], w["k_norm"][half : half + P], out=b)
         _rotate(a, b, shape, arena, T)
         one[..., A + 2 * P :].zero_()  # padding, see spec.kv
-    cache.write(step.start, one, None, arena.flat("kv.write"))
+    _write(cache, step, one, None)
+
+
+def _write(cache: LayerCache, step: Step, k: Tensor, v: Tensor | None) -> None:
+    scratch = step.arena.flat("kv.write")
+    for first, last, span in step.parts:
+        cache.write(span.place, span.start, k[first:last], None if v is None else v[first:last], scratch)
 
 
 def _query_for_one(shape: HeadShape, w: LayerWeights, q: Tensor, arena: Arena) -> Tensor:
@@ -157,14 +188,13 @@ def fused_heads(shape: HeadShape, w: LayerWeights, views: HeadViews, cache: Laye
     else:  # packed heads are strided; attention wants its queries side by side
         q = arena.take("q.own", T, layer.n_heads, layer.head_dim)
     cos, sin = (None, None) if shape.rope is None else arena.keep(("rope", T, layer.index), lambda: _tables(shape, arena, T))
-    span = arena.flat("span")
-    assert span is not None
     return heads(
-        views.packed, q, _stored(cache.k) if owns else None, _stored(cache.v) if owns and cache.v else None, span,
+        views.packed, q, _stored(cache.k) if owns else None, _stored(cache.v) if owns and cache.v else None,
+        step.slots[layer.window] if owns else None,
         head_dim=layer.head_dim, pairs=shape.pairs, cos_TP=cos, sin_TP=sin,
         q_norm=w["q_norm"] if layer.qk_norm else None,
         k_norm=w["k_norm"] if layer.qk_norm and (owns or layer.k_eq_v) else None,
-        v_norm=layer.v_norm, eps=arena.eps_value, ring=cache.n_slots if cache.window else 0,
+        v_norm=layer.v_norm, eps=arena.eps_value,
     )  # fmt: skip
 
 

@@ -25,6 +25,7 @@ class Ops(NamedTuple):
     norm: Callable[..., Tensor]
     branch: Callable[..., Tensor]
     heads: Callable[..., Tensor]
+    rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
     gate: Callable[[Activation, Tensor, Tensor], Tensor]
 
 
@@ -54,12 +55,23 @@ def plain_gate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
     return gate.mul_(up)
 
 
-PLAIN = Ops(rms_norm, plain_branch, plain_heads, plain_gate)
+def plain_rope(positions_T: Tensor, freq_P: Tensor, cos_TP: Tensor, sin_TP: Tensor, magnitude: float) -> None:
+    """cos and sin of position times frequency, times `magnitude`."""
+    angles = positions_T[:, None] * freq_P
+    torch.sin(angles, out=sin_TP)
+    torch.cos(angles, out=cos_TP)
+    if magnitude != 1.0:
+        cos_TP.mul_(magnitude)
+        sin_TP.mul_(magnitude)
+
+
+PLAIN = Ops(rms_norm, plain_branch, plain_heads, plain_rope, plain_gate)
 
 
 def fused() -> Ops:
     """Our kernels; imported here, since triton is not everywhere."""
     from headwise.kernels import rows
+    from headwise.kernels.heads import rope_tables
 
     def norm(x: Tensor, w_D: Tensor | None, out: Tensor, arena: Arena) -> Tensor:
         return rows.norm(x, w_D, out, arena.eps_value)
@@ -80,4 +92,4 @@ def fused() -> Ops:
             return plain_gate(kind, gate, up)
         return rows.gate(gate, up, kind)
 
-    return Ops(norm, branch, fused_heads, gate)
+    return Ops(norm, branch, fused_heads, rope_tables, gate)

@@ -14,8 +14,8 @@ from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
 from headwise.planner.residence import FLOAT_TYPES, planed, resident_types, weight_bytes
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
-from headwise.spec.kv import KVFormat, check_format, kv_bytes
-from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.kv import PAGE_TOKENS, KVFormat, check_format, kv_bytes
+from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.tensors import weight_tensors
 
 MIB = 2**20
@@ -45,7 +45,8 @@ class Workload:
     """What the model is to hold at once."""
 
     context: int  # tokens of prompt and answer of one sequence
-    slots: int = 1  # sequences at once, each with its own context
+    slots: int = 1  # sequences at once
+    pool: int | None = None  # tokens that the global layers hold of all sequences together; None: `context` of each
     chunk: int = DEFAULT_CHUNK  # most tokens of one prefill step
     kv: Mapping[Kind, KVFormat]
     dtype: str  # of the activations
@@ -57,9 +58,23 @@ class Workload:
         """Whether every layer reads its cache by slots: then our kernels also do what stands between the products."""
         return self.reads == {"slots"}
 
+    @property
+    def pool_tokens(self) -> int:
+        """Tokens of whole pages in the global layers, of all sequences together."""
+        each = -(-self.context // PAGE_TOKENS) * PAGE_TOKENS
+        return self.slots * each if self.pool is None else -(-self.pool // PAGE_TOKENS) * PAGE_TOKENS
+
+    def layer_bytes(self, layer: LayerSpec) -> int:
+        """Bytes that `layer` holds: a ring for each sequence, or pages for all; what `cache.storage` allocates."""
+        fmt = self.kv[layer.kind]
+        if layer.window is None:
+            return kv_bytes(layer, n_tokens=self.pool_tokens, chunk=self.chunk, fmt=fmt)
+        return self.slots * kv_bytes(layer, n_tokens=self.context, chunk=self.chunk, fmt=fmt)
+
     def at(self, context: int) -> Workload:
-        """This work with another context; a prefill step is never longer than that."""
-        return replace(self, context=context, chunk=min(self.chunk, context))
+        """This work with another context; a prefill step is never longer than that, nor the pool smaller."""
+        pool = None if self.pool is None else max(self.pool, context)
+        return replace(self, context=context, chunk=min(self.chunk, context), pool=pool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +123,10 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
     Args:
         limit: refuse a context beyond the model's maximum.
     """
-    for name, value, most in (("context", w.context, MAX_TOKENS), ("slots", w.slots, 2**31), ("ubatch", w.chunk, 2**31)):
+    numbers = [("context", w.context, MAX_TOKENS), ("slots", w.slots, 2**31), ("ubatch", w.chunk, 2**31)]
+    if w.pool is not None:
+        numbers.append(("pool", w.pool, MAX_TOKENS))
+    for name, value, most in numbers:
         if not 1 <= value <= most:
             raise UsageError(
                 f"--{name} {value} makes no sense", why=f"it must lie from 1 to {most}", do=f"--{name} {min(4096, most)}"
@@ -124,9 +142,7 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
 
 
 def kv_total(spec: ModelSpec, w: Workload, kind: Kind) -> int:
-    return w.slots * sum(
-        kv_bytes(layer, n_tokens=w.context, chunk=w.chunk, fmt=w.kv[kind]) for layer in spec.kv_layers if layer.kind == kind
-    )
+    return sum(w.layer_bytes(layer) for layer in spec.kv_layers if layer.kind == kind)
 
 
 def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Sequence[Target] = ()) -> Plan:
@@ -185,6 +201,7 @@ def _buffers(spec: ModelSpec, w: Workload, quantised: _Quantised) -> tuple[Buffe
         dtype=w.dtype,
         kv=w.kv,
         cpu=w.cpu,
+        slots=w.slots,
         reads=w.reads,
         **quantised._asdict(),
     )
@@ -225,7 +242,7 @@ def _split(
         else:
             outer_first += n
     for layer in spec.kv_layers:
-        layer_bytes[layer.index] += w.slots * kv_bytes(layer, n_tokens=w.context, chunk=w.chunk, fmt=w.kv[layer.kind])
+        layer_bytes[layer.index] += w.layer_bytes(layer)
     if len(targets) == 1:
         total = compute + outer_first + outer_last + sum(layer_bytes)
         return (Share(targets[0], total, tuple(range(len(spec.layers)))),), ()

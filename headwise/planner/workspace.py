@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from headwise.spec.kv import KVFormat, k_values, kv_slots, v_values
+from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.rope import RopeSpec
 
@@ -47,6 +47,23 @@ def partial_values(layer: LayerSpec) -> int:
     return PARTIAL_TILES * (layer.head_dim + 2)
 
 
+def logit_rows(slots: int, chunk: int) -> int:
+    """Most tokens of a step whose logits are wanted: one a sequence, or of few sequences their drafts' too."""
+    return min(chunk, max(slots, DRAFT_TOKENS))
+
+
+def launches(slots: int, chunk: int) -> int:
+    """Most sequences that attention sees in a step: drafts of one may count as several, and a chunk's scattered pages."""
+    return 2 * slots + DRAFT_TOKENS + chunk // PAGE_TOKENS
+
+
+def span_words(spec: ModelSpec, slots: int, chunk: int) -> int:
+    """int32 values that tell kernels of a step: of each token its position, and its slot in layers of each window; of each
+    sequence where its queries begin and end, its keys, and its first slot in layers of each window."""
+    kinds = len({x.window for x in spec.kv_layers})
+    return (1 + kinds) * chunk + (3 + kinds) * launches(slots, chunk)
+
+
 def ropes(spec: ModelSpec) -> tuple[RopeSpec, ...]:
     """The distinct ropes of a model, in order of first use."""
     return tuple(dict.fromkeys(layer.rope for layer in spec.layers if layer.rope))
@@ -65,6 +82,7 @@ def workspace(
     dtype: str,
     kv: Mapping[Kind, KVFormat],
     cpu: bool,
+    slots: int = 1,
     block_weights: bool = False,
     plane_values: int = 0,
     reads: Collection[str] = ("tiles",),
@@ -73,6 +91,7 @@ def workspace(
 
     Args:
         dtype: of the activations.
+        slots: sequences that one step may serve.
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
         plane_values: of the largest matrix that is read by our kernels, which expand tiles for long steps only.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
@@ -102,8 +121,9 @@ def workspace(
         for window, slots in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
             add(f"mask.{window}", "always", C, slots)
     if "slots" in reads:
-        add("span", "always", 4, kind="i32")
-        add("done", "always", max(x.n_kv_heads for x in layers), kind="i32")
+        add("span", "always", 2 * span_words(spec, slots, C), kind="i32")  # of all tokens, and of those that are wanted
+        add("pages", "always", launches(slots, C), -(-n_tokens // PAGE_TOKENS), kind="i32")
+        add("done", "always", launches(slots, C) * max(x.n_kv_heads for x in layers), kind="i32")
         add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
     if spec.ple:
         add("ple", "always", C, len(layers) * spec.ple.dim)
@@ -147,7 +167,7 @@ def workspace(
         add("router.index", "mlp", C, active, kind="i64")
         for name in ("expert.in", "expert.out", "expert.sum", "expert.total"):
             add(name, "mlp", C, D)
-    add("logits", "head", 1, spec.vocab_size)
+    add("logits", "head", logit_rows(slots, C), spec.vocab_size)
     if plane_values:
         widest = max(D, q_width, wide)
         add("quant.words", "always", QUANT_ROWS * -(-widest // 32) * QUANT_GROUP_WORDS, kind="i32")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from headwise.attention import reference, torch_fused
-from headwise.cache.storage import LayerCache, Scratch, Span, Values, slot_positions
+from headwise.cache.storage import LayerCache, Place, Scratch, Span, Values, slot_positions
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS, kv_bytes
 
@@ -49,7 +49,7 @@ def test_any_cut_of_a_sequence_attends_like_the_formula(window: int, chunk: int,
     for n in steps:
         part = slice(at, at + n)
         for c in (cache, flat):
-            c.write(at, k[part], v[part], torch.empty(chunk * 64))
+            c.write(Place(), at, k[part], v[part], torch.empty(chunk * 64))
         q, positions = torch.randn(n, 4, 32, generator=g), torch.arange(at, at + n)
         seen = reference.visible(positions, slot_positions(cache.n_slots, at + n, CPU), window)
         mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, : min(cache.n_slots, at + n)]

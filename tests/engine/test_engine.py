@@ -10,8 +10,8 @@ import pytest
 
 from headwise import LLM
 from headwise.engine.engine import Engine
-from headwise.engine.kept import BEFORE_TOKENS
 from headwise.engine.measure import allocated_bytes
+from headwise.engine.prefixes import BEFORE_TOKENS
 from headwise.engine.request import Event, Finish, Grammar, Prefill, Request, Sampling, Token
 
 CONTEXT, CHUNK = 1500, 96
@@ -133,7 +133,8 @@ def test_a_turn_that_leaves_a_long_answer_keeps_its_prompt(llm: LLM, alone: LLM,
 
     assert run.finish(2).cached_tokens == len(prompt) - shorter
     assert same(alone, turn, run.tokens(2))
-    assert allocated_bytes([k.copies for k in run.engine.kept]) == llm.plan.kv_sliding_bytes
+    copies = [k.copies for k in run.engine.prefixes.kept]
+    assert allocated_bytes(copies) == llm.plan.kv_sliding_bytes // 3 * len(copies)
 
 
 def test_a_cancelled_request_ends_and_frees_its_slot(llm: LLM) -> None:

@@ -1,4 +1,4 @@
-"""Who is next, and what need not be computed again: pure functions, checked against plain simulations."""
+"""Who is next: pure functions."""
 
 from __future__ import annotations
 
@@ -6,19 +6,55 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from headwise.engine.request import Request, Sampling
-from headwise.engine.schedule import INTERLEAVED_CHUNK, Load, Saving, Step, best_slot, next_waiting, reusable, saving, schedule
+from headwise.engine.schedule import Load, Step, next_waiting, schedule
 
 
 def request(id_: int, client: str) -> Request:
     return Request(id=id_, prompt=(1,), sampling=Sampling(), client=client)
 
 
+def answer(slot: int, n: int = 1) -> Load:
+    return Load(slot, n, prompt=False)
+
+
+def prompt(slot: int, n: int, until: int | None = None) -> Load:
+    return Load(slot, n, prompt=True, until=until)
+
+
 def test_answers_go_on_beside_a_long_prompt() -> None:
     """One 32K prompt must not stop everybody's tokens until it is done."""
-    assert schedule([Load(0, 0), Load(1, 32_000), Load(2, 0)], 512) == [Step(0, 1), Step(2, 1), Step(1, INTERLEAVED_CHUNK)]
-    assert schedule([Load(1, 32_000)], 512) == [Step(1, 512)]
-    assert schedule([Load(1, 3), Load(0, 99)], 512) == [Step(1, 3)]
-    assert schedule([], 512) == []
+    both = [answer(0), prompt(1, 32_000), answer(2)]
+
+    assert schedule(both, 512, beside=128) == [[Step(0, 1), Step(2, 1), Step(1, 128)]]
+    assert schedule(both, 512, beside=600) == [[Step(0, 1), Step(2, 1), Step(1, 510)]]
+    assert schedule([prompt(1, 32_000)], 512, beside=128) == [[Step(1, 512)]]
+    assert schedule([], 512, beside=128) == []
+
+
+def test_short_prompts_share_a_step() -> None:
+    assert schedule([prompt(1, 3), prompt(0, 700), prompt(2, 9)], 512, beside=128) == [[Step(1, 3), Step(0, 509)]]
+    assert schedule([prompt(1, 300, until=40), prompt(0, 700)], 512, beside=128) == [[Step(1, 40), Step(0, 472)]]
+
+
+def test_more_answers_than_a_step_holds_go_in_turn() -> None:
+    assert schedule([answer(0, 4), answer(1, 4), answer(2)], 6, beside=3) == [[Step(0, 4)], [Step(1, 4), Step(2, 1)]]
+
+
+def test_alone_nothing_depends_on_the_others() -> None:
+    found = schedule([answer(0), prompt(1, 700), prompt(2, 5), answer(3)], 512, beside=128, alone=True)
+
+    assert found == [[Step(0, 1)], [Step(3, 1)], [Step(1, 512)]]
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 40)), max_size=12), st.integers(8, 64), st.integers(1, 64))
+def test_no_step_is_longer_than_a_chunk_and_every_answer_goes_on(loads: list[tuple[bool, int]], chunk: int, beside: int) -> None:
+    running = [prompt(i, n) if is_prompt else answer(i, min(n, 8)) for i, (is_prompt, n) in enumerate(loads)]
+    steps = schedule(running, chunk, beside=beside)
+    due = {step.slot: step.n for steps_ in steps for step in steps_}
+
+    assert all(0 < sum(s.n for s in steps_) <= chunk for steps_ in steps)
+    assert all(due[load.slot] == load.left for load in running if not load.prompt)
+    assert sum(map(len, steps)) == len(due)
 
 
 def test_clients_take_turns() -> None:
@@ -32,74 +68,3 @@ def test_clients_take_turns() -> None:
         order.append(chosen.id)
 
     assert order == [0, 9, 1, 2, 3, 4]
-
-
-RINGS = {13: 13 + 5 + 8, 4: 4 + 5 + 8}  # window -> slots, for a chunk of 5
-
-
-@given(held=st.lists(st.integers(0, 1), max_size=80), cut=st.integers(0, 80), more=st.lists(st.integers(0, 1), max_size=40))
-def test_what_is_reused_is_still_in_every_ring(held: list[int], cut: int, more: list[int]) -> None:
-    """A reused token whose window the ring has overwritten gives another model's answer, quietly."""
-    prompt = held[:cut] + more
-    n = reusable(held, prompt, RINGS)
-
-    assert prompt[:n] == held[:n]
-    assert n == 0 or n < len(prompt)
-    for window, slots in RINGS.items():
-        ring = {p % slots: p for p in range(len(held))}  # the position each slot holds
-        if n:
-            assert all(ring[p % slots] == p for p in range(max(0, n - window + 1), n))
-
-
-def test_an_exact_continuation_is_always_reused() -> None:
-    held = list(range(1000))
-
-    assert reusable(held, [*held, 7, 8], RINGS) == 1000
-    assert reusable(held, held, RINGS) == 999  # the last token's logits are wanted
-    assert reusable(held, held[:900], {}) == 899  # no rings: any prefix
-    assert reusable(held, held[:900], RINGS) == 0
-    assert reusable(held, [5], RINGS) == 0
-
-
-def test_kept_rings_save_what_the_rings_have_forgotten() -> None:
-    """The copy is of one sequence, the global layers may be of another: both must agree with the prompt."""
-    prompt, answer = list(range(300)), list(range(900, 960))
-    held, kept = prompt + answer, prompt + answer[:3]
-    turn = [*prompt, 5, 6, 7]
-
-    assert saving(held, (), turn, RINGS) == Saving(0)
-    assert saving(held, kept, turn, RINGS) == Saving(300, restored=True)
-    assert saving(held, kept, [*held, 1], RINGS) == Saving(360)
-    other = [*prompt[:100], *range(700, 760)]  # the slot has been another conversation since: the copy is of no use
-    assert saving(other, kept, turn, RINGS) == Saving(0)
-    assert saving([*prompt[:298], 7], kept, turn, RINGS) == Saving(298)
-
-
-@given(
-    start=st.lists(st.integers(0, 1), max_size=40), held=st.lists(st.integers(0, 1), max_size=40), cut=st.integers(0, 80),
-    more=st.lists(st.integers(0, 1), max_size=30), kept=st.lists(st.integers(0, 1), max_size=40),
-)  # fmt: skip
-def test_what_is_saved_is_in_the_caches(start: list[int], held: list[int], cut: int, more: list[int], kept: list[int]) -> None:
-    held, kept = start + held, start + kept
-    prompt = held[:cut] + more
-    found = saving(held, kept, prompt, RINGS)
-    written = kept if found.restored else held
-
-    assert found.n == 0 or found.n < len(prompt)
-    assert held[: found.n] == prompt[: found.n] == written[: found.n]
-    for window, slots in RINGS.items():
-        ring = {p % slots: p for p in range(len(written))}
-        if found.n:
-            assert all(ring[p % slots] == p for p in range(max(0, found.n - window + 1), found.n))
-
-
-def test_a_slot_is_kept_for_its_conversation() -> None:
-    """Every prompt begins with the same two tokens: that is no reason to overwrite a long conversation."""
-    long, empty = list(range(500)), list[int]()
-
-    def best(free: dict[int, list[int]], prompt: list[int]) -> int:
-        return best_slot({s: (len(held), saving(held, (), prompt, {})) for s, held in free.items()}, len(prompt))
-
-    assert best({0: long, 1: empty}, [*long, 1]) == 0
-    assert best({1: empty, 0: long}, [0, 1, 2, 900, 901, 902, 903, 904]) == 1
-    assert best({0: long}, [0, 1, 900, 901, 902, 903]) == 0

@@ -66,10 +66,10 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
     position = torch.arange(start, stop, device=device)[:, None]
     freq = 10000.0 ** -(torch.arange(P, device=device) / max(1, P)).float()
     cos, sin = (torch.empty(T, P, dtype=torch.float32, device=device) for _ in range(2))
-    span = torch.tensor([0, T, stop, 0], dtype=torch.int32, device=device)
+    positions = torch.arange(start, stop, dtype=torch.int32, device=device)
     out: dict[str, float] = {}
     if P:
-        K.rope_tables(span, freq, cos, sin, 1.0)
+        K.rope_tables(positions, freq, cos, sin, 1.0)
         out["tables"] = max(
             relative(cos, torch.cos(position * freq)), relative(sin, torch.sin(position * freq)) if stop > 1 else 0.0
         )
@@ -79,9 +79,9 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
     q_out = torch.full((T, H, A + tail), float("nan"), dtype=dtype, device=device)
     kept, kept_v = (None if x is None else Stored(x.data_SGD, x.scales_SGB) for x in (k, v))
     K.heads(
-        qkv, q_out, kept, kept_v, span, head_dim=A,
+        qkv, q_out, kept, kept_v, positions % ring if ring else positions, head_dim=A,
         pairs=P, cos_TP=cos, sin_TP=sin, q_norm=q_w if norm else None,
-        k_norm=k_w if norm else None, v_norm=v_norm, eps=EPS, ring=ring,
+        k_norm=k_w if norm else None, v_norm=v_norm, eps=EPS,
     )  # fmt: skip
     x = qkv.float().view(T, n, A)
     c, s = cos[:, None, :], sin[:, None, :]

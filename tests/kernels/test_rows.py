@@ -55,14 +55,16 @@ def test_misuse_is_refused_before_a_launch() -> None:
         branch(x.t(), None, x.t(), None, x, 1e-6)
     with pytest.raises(ValueError, match="gate: relu"):
         gate(x, x, "relu")
-    span = torch.zeros(4, dtype=torch.int32)
-    rest = {"pairs": 0, "cos_TP": None, "sin_TP": None, "q_norm": None, "k_norm": None, "v_norm": False, "eps": 1e-6, "ring": 0}
+    at = torch.zeros(1, dtype=torch.int32)
+    rest = {"pairs": 0, "cos_TP": None, "sin_TP": None, "q_norm": None, "k_norm": None, "v_norm": False, "eps": 1e-6}
     cache = Stored(torch.zeros(8, 1, 96))
     with pytest.raises(ValueError, match="96 values a head"):
-        heads(torch.zeros(1, 3 * 96), torch.zeros(1, 1, 96), cache, cache, span, head_dim=96, **rest)  # type: ignore[arg-type]
+        heads(torch.zeros(1, 3 * 96), torch.zeros(1, 1, 96), cache, cache, at, head_dim=96, **rest)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="for 3 heads of 1 tokens"):
-        heads(torch.zeros(1, 4 * 64), torch.zeros(1, 1, 64), cache, cache, span, head_dim=64, **rest)  # type: ignore[arg-type]
+        heads(torch.zeros(1, 4 * 64), torch.zeros(1, 1, 64), cache, cache, at, head_dim=64, **rest)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="608 values a query"):
-        heads(torch.zeros(1, 2 * 512), torch.zeros(1, 1, 608), cache, None, span, head_dim=512, **rest)  # type: ignore[arg-type]
+        heads(torch.zeros(1, 2 * 512), torch.zeros(1, 1, 608), cache, None, at, head_dim=512, **rest)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="80 rotated pairs"):
-        heads(torch.zeros(1, 3 * 64), torch.zeros(1, 1, 64), cache, cache, span, head_dim=64, **(rest | {"pairs": 80}))  # type: ignore[arg-type]
+        heads(torch.zeros(1, 3 * 64), torch.zeros(1, 1, 64), cache, cache, at, head_dim=64, **(rest | {"pairs": 80}))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"torch.int64.*not int32 \(1,\)"):
+        heads(torch.zeros(1, 3 * 64), torch.zeros(1, 1, 64), cache, cache, at.long(), head_dim=64, **rest)  # type: ignore[arg-type]

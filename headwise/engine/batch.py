@@ -1,0 +1,228 @@
+"""Tokens of several sequences as one step: what operators and kernels are told beside the token ids.
+
+Kernels find everything on the device, so that a recorded step can be replayed with other numbers: of each token its position and
+its slots, of each sequence its keys and where they lie. Operators take a sequence at a time, and its pages a run at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from headwise.attention.reference import visible
+from headwise.cache.storage import OnDevice, Place, Span, Table, slot_positions
+from headwise.kernels.configs import doublings
+from headwise.model.arena import Arena
+from headwise.model.heads import Part, Step, Tail
+from headwise.planner.memory import Plan
+from headwise.planner.workspace import ring_slots, span_words
+from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS
+
+QUERY_ROWS = 32  # queries times heads of a group that kernels for few queries take together
+
+
+class Run(NamedTuple):
+    """The next tokens of one sequence.
+
+    Args:
+        start: the position of the first of `ids`.
+        wanted: how many of the last tokens' hidden states are wanted.
+    """
+
+    place: Place
+    start: int
+    ids: Sequence[int]
+    wanted: int = 1
+
+    @property
+    def n(self) -> int:
+        return len(self.ids)
+
+    @property
+    def stop(self) -> int:
+        return self.start + len(self.ids)
+
+    @property
+    def scattered(self) -> bool:
+        """Whether its pages are not all in a row."""
+        return self.place.extents is not None and len(self.place.extents) > 1
+
+    def part(self, first: int, n: int) -> Run:
+        """Its tokens [first, first + n) as a run of their own."""
+        return Run(self.place, self.start + first, self.ids[first : first + n], 0)
+
+
+class Steps:
+    """Makes the steps of one device.
+
+    Args:
+        fused: every layer reads its cache by slots, so that sequences go together; else one after another.
+    """
+
+    def __init__(self, plan: Plan, arena: Arena, device: torch.device, *, fused: bool) -> None:
+        spec, w = plan.spec, plan.workload
+        self.arena, self.device, self.fused = arena, device, fused
+        self.rings = ring_slots(spec, n_tokens=w.context, chunk=w.chunk)
+        self.kinds = tuple(dict.fromkeys(layer.window for layer in spec.kv_layers))
+        self.together = max(1, QUERY_ROWS // max(x.n_heads // x.n_kv_heads for x in spec.layers))
+        self.tail_at = span_words(spec, w.slots, w.chunk)
+        self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
+
+    def fill(self, runs: Sequence[Run]) -> None:
+        """Everything that the host knows of a step, to where the device reads it."""
+        ids = [i for r in runs for i in r.ids]
+        ids_T = self.arena.take("ids", len(ids))
+        if len(ids) == 1:
+            ids_T.fill_(ids[0])
+        else:
+            ids_T.copy_(torch.tensor(ids))
+        span = self.arena.flat("span")
+        if span is not None:
+            self._write(span, runs)
+            if _narrows(runs):
+                self._write(span[self.tail_at :], _wanted(runs))
+        if not self.fused:
+            self._masks(runs)
+
+    def step(self, runs: Sequence[Run]) -> Step:
+        """The step of what `fill` has written."""
+        whole = self._step(runs, 0)
+        if not _narrows(runs):
+            return whole
+        rows, end = list[int](), 0
+        for r in runs:
+            end += r.n
+            rows += range(end - r.wanted, end)
+        narrow = self._step(_wanted(runs), self.tail_at)
+        return replace(whole, tail=Tail(torch.tensor(rows, dtype=torch.int64, device=self.device), narrow))
+
+    def key(self, runs: Sequence[Run]) -> Hashable | None:
+        """What a recorded step of these runs may be replayed for; None where it cannot be recorded."""
+        if _narrows(runs) or any(r.n > DRAFT_TOKENS for r in runs):
+            return None
+        return tuple(r.n for r in runs), any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
+
+    def _groups(self, runs: Sequence[Run]) -> list[list[Run]]:
+        """Runs that attention takes in one go: few queries each, or many. Operators take each run of a sequence's pages alone."""
+        if not self.fused:
+            return [[piece] for r in runs for piece in _pieces(r)]
+        return [list(group) for _, group in groupby(runs, lambda r: r.n <= DRAFT_TOKENS)]
+
+    def _sequences(self, group: Sequence[Run]) -> list[Run]:
+        """What kernels take for a sequence: of a few drafts as many as one tile of queries holds."""
+        most = self.together if self.fused and group[0].n <= DRAFT_TOKENS else group[0].n + 2**31
+        return [r.part(i, most) for r in group for i in range(0, r.n, most)]
+
+    def _step(self, runs: Sequence[Run], at: int) -> Step:
+        """Views of what `_write` wrote."""
+        T, kinds = sum(r.n for r in runs), len(self.kinds)
+        ids, span, pages = self.arena.take("ids", T), self.arena.flat("span"), self.arena.get("pages")
+        parts: list[Part] = []
+        first = row = 0
+        if span is None:
+            every = [torch.arange(r.start, r.stop, device=self.device) for r in runs]
+            positions, by_window = torch.cat(every) if every else ids, {}
+        else:
+            positions, *slots = span[at : at + (1 + kinds) * T].split(T) if T else [span[:0]] * (1 + kinds)
+            by_window, at = dict(zip(self.kinds, slots, strict=True)), at + (1 + kinds) * T
+        for group in self._groups(runs):
+            sequences, on_device = self._sequences(group), None
+            B, n = len(sequences), sum(r.n for r in group)
+            if span is not None:
+                starts, lengths, *firsts = span[at : at + 1 + (2 + kinds) * B].split([B + 1, *[B] * (1 + kinds)])
+                tables = {window: Table(t) for window, t in zip(self.kinds, firsts, strict=True)}
+                if pages is not None and None in tables and any(r.scattered for r in group):
+                    tables[None] = Table(pages[row : row + B], PAGE_TOKENS)
+                on_device = OnDevice(starts, lengths, tables, fresh=len(group) < B)
+                at, row = at + 1 + (2 + kinds) * B, row + B
+            most, stop = max(r.n for r in sequences), max(r.stop for r in sequences)
+            parts.append(Part(first, first + n, Span(stop - most, most, None, on_device, group[0].place)))
+            first += n
+        return Step(ids, positions, tuple(parts), self.arena, by_window)
+
+    def _write(self, span: Tensor, runs: Sequence[Run]) -> None:
+        """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences."""
+        positions = [np.arange(r.start, r.stop) for r in runs]
+        told = [
+            *positions,
+            *(self._slots(r.place, window, p) for window in self.kinds for r, p in zip(runs, positions, strict=True)),
+        ]
+        row = 0
+        for group in self._groups(runs):
+            sequences = self._sequences(group)
+            told.append(np.cumsum([0, *(r.n for r in sequences)]))
+            told.append(np.array([r.stop for r in sequences]))
+            zero = np.zeros(1, dtype=np.int64)
+            told += [np.concatenate([self._slots(r.place, window, zero) for r in sequences]) for window in self.kinds]
+            if None in self.kinds and any(r.scattered for r in group):
+                self._tell_pages(row, [r.place for r in sequences])
+            row += len(sequences)
+        if told:
+            numbers = torch.from_numpy(np.concatenate(told).astype(np.int32))
+            span[: numbers.shape[0]].copy_(numbers)
+
+    def _slots(self, place: Place, window: int | None, positions: np.ndarray) -> np.ndarray:
+        """Where positions lie in the layers of a window."""
+        if window is not None:
+            slots = self.rings[window]
+            return place.ring * slots + positions % slots
+        if place.extents is None:
+            return positions
+        if len(place.extents) == 1:
+            return place.extents[0][0] * PAGE_TOKENS + positions
+        return _pages_of(place)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+
+    def _tell_pages(self, row: int, places: Sequence[Place]) -> None:
+        table = self.arena.get("pages")
+        assert table is not None
+        for i, place in enumerate(places, row):
+            if self._pages.get(i) != place.extents:
+                pages = torch.from_numpy(_pages_of(place).astype(np.int32))
+                table[i, : pages.shape[0]].copy_(pages)
+                self._pages[i] = place.extents
+
+    def _masks(self, runs: Sequence[Run]) -> None:
+        """Which slots of a ring each query sees, for operators."""
+        first = 0
+        for r in (piece for whole in runs for piece in _pieces(whole)):
+            for window, slots in self.rings.items():
+                mask = self.arena.get(f"mask.{window}") if r.n > 1 else None
+                if mask is not None:
+                    held = slot_positions(slots, r.stop, self.device)
+                    seen = visible(torch.arange(r.start, r.stop, device=self.device), held, window)
+                    mask[first : first + r.n].zero_().masked_fill_(~seen, float("-inf"))
+            first += r.n
+
+
+def _narrows(runs: Sequence[Run]) -> bool:
+    """Whether fewer hidden states are wanted than are computed."""
+    return any(r.wanted < r.n for r in runs)
+
+
+def _wanted(runs: Sequence[Run]) -> list[Run]:
+    return [r.part(r.n - r.wanted, r.wanted) for r in runs if r.wanted]
+
+
+def _pages_of(place: Place) -> np.ndarray:
+    return np.concatenate([np.arange(page, page + n) for page, n in place.extents or ()])
+
+
+def _pieces(run: Run) -> list[Run]:
+    """A run cut where its tokens' pages are not in a row."""
+    if run.n == 1 or not run.scattered:
+        return [run]
+    pieces: list[Run] = []
+    at = 0  # the position that an extent begins with
+    for _, n in run.place.extents or ():
+        stop = at + n * PAGE_TOKENS
+        a, b = max(run.start, at), min(run.stop, stop)
+        if a < b:
+            pieces.append(run.part(a - run.start, b - a))
+        at = stop
+    return pieces
