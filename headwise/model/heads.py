@@ -27,15 +27,15 @@ LayerWeights = Mapping[str, Any]  # our short name -> a Tensor, or for a matrix 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass: `ids_T` at positions [start, start + T). Rope tables and ring masks are filled once, for all layers."""
+    """One forward pass: n tokens at positions [start, start + n).
 
-    ids_T: Tensor
+    What the step reads lies in the arena: ids, or what the stage before has sent; rope tables and ring masks, filled once for
+    all layers.
+    """
+
+    n: int
     start: int
     arena: Arena
-
-    @property
-    def n(self) -> int:
-        return self.ids_T.shape[0]
 
 
 @dataclass(frozen=True, slots=True)
