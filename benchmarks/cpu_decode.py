@@ -29,7 +29,7 @@ from headwise.text.demo import demo_prompt
 
 def gemma_from(llm: LLM) -> Any:
     """transformers' own Gemma 4 with the embedded model's weights, dequantised to fp32."""
-    spec, w = llm.spec, llm.weights
+    spec, w = llm.spec, llm.runner.stages[0].weights
     full = next(layer for layer in spec.layers if layer.window is None)
     sliding = next(layer for layer in spec.layers if layer.window is not None)
     config = transformers.AutoConfig.for_model(

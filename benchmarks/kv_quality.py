@@ -41,6 +41,7 @@ from headwise.attention.choose import choose_layers
 from headwise.attention.reference import attend, visible
 from headwise.cache.storage import Values
 from headwise.engine.runner import Runner
+from headwise.engine.stage import Stage
 from headwise.planner.memory import plan
 from headwise.spec.kv import KV_FORMATS, kv_format
 
@@ -78,7 +79,7 @@ def through(kind: str, rotate: int = 1) -> Store:
 
 def runner_of(llm: LLM, *, kv: dict[str, str], apart: bool = False) -> Runner:
     """A sequence over the weights of `llm` with other KV types; `apart` stores K and V of K=V layers in two tensors."""
-    spec, stored, weights = llm.spec, dict(llm.plan.stored), dict(llm.weights)
+    spec, stored, weights = llm.spec, dict(llm.plan.stored), dict(llm.runner.stages[0].weights)
     if apart:
         spec = replace(spec, layers=tuple(replace(x, k_eq_v=False, v_norm=True) if x.k_eq_v else x for x in spec.layers))
         for x in llm.spec.layers:
@@ -89,7 +90,8 @@ def runner_of(llm: LLM, *, kv: dict[str, str], apart: bool = False) -> Runner:
     formats = {kind: kv_format(kv.get(kind, "f32")) for kind in ("global", "sliding")}
     workload = replace(llm.plan.workload, kv=formats)
     choices = choose_layers(spec, kv=formats, dtype="f32", device=CPU)  # type: ignore[arg-type]
-    return Runner(plan(spec, stored, workload), choices, weights, torch.device("cpu"))
+    p = plan(spec, stored, workload)
+    return Runner(p, [Stage(p, 0, choices, weights, torch.device("cpu"))])
 
 
 def simulate(runner: Runner, k: Store, v: Store, *, kinds: Sequence[str] = ("global", "sliding")) -> Runner:

@@ -21,7 +21,7 @@ from torch import Tensor
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import choose_layers
 from headwise.cache.storage import LayerCache, Scratch, Span, alone
-from headwise.engine.runner import attend_functions
+from headwise.engine.stage import attend_functions
 from headwise.errors import UsageError
 from headwise.planner.workspace import partial_values
 from headwise.spec.kv import KV_FORMATS, k_values, v_values

@@ -23,6 +23,7 @@ from headwise.bench.attention import ceilings
 from headwise.engine.llm import before_loading, device_kind, target_of
 from headwise.engine.replay import own_stream
 from headwise.engine.runner import Runner
+from headwise.engine.stage import Stage
 from headwise.errors import UsageError
 from headwise.planner.ceiling import decode_bytes, weight_flops
 from headwise.planner.memory import Plan, Workload, plan
@@ -113,7 +114,7 @@ def runner_for(
     with own_stream(stream):
         before = before_loading(device)
     made = random_weights(spec, p, device)[0] if weights is None else weights
-    return Runner(p, choices, made, device, before_bytes=before, stream=stream), choices, p
+    return Runner(p, [Stage(p, 0, choices, made, device, before_bytes=before, stream=stream)]), choices, p
 
 
 def first_layers(spec: ModelSpec) -> ModelSpec:

@@ -76,12 +76,13 @@ class Steps:
 
     def fill(self, runs: Sequence[Run]) -> None:
         """Everything that the host knows of a step, to where the device reads it."""
-        ids = [i for r in runs for i in r.ids]
-        ids_T = self.arena.take("ids", len(ids))
-        if len(ids) == 1:
-            ids_T.fill_(ids[0])
-        else:
-            ids_T.copy_(torch.tensor(ids))
+        if self.arena.flat("ids") is not None:
+            ids = [i for r in runs for i in r.ids]
+            ids_T = self.arena.take("ids", len(ids))
+            if len(ids) == 1:
+                ids_T.fill_(ids[0])
+            else:
+                ids_T.copy_(torch.tensor(ids))
         span = self.arena.flat("span")
         if span is not None:
             self._write(span, runs)
@@ -122,12 +123,12 @@ class Steps:
     def _step(self, runs: Sequence[Run], at: int) -> Step:
         """Views of what `_write` wrote."""
         T, kinds = sum(r.n for r in runs), len(self.kinds)
-        ids, span, pages = self.arena.take("ids", T), self.arena.flat("span"), self.arena.get("pages")
+        span, pages = self.arena.flat("span"), self.arena.get("pages")
         parts: list[Part] = []
         first = row = 0
         if span is None:
             every = [torch.arange(r.start, r.stop, device=self.device) for r in runs]
-            positions, by_window = torch.cat(every) if every else ids, {}
+            positions, by_window = torch.cat(every) if every else torch.empty(0, dtype=torch.int64, device=self.device), {}
         else:
             positions, *slots = span[at : at + (1 + kinds) * T].split(T) if T else [span[:0]] * (1 + kinds)
             by_window, at = dict(zip(self.kinds, slots, strict=True)), at + (1 + kinds) * T
@@ -144,7 +145,7 @@ class Steps:
             most, stop = max(r.n for r in sequences), max(r.stop for r in sequences)
             parts.append(Part(first, first + n, Span(stop - most, most, None, on_device, group[0].place)))
             first += n
-        return Step(ids, positions, tuple(parts), self.arena, by_window)
+        return Step(T, positions, tuple(parts), self.arena, by_window)
 
     def _write(self, span: Tensor, runs: Sequence[Run]) -> None:
         """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences."""

@@ -76,7 +76,7 @@ class Engine:
         self.llm, self.runner, self.emit = llm, llm.runner, emit
         self.deterministic, self.speculate = deterministic, speculate and not deterministic
         self.stop = frozenset(llm.spec.eos_ids) | llm.tokenizer.eos_ids
-        w, rings = llm.plan.workload, self.runner.steps.rings
+        w, rings = llm.plan.workload, self.runner.rings
         self.prefixes = Prefixes(
             self.runner.caches, rings, slots=w.slots, pages=pages_for(w.pool_tokens), n_kept=_copies(llm),
             chunk=self.runner.chunk if deterministic else None,
@@ -119,7 +119,7 @@ class Engine:
         for r in self.running:
             r.draft = self._draft(r)
         loads = [self._load(r) for r in self.running]
-        beside = BESIDE[self.runner.device.type]
+        beside = BESIDE[self.llm.device.type]
         by_slot = {r.slot: r for r in self.running}
         for steps in schedule(loads, self.runner.chunk, beside=beside, alone=self.deterministic):
             self._step([(by_slot[s.slot], s.n) for s in steps if by_slot[s.slot] in self.running])
@@ -314,7 +314,7 @@ class Engine:
 
 def _copies(llm: LLM) -> int:
     """Copies of rings: one a slot, and one for what prompts begin with; none where the host has no room (planned as rings are)."""
-    if not any(slots < llm.plan.workload.context for slots in llm.runner.steps.rings.values()):
+    if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
         return llm.plan.workload.slots + 1  # of pages alone
     most = llm.plan.workload.slots + 1
     need = llm.plan.kv_sliding_bytes // llm.plan.workload.slots * most

@@ -17,8 +17,9 @@ from headwise.attention.choose import LayerGroup, activation_type, choose_layers
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.replay import own_stream
 from headwise.engine.request import Sampling
-from headwise.engine.runner import Runner, attend_functions
+from headwise.engine.runner import Runner
 from headwise.engine.sample import Sampler
+from headwise.engine.stage import Stage, attend_functions
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.hardware.probe import cpu_memory
 from headwise.model.arena import TORCH
@@ -192,7 +193,7 @@ class LLM:
         stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         with own_stream(stream):
             before_bytes = before_loading(self.device)
-        self.weights = load_weights(
+        weights = load_weights(
             self.spec,
             self.source.path,
             resident=self.plan.resident,
@@ -201,7 +202,8 @@ class LLM:
             planes=planed(self.spec, self.plan.resident) if self.plan.workload.fused else (),
             progress=None if progress is None else lambda done, total: progress("weights", done, total),
         )
-        self.runner = Runner(self.plan, self.choices, self.weights, self.device, before_bytes=before_bytes, stream=stream)
+        stage = Stage(self.plan, 0, self.choices, weights, self.device, before_bytes=before_bytes, stream=stream)
+        self.runner = Runner(self.plan, [stage])
         self._tokenizer = tokenizer
         self._timing = _Timing()
 

@@ -33,8 +33,9 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
     except HeadwiseError as error:
         send(("refused", type(error).__name__, error.what, error.why, error.do))
         return
-    watched = [partial(_beating, beat, i, attend) for i, attend in enumerate(llm.runner.decoder.attends)]
-    llm.runner.decoder.attends = watched
+    for stage in llm.runner.stages:
+        decoder = stage.decoder
+        decoder.attends = [partial(_beating, beat, i, attend) for i, attend in zip(stage.layers, decoder.attends, strict=True)]
     try:
         send(("ready", facts(llm, [k.copies for k in engine.prefixes.kept])))
         while True:

@@ -1,6 +1,7 @@
 """The decoder, written once and driven by the spec: embed, layers, norm, logits. Reads top to bottom.
 
-It allocates nothing of its own: every result goes to a buffer of the arena (`planner.workspace` lists them), with
+One that runs a part of the layers begins with what the part before it has left, and ends with what the next one needs. It
+allocates nothing of its own: every result goes to a buffer of the arena (`planner.workspace` lists them), with
 operators that take `out=`. It knows no device, no file and no environment.
 
 Legend: T tokens of this step, D hidden size, H query heads, G KV heads, A dims per head, R rotated pairs.
@@ -37,17 +38,19 @@ class Decoder:
     """Weights and the order of operations; the state of a sequence lives in its caches.
 
     Args:
-        attends: one function per layer, chosen by `attention.choose`.
+        layers: those it runs; the first part also embeds, the last has the final norm and the logits.
+        attends: one function per layer it runs, chosen by `attention.choose`.
         tile_tokens: cached keys converted at a time where a cache stores another type.
         ops: what stands between the products, `model.ops`.
     """
 
-    def __init__(self, spec: ModelSpec, weights: Weights, attends: Sequence[Attend], tile_tokens: int, ops: Ops = PLAIN) -> None:
-        self.spec, self.attends, self.tile_tokens, self.ops = spec, attends, tile_tokens, ops
+    def __init__(
+        self, spec: ModelSpec, layers: range, weights: Weights, attends: Sequence[Attend], tile_tokens: int, ops: Ops = PLAIN
+    ) -> None:
+        self.spec, self.layers, self.attends, self.tile_tokens, self.ops = spec, layers, attends, tile_tokens, ops
         self.w: LayerWeights = weights
         self.per_layer: list[LayerWeights] = [
-            {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{i}.")}
-            for i in range(len(spec.layers))
+            {name.split(".", 2)[2]: value for name, value in weights.items() if name.startswith(f"layers.{i}.")} for i in layers
         ]
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(spec)]
         rope_index = {rope: i for i, (rope, _) in enumerate(self.ropes)}
@@ -58,7 +61,8 @@ class Decoder:
         self.mask_names = [f"mask.{layer.window}" for layer in spec.layers]
 
     def forward(self, step: Step, caches: Mapping[int, LayerCache]) -> Tensor:
-        """The hidden states that the step wants, (T, D) or (W, D), after the last layer and before the final norm.
+        """The hidden states after the last of the layers and before the final norm: of every token, (T, D), where a part follows,
+        else those that the step wants, (W, D).
 
         Args:
             caches: by the index of the layer that owns it.
@@ -66,16 +70,17 @@ class Decoder:
         spec, arena, ops = self.spec, step.arena, self.ops
         x = arena.take("x", step.n, spec.hidden)
         self._rope_tables(step)
-        rows(self.w["embed"], step.ids_T, x)
-        if spec.embed_scale != 1.0:
-            x.mul_(torch.tensor(spec.embed_scale, dtype=x.dtype))  # the scale is rounded to the activations' type
-        ple = self._per_layer_embeddings(step, x) if spec.ple else None
+        if self.layers.start == 0:
+            self._embed(step, x)
+        ple = self._slices(step.n, arena) if spec.ple else None
         free = arena.take("h", *x.shape)
         h = x if self.first_norm is None else ops.norm(x, self.first_norm, free, arena)
-        for layer, w, attend, after in zip(spec.layers, self.per_layer, self.attends, self.next_norms, strict=True):
-            if step.tail is not None and layer.index == self.readers:
-                x, h, ple = self._narrow(step.tail, x, h, ple)
-                step, free = step.tail.step, arena.take("h", *x.shape)
+        tail = step.tail if self.layers.stop == len(spec.layers) else None
+        for i, w, attend, after in zip(self.layers, self.per_layer, self.attends, self.next_norms, strict=True):
+            layer = spec.layers[i]
+            if tail is not None and i == self.readers:
+                x, h, ple = self._narrow(tail, x, h, ple)
+                step, tail, free = tail.step, None, arena.take("h", *x.shape)
                 if not step.n:
                     return x
                 self._rope_tables(step)
@@ -88,9 +93,9 @@ class Decoder:
                 h = ops.branch(y, w.get("mlp_post_norm"), x, after, free, arena, scale)
             else:
                 ops.branch(y, w.get("mlp_post_norm"), x, None, free, arena)
-                y = self._ple(w, step, x, ple[:, layer.index])
+                y = self._ple(w, step, x, ple[:, i - self.layers.start])
                 h = ops.branch(y, w["ple_post_norm"], x, after, free, arena, scale)
-        return x if step.tail is None else self._narrow(step.tail, x, x, None)[0]
+        return x if tail is None else self._narrow(tail, x, x, None)[0]
 
     def _rope_tables(self, step: Step) -> None:
         for i, (rope, pairs) in enumerate(self.ropes):
@@ -112,6 +117,14 @@ class Decoder:
         h = x if same else rows_of(h, "h", "y")
         return x, h, None if ple is None else rows_of(ple.flatten(1), "ple", "ple.rows").unflatten(-1, ple.shape[1:])
 
+    def outgoing(self, n: int, arena: Arena) -> dict[str, Tensor]:
+        """What the part after this one finds in its arena of a step of n tokens: hidden states, and its layers' slices."""
+        out = {"x": arena.take("x", n, self.spec.hidden)}
+        if self.spec.ple:
+            rest = self._slices(n, arena)[:, len(self.layers) :]
+            out["ple"] = arena.take("ple.rows", *rest.shape).copy_(rest)
+        return out
+
     def logits(self, x_TD: Tensor, arena: Arena, out: Tensor | None = None) -> Tensor:
         """Logits of the given hidden states, (T, vocab)."""
         spec = self.spec
@@ -122,6 +135,13 @@ class Decoder:
         if spec.final_softcap is not None:
             out.div_(spec.final_softcap).tanh_().mul_(spec.final_softcap)
         return out
+
+    def _embed(self, step: Step, x: Tensor) -> None:
+        rows(self.w["embed"], step.arena.take("ids", step.n), x)
+        if self.spec.embed_scale != 1.0:
+            x.mul_(torch.tensor(self.spec.embed_scale, dtype=x.dtype))  # the scale is rounded to the activations' type
+        if self.spec.ple:
+            self._embed_per_layer(step, x)
 
     def _attention(self, layer: LayerSpec, w: LayerWeights, attend: Attend, cache: LayerCache, step: Step, h: Tensor) -> Tensor:
         """o(attention(h)), (T, D)."""
@@ -165,17 +185,21 @@ class Decoder:
             return routed_experts(moe, w, h, h, y, arena, self.ops)
         return dense(layer.mlp, w, h, y, arena, self.ops)
 
-    def _per_layer_embeddings(self, step: Step, x: Tensor) -> Tensor:
+    def _embed_per_layer(self, step: Step, x: Tensor) -> None:
         """One slice per layer, (T, layers, P): half from the token's own row, half from its scaled embedding."""
         spec, arena, T = self.spec, step.arena, step.n
         assert spec.ple is not None
         P, L = spec.ple.dim, len(spec.layers)
-        token = rows(self.w["ple.embed"], step.ids_T, arena.take("ple.rows", T, L * P)).mul_(P**0.5)
+        token = rows(self.w["ple.embed"], arena.take("ids", T), arena.take("ple.rows", T, L * P)).mul_(P**0.5)
         ple = linear(x, self.w["ple.proj"], arena.take("ple", T, L * P), arena.room).mul_(spec.hidden**-0.5)
         ple_TLP = ple.unflatten(-1, (L, P))
         self.ops.norm(ple_TLP, self.w["ple.norm"], ple_TLP, arena)
         ple.add_(token).mul_(2**-0.5)
-        return ple_TLP
+
+    def _slices(self, n: int, arena: Arena) -> Tensor:
+        """The slices of the layers from this part's first on, (T, layers, P)."""
+        assert self.spec.ple is not None
+        return arena.take("ple", n, len(self.spec.layers) - self.layers.start, self.spec.ple.dim)
 
     def _ple(self, w: LayerWeights, step: Step, x: Tensor, ple_TP: Tensor) -> Tensor:
         arena = step.arena

@@ -35,7 +35,9 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One forward pass over tokens of one or several sequences. Rope tables and ring masks are filled once, for all layers.
+    """One forward pass over n tokens of one or several sequences.
+
+    Ids, or what the stage before has sent, lie in the arena; rope tables and ring masks are filled once, for all layers.
 
     Args:
         positions_T: of each token, on the device.
@@ -43,16 +45,12 @@ class Step:
         tail: the tokens whose hidden states are wanted, where not all are; layers that own no cache need no others.
     """
 
-    ids_T: Tensor
+    n: int
     positions_T: Tensor
     parts: tuple[Part, ...]
     arena: Arena
     slots: Mapping[int | None, Tensor]
     tail: Tail | None = None
-
-    @property
-    def n(self) -> int:
-        return self.ids_T.shape[0]
 
 
 @dataclass(frozen=True, slots=True)

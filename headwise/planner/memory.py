@@ -16,7 +16,7 @@ from headwise.planner.residence import FLOAT_TYPES, planed, resident_types, weig
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
-from headwise.spec.tensors import weight_tensors
+from headwise.spec.tensors import outer_tensors, weight_tensors
 
 MIB = 2**20
 GPU_MARGIN_BYTES = 768 * MIB  # driver context, cuBLAS workspace and allocator rounding of one process on one GPU
@@ -77,13 +77,38 @@ class Workload:
         return replace(self, context=context, chunk=min(self.chunk, context), pool=pool)
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StagePlan:
+    """A run of layers, and every byte that the device which runs them allocates."""
+
+    layers: range
+    buffers: tuple[Buffer, ...]
+    weights_bytes: int
+    kv_global_bytes: int
+    kv_sliding_bytes: int
+
+    @property
+    def compute_bytes(self) -> int:
+        return arena_bytes(self.buffers)
+
+    @property
+    def total_bytes(self) -> int:
+        return self.weights_bytes + self.kv_global_bytes + self.kv_sliding_bytes + self.compute_bytes
+
+
+class Share(NamedTuple):
     """What one device gets."""
 
     target: Target
-    planned_bytes: int
-    layers: tuple[int, ...]
+    stage: StagePlan
+
+    @property
+    def planned_bytes(self) -> int:
+        return self.stage.total_bytes
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(self.stage.layers)
 
     @property
     def fits(self) -> bool:
@@ -92,21 +117,40 @@ class Share:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Labelled bytes. `fits` is None where no device is known; `max_context` then too."""
+    """Labelled bytes, a stage a device; one stage where no device is known, and `fits` and `max_context` are None then."""
 
     spec: ModelSpec
     workload: Workload
     stored: Mapping[str, str]
     resident: Mapping[str, str]
-    buffers: tuple[Buffer, ...]
-    weights_bytes: int
-    kv_global_bytes: int
-    kv_sliding_bytes: int
-    compute_bytes: int
-    shares: tuple[Share, ...] = ()
-    fits: bool | None = None
+    stages: tuple[StagePlan, ...]
+    targets: tuple[Target, ...] = ()  # of the stages
     max_context: int | None = None
     notes: tuple[str, ...] = field(default=())
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        return tuple(Share(t, s) for t, s in zip(self.targets, self.stages, strict=True)) if self.targets else ()
+
+    @property
+    def fits(self) -> bool | None:
+        return all(s.fits for s in self.shares) if self.targets else None
+
+    @property
+    def weights_bytes(self) -> int:
+        return sum(s.weights_bytes for s in self.stages)
+
+    @property
+    def kv_global_bytes(self) -> int:
+        return sum(s.kv_global_bytes for s in self.stages)
+
+    @property
+    def kv_sliding_bytes(self) -> int:
+        return sum(s.kv_sliding_bytes for s in self.stages)
+
+    @property
+    def compute_bytes(self) -> int:
+        return sum(s.compute_bytes for s in self.stages)
 
     @property
     def kv_bytes(self) -> int:
@@ -141,10 +185,6 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
         check_format(layer, w.kv[layer.kind])
 
 
-def kv_total(spec: ModelSpec, w: Workload, kind: Kind) -> int:
-    return sum(w.layer_bytes(layer) for layer in spec.kv_layers if layer.kind == kind)
-
-
 def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Sequence[Target] = ()) -> Plan:
     """The plan for `w` on `targets`.
 
@@ -158,24 +198,23 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     asked, w = w, w.at(w.context)
     resident = resident_types(spec, stored, cpu=w.cpu, dtype=w.dtype)
     sizes = weight_bytes(spec, resident)
-    quantised = _quantised(spec, w, resident)
-    buffers = _buffers(spec, w, quantised)
-    shares, notes = _split(spec, sizes, w, quantised, targets)
+    stages, used = _split(spec, sizes, w, _quantised(spec, w, resident), targets)
     return Plan(
         spec=spec,
         workload=w,
         stored=stored,
         resident=resident,
-        buffers=buffers,
-        weights_bytes=sum(sizes.values()),
-        kv_global_bytes=kv_total(spec, w, "global"),
-        kv_sliding_bytes=kv_total(spec, w, "sliding"),
-        compute_bytes=arena_bytes(buffers),
-        shares=shares,
-        fits=all(s.fits for s in shares) if shares else None,
+        stages=stages,
+        targets=used,
         max_context=max_context(spec, sizes, asked, resident, targets) if targets else None,
-        notes=notes,
+        notes=_notes(targets, used),
     )
+
+
+def _notes(targets: Sequence[Target], used: Sequence[Target]) -> tuple[str, ...]:
+    left_out = tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
+    several = "several cards are planned here; `headwise run` uses one card until running over several is built"
+    return (*([several] if len(targets) > 1 else []), *left_out)
 
 
 class _Quantised(NamedTuple):
@@ -193,7 +232,7 @@ def _quantised(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> _Qu
     )
 
 
-def _buffers(spec: ModelSpec, w: Workload, quantised: _Quantised) -> tuple[Buffer, ...]:
+def _buffers(spec: ModelSpec, w: Workload, quantised: _Quantised, *, first: bool, last: bool) -> tuple[Buffer, ...]:
     return workspace(
         spec,
         n_tokens=w.context,
@@ -203,6 +242,8 @@ def _buffers(spec: ModelSpec, w: Workload, quantised: _Quantised) -> tuple[Buffe
         cpu=w.cpu,
         slots=w.slots,
         reads=w.reads,
+        first=first,
+        last=last,
         **quantised._asdict(),
     )
 
@@ -215,8 +256,8 @@ def max_context(
     quantised = _quantised(spec, w, resident)
 
     def fits(context: int) -> bool:
-        shares, _ = _split(spec, sizes, w.at(context), quantised, targets)
-        return all(s.fits for s in shares)
+        stages, used = _split(spec, sizes, w.at(context), quantised, targets)
+        return all(Share(t, s).fits for t, s in zip(used, stages, strict=True))
 
     low, high = 0, spec.max_context  # fits(low) holds, or nothing fits
     while low < high:
@@ -227,31 +268,35 @@ def max_context(
 
 def _split(
     spec: ModelSpec, sizes: Mapping[str, int], w: Workload, quantised: _Quantised, targets: Sequence[Target]
-) -> tuple[tuple[Share, ...], tuple[str, ...]]:
-    """Whole layers in order over the devices, each filled to the same fraction of what it can use."""
-    if not targets:
-        return (), ()
-    compute = arena_bytes(_buffers(spec, w, quantised))
-    layer_bytes = [0] * len(spec.layers)
-    outer_first = outer_last = 0
-    for name, n in sizes.items():
+) -> tuple[tuple[StagePlan, ...], tuple[Target, ...]]:
+    """A stage for each device that gets a layer, and those devices: whole layers in order, see `spread`."""
+    n = len(spec.layers)
+
+    def stage(layers: range) -> StagePlan:
+        outer = [t for tensors in outer_tensors(spec, layers) for t in tensors]
+        return StagePlan(
+            layers=layers,
+            buffers=_buffers(spec, w, quantised, first=layers.start == 0, last=layers.stop == n),
+            weights_bytes=sum(weights[i] for i in layers) + sum(sizes[t.name] for t in outer),
+            kv_global_bytes=sum(kv[i] for i in layers if spec.layers[i].kind == "global"),
+            kv_sliding_bytes=sum(kv[i] for i in layers if spec.layers[i].kind == "sliding"),
+        )
+
+    weights, kv = [0] * n, [0] * n
+    for name, n_bytes in sizes.items():
         if name.startswith("layers."):
-            layer_bytes[int(name.split(".")[1])] += n
-        elif name in ("norm", "head"):
-            outer_last += n
-        else:
-            outer_first += n
+            weights[int(name.split(".")[1])] += n_bytes
     for layer in spec.kv_layers:
-        layer_bytes[layer.index] += w.layer_bytes(layer)
-    if len(targets) == 1:
-        total = compute + outer_first + outer_last + sum(layer_bytes)
-        return (Share(targets[0], total, tuple(range(len(spec.layers)))),), ()
-    if spec.tied:
-        outer_last += sizes["embed"]  # looked up on the first card, multiplied on the last
-    fixed = [compute + (outer_first if i == 0 else 0) + (outer_last if i == len(targets) - 1 else 0) for i in range(len(targets))]
-    placed = spread(spec, layer_bytes, fixed, targets)
-    shares = tuple(Share(t, fixed[i] + sum(layer_bytes[n] for n in placed[i]), tuple(placed[i])) for i, t in enumerate(targets))
-    return shares, ("several cards are planned here; `headwise run` uses one card until running over several is built",)
+        kv[layer.index] = w.layer_bytes(layer)
+    if len(targets) < 2:
+        return (stage(range(n)),), tuple(targets)
+    without_layers = [range(0), *[range(n, 0)] * (len(targets) - 2), range(n, n)]  # of the first, those between, the last
+    fixed = [stage(layers).total_bytes for layers in without_layers]
+    placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets)
+    used = [t for t, layers in zip(targets, placed, strict=True) if layers]
+    if len(used) < len(targets):
+        return _split(spec, sizes, w, quantised, used)
+    return tuple(stage(range(layers[0], layers[-1] + 1)) for layers in placed), tuple(targets)
 
 
 def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target]) -> list[list[int]]:

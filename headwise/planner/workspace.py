@@ -86,6 +86,8 @@ def workspace(
     block_weights: bool = False,
     plane_values: int = 0,
     reads: Collection[str] = ("tiles",),
+    first: bool = True,
+    last: bool = True,
 ) -> tuple[Buffer, ...]:
     """The buffers for steps of up to `chunk` tokens in a context of `n_tokens`.
 
@@ -95,6 +97,8 @@ def workspace(
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
         plane_values: of the largest matrix that is read by our kernels, which expand tiles for long steps only.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
+        first, last: whether this stage embeds, and whether it has the logits. Other buffers are those of the whole model, so
+            that what a stage needs beside its layers does not depend on which they are.
     """
     C, D = chunk, spec.hidden
     layers = spec.layers
@@ -105,7 +109,8 @@ def workspace(
             out.append(Buffer(name, phase, shape, kind, reserved))
 
     n_heads = max(x.n_heads for x in layers)
-    add("ids", "always", C, kind="i64")
+    if first:
+        add("ids", "always", C, kind="i64")
     add("eps", "always", 1, kind="f32")
     for name in ("x", "h", "y"):
         add(name, "always", C, D)
@@ -127,7 +132,7 @@ def workspace(
         add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
     if spec.ple:
         add("ple", "always", C, len(layers) * spec.ple.dim)
-        add("ple.rows", "attention", C, len(layers) * spec.ple.dim)
+        add("ple.rows", "attention", C, len(layers) * spec.ple.dim)  # rows of the table, and later those that go on
         add("ple.gate", "mlp", C, spec.ple.dim)
 
     q_width = max(x.n_heads * x.head_dim for x in layers)
@@ -167,7 +172,8 @@ def workspace(
         add("router.index", "mlp", C, active, kind="i64")
         for name in ("expert.in", "expert.out", "expert.sum", "expert.total"):
             add(name, "mlp", C, D)
-    add("logits", "head", logit_rows(slots, C), spec.vocab_size)
+    if last:
+        add("logits", "head", logit_rows(slots, C), spec.vocab_size)
     if plane_values:
         widest = max(D, q_width, wide)
         add("quant.words", "always", QUANT_ROWS * -(-widest // 32) * QUANT_GROUP_WORDS, kind="i32")

@@ -29,22 +29,41 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
-def weight_tensors(spec: ModelSpec) -> tuple[TensorSpec, ...]:
-    """Every tensor the decoder of `spec` reads, in the order a forward pass meets them."""
-    out = [TensorSpec("embed", (spec.vocab_size, spec.hidden), "table")]
-    if spec.ple:
+def weight_tensors(spec: ModelSpec, layers: range | None = None) -> tuple[TensorSpec, ...]:
+    """Every tensor the decoder of `spec` reads, in the order a forward pass meets them.
+
+    Args:
+        layers: those of a stage that runs these alone; default all.
+    """
+    layers = range(len(spec.layers)) if layers is None else layers
+    before, after = outer_tensors(spec, layers)
+    return (
+        *before,
+        *(TensorSpec(f"layers.{i}.{t.name}", t.shape, t.role) for i in layers for t in _layer_tensors(spec, spec.layers[i])),
+        *after,
+    )
+
+
+def outer_tensors(spec: ModelSpec, layers: range) -> tuple[list[TensorSpec], list[TensorSpec]]:
+    """What a stage that runs `layers` reads before and after them: only the first embeds, only the last has the logits.
+
+    A tied embedding is a tensor of both.
+    """
+    first, last = layers.start == 0, layers.stop == len(spec.layers)
+    before: list[TensorSpec] = []
+    if first or (last and spec.tied):
+        before.append(TensorSpec("embed", (spec.vocab_size, spec.hidden), "table"))
+    if first and spec.ple:
         width = spec.ple.dim * len(spec.layers)
-        out += [
+        before += [
             TensorSpec("ple.embed", (spec.ple.vocab_size, width), "table"),
             TensorSpec("ple.proj", (width, spec.hidden), "matrix"),
             TensorSpec("ple.norm", (spec.ple.dim,), "vector"),
         ]
-    for layer in spec.layers:
-        out += [TensorSpec(f"layers.{layer.index}.{t.name}", t.shape, t.role) for t in _layer_tensors(spec, layer)]
-    out.append(TensorSpec("norm", (spec.hidden,), "vector"))
-    if not spec.tied:
-        out.append(TensorSpec("head", (spec.vocab_size, spec.hidden), "matrix"))
-    return tuple(out)
+    after = [TensorSpec("norm", (spec.hidden,), "vector")] if last else []
+    if last and not spec.tied:
+        after.append(TensorSpec("head", (spec.vocab_size, spec.hidden), "matrix"))
+    return before, after
 
 
 def _layer_tensors(spec: ModelSpec, layer: LayerSpec) -> Iterator[TensorSpec]:

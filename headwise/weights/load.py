@@ -43,9 +43,10 @@ def load_weights(
     device: torch.device | str,
     groups: Mapping[str, tuple[str, ...]] | None = None,
     planes: Collection[str] = (),
+    layers: range | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Weight]:
-    """Every tensor of `weight_tensors(spec)` on `device`, and one more per group.
+    """Every tensor of `weight_tensors(spec, layers)` on `device`, and one more per group.
 
     Args:
         resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in.
@@ -60,7 +61,7 @@ def load_weights(
     listing = list_checkpoint(checkpoint)
     matched = match(spec, listing)
     device = torch.device(device)
-    specs = {t.name: t for t in weight_tensors(spec)}
+    specs = {t.name: t for t in weight_tensors(spec, layers)}
     for name, stored in matched.types.items():
         if resident[name] not in FLOATS and (resident[name] != stored or stored not in BLOCK_TYPES):
             raise ValueError(f"{name} is stored as {stored} and cannot be kept as {resident[name]}")

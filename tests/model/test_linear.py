@@ -13,6 +13,7 @@ from headwise import LLM
 from headwise.attention.capability import CPU
 from headwise.attention.choose import choose_layers
 from headwise.engine.runner import Runner
+from headwise.engine.stage import Stage
 from headwise.model.arena import Room
 from headwise.model.linear import linear, rows
 from headwise.planner.memory import Workload, plan
@@ -65,7 +66,7 @@ def test_weights_kept_as_stored_give_the_logits_of_expanded_ones(name: str, tmp_
     p = plan(source.spec, stored, Workload(context=64, chunk=32, kv=kv, dtype="f32"))
     weights = load_weights(source.spec, path, resident=p.resident, device="cpu", groups=groups(source.spec, p.resident))
     choices = choose_layers(source.spec, kv=kv, dtype="f32", device=CPU)
-    runner = Runner(p, choices, weights, torch.device("cpu"))
+    runner = Runner(p, [Stage(p, 0, choices, weights, torch.device("cpu"))])
     ids = list(range(4, 30))
     expanded = LLM(path, context=64, chunk=32, device="cpu", check=False).logits(ids)
 

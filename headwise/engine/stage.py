@@ -1,0 +1,150 @@
+"""A stage: a run of layers on one device, with everything of theirs: weights, caches, arena, and what is recorded of a step.
+
+A model on one device is one stage. Of several, each hands its hidden states to the next one's arena; between GPUs that is a
+copy in the order of both streams, which the host does not wait for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from headwise.attention.choose import Choice
+from headwise.cache.storage import LayerCache
+from headwise.engine.batch import Run, Steps
+from headwise.engine.measure import Peak, storages
+from headwise.engine.replay import Replay, own_stream, records
+from headwise.model.arena import Arena
+from headwise.model.decoder import Decoder
+from headwise.model.ops import PLAIN, fused
+from headwise.planner.memory import Plan
+from headwise.planner.workspace import ropes
+from headwise.weights.blocks import Weight
+
+
+def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
+    """The adapter of each layer's chosen backend."""
+    out = []
+    for choice in choices:
+        module = importlib.import_module(choice.backend.module)
+        out.append(partial(module.attend_cache if choice.backend.name == "reference" else module.attend, choice.backend.name))
+    return out
+
+
+class Stage:
+    """What one device holds of a model, and its part of a forward pass.
+
+    Args:
+        index: which of the plan's stages.
+        choices: of every layer of the model.
+        weights: `spec.tensors.weight_tensors` of its layers.
+        before_bytes: what the process had allocated on a GPU before the weights were loaded.
+        stream: of a GPU, on which every step runs: a step is recorded on it, and cuBLAS has its workspace there already.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        index: int,
+        choices: Sequence[Choice],
+        weights: Mapping[str, Weight],
+        device: torch.device,
+        *,
+        before_bytes: int = 0,
+        stream: torch.cuda.Stream | None = None,
+    ) -> None:
+        w, own = plan.workload, plan.stages[index]
+        self.spec, self.layers, self.weights, self.device, self.stream = plan.spec, own.layers, weights, device, stream
+        self.arena = Arena(own.buffers, device)
+        self.caches = {
+            layer.index: LayerCache(
+                layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device, rings=w.slots, pool_tokens=w.pool_tokens
+            )
+            for layer in self.spec.kv_layers
+            if layer.index in self.layers
+        }
+        attends = attend_functions(choices[self.layers.start : self.layers.stop])
+        self.decoder = Decoder(self.spec, self.layers, weights, attends, w.chunk, fused() if w.fused else PLAIN)
+        self.steps = Steps(plan, self.arena, device, fused=w.fused)
+        for name in ("done", "span"):
+            zeros = self.arena.flat(name)
+            if zeros is not None:
+                zeros.zero_()
+        self.arena.eps.fill_(self.spec.rms_eps)
+        self.arena.eps_value = self.spec.rms_eps
+        for i, rope in enumerate(ropes(self.spec)):
+            live = [f for f in rope.inv_freq if f != 0.0]
+            self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
+        self.before_bytes = before_bytes
+        self.transient_bytes = 0  # most that operators allocated beside the arena, measured
+        recorded = device.type == "cuda" and w.fused and records(self.spec, weights)
+        self.replay = Replay(device) if recorded else None
+        with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
+            self._known = storages(self)
+
+    def step(self, runs: Sequence[Run], before: Stage | None) -> Tensor:
+        """One forward pass over its layers; `before` is the stage whose hidden states these tokens have, None of the first.
+
+        Returns:
+            The hidden states, (T, D), of the last stage those that are wanted, (W, D); valid until the next step.
+        """
+        n = sum(r.n for r in runs)
+        with torch.inference_mode(), self._own_stream():
+            if before is not None:
+                before._send(self.arena, n)
+            if self.device.type == "cpu" and n > 1:  # a GPU's allocator counts by itself; one token needs next to nothing
+                with self.arena.lent(), Peak(self._known) as peak:
+                    self.steps.fill(runs)
+                    x = self._forward(runs)
+                self.transient_bytes = max(self.transient_bytes, peak.peak_bytes)
+                return x
+            with self._lent():
+                self.steps.fill(runs)
+                if self.replay is not None and (key := self.steps.key(runs)) is not None:
+                    return self.replay.run(("step", key), lambda: self._forward(runs))
+                return self._forward(runs)
+
+    def recorded(self, runs: Sequence[Run]) -> bool:
+        """Whether a step of these runs is recorded, or will be."""
+        return self.replay is not None and self.steps.key(runs) is not None
+
+    def _forward(self, runs: Sequence[Run]) -> Tensor:
+        return self.decoder.forward(self.steps.step(runs), self.caches)
+
+    def _send(self, arena: Arena, n: int) -> None:
+        """Copies what the next stage needs to its arena. PyTorch orders a copy between GPUs by the current streams of both."""
+        with self._own_stream():
+            for name, tensor in self.decoder.outgoing(n, self.arena).items():
+                arena.take(name, *tensor.shape).copy_(tensor)
+
+    def logits(self, x_TD: Tensor, most: int, out: Tensor | None = None) -> Tensor:
+        """Of hidden states of the last stage, (T, vocab); `most` is the rows that there is room for without `out`."""
+        T = x_TD.shape[0]
+        with torch.inference_mode(), self._lent(), self._own_stream():
+            if self.replay and out is None and x_TD.data_ptr() == self.arena.take("x", T, self.spec.hidden).data_ptr():
+                x = self.arena.take("x", max(T, min(most, 1 << (T - 1).bit_length())), self.spec.hidden)
+                return self.replay.run(("logits", x.shape[0]), lambda: self.decoder.logits(x, self.arena))[:T]
+            return self.decoder.logits(x_TD, self.arena, out)
+
+    def _lent(self) -> AbstractContextManager[object]:
+        return nullcontext() if self.device.type == "cpu" else self.arena.lent()
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        return own_stream(self.stream)
+
+    @property
+    def allocated_bytes(self) -> int:
+        return sum(storages(self).values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most memory that weights, caches, arena and operators' results held at once."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before_bytes
+        reserve = self.arena.reserve
+        return self.allocated_bytes - (0 if reserve is None else reserve.nbytes) + self.transient_bytes
