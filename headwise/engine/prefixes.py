@@ -47,7 +47,7 @@ class Held:
     """What a slot's ring and pages hold.
 
     Args:
-        written: positions that went through the ring, drafts that were refused included.
+        written: positions that went through the ring, with refused drafts and what a shorter prompt left.
         exact: tokens that were computed in whole chunks from the first on.
     """
 
@@ -71,6 +71,7 @@ class Kept:
     parting: bool = False
     tokens: list[int] = field(default_factory=list[int])
     pages: list[int] = field(default_factory=list[int])
+    written: int = 0
     exact: int = 0
 
 
@@ -162,7 +163,7 @@ class Prefixes:
         kept = self.kept.pop(0 if parting else next(earlier, 0))
         self.pool.release(kept.pages)
         kept.parting = parting
-        kept.tokens, kept.exact = list(held.tokens), held.exact
+        kept.tokens, kept.written, kept.exact = list(held.tokens), held.written, held.exact
         kept.pages = held.pages[: len(held.tokens) // PAGE_TOKENS]
         self.pool.share(kept.pages)
         for copy, live in zip(kept.copies, self._rings[slot], strict=True):
@@ -180,7 +181,7 @@ class Prefixes:
         held = self.slots[slot]
         n = min(common(held.tokens, prompt[:-1]), held.exact if self.chunk else len(prompt))
         found = [(Source(n, slot), held.written)]
-        found += [(Source(min(n, common(kept.tokens, prompt)), slot, kept), len(kept.tokens)) for kept in self.kept]
+        found += [(Source(min(n, common(kept.tokens, prompt)), slot, kept), kept.written) for kept in self.kept]
         return max((self._cut(s, written, self._shares(held, s.n)) for s, written in found), key=lambda s: s.n)
 
     def _shares(self, held: Held, n: int) -> bool:
@@ -190,7 +191,7 @@ class Prefixes:
     def _shared(self, prompt: Sequence[int], into: int) -> Source | None:
         """The best that another slot or a copy has of a prompt."""
         found = [(held, Source(len(held.tokens), slot), held.written) for slot, held in self.slots.items() if slot != into]
-        found += [(kept, Source(len(kept.pages) * PAGE_TOKENS, None, kept), len(kept.tokens)) for kept in self.kept]
+        found += [(kept, Source(len(kept.pages) * PAGE_TOKENS, None, kept), kept.written) for kept in self.kept]
         cut = [
             self._cut(
                 Source(min(s.n, common(x.tokens, prompt[:-1]), x.exact if self.chunk else s.n), s.slot, s.kept), written, True
@@ -228,7 +229,7 @@ class Prefixes:
         if n and source.kept is not None:
             for copy, live in zip(source.kept.copies, self._rings[slot], strict=True):
                 live.copy_(copy)
-            written = len(source.kept.tokens)
+            written = source.kept.written
             self.kept.remove(source.kept)
             self.kept.append(source.kept)
         elif n and other is not held:
