@@ -103,10 +103,12 @@ def random_weights(
 def runner_for(
     spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
     kind: DeviceKind, device: torch.device, weights: Mapping[str, Weight] | None = None,
+    slots: int = 1,
 ) -> tuple[Runner, tuple[Choice, ...], Plan]:  # fmt: skip
     """A runner over random weights, or over `weights`, with what was chosen and planned."""
     choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
-    work = Workload(context=context, chunk=chunk, kv=dict(kv), dtype=dtype, reads=frozenset(c.backend.reads for c in choices))
+    reads = frozenset(c.backend.reads for c in choices)
+    work = Workload(context=context, slots=slots, chunk=chunk, kv=dict(kv), dtype=dtype, reads=reads)
     p = plan(spec, stored, work, [target_of(device)])
     if not p.fits:
         raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")

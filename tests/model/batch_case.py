@@ -1,0 +1,102 @@
+"""Sequences that share a step against each of them alone. A program of its own: it must start with TRITON_INTERPRET=1.
+
+    python -m model.batch_case FOLDER FAMILY MODE     prints a JSON object: step -> relative error of its logits
+
+MODE is `kernels` (ours, in the interpreter, f16) or `operators` (PyTorch's, fp32). Pages are scattered on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import tiny
+import torch
+import transformers
+from torch import Tensor
+
+from headwise import LLM
+from headwise.attention.capability import CPU, DeviceKind
+from headwise.attention.choose import choose_layers
+from headwise.cache.pages import extents
+from headwise.cache.storage import Place
+from headwise.engine.batch import Run
+from headwise.engine.runner import Runner
+from headwise.engine.stage import Stage
+from headwise.planner.memory import Workload, plan
+from headwise.planner.residence import groups
+from headwise.spec.kv import kv_format
+from headwise.spec.layers import Kind
+from headwise.spec.read import open_model
+from headwise.weights.listing import list_checkpoint
+from headwise.weights.load import load_weights
+from headwise.weights.names import stored_types
+
+LENGTHS = (90, 70, 12)  # of the prompts
+PAGES = ([5, 2], [0, 7], [3])
+CHUNK = 48
+
+
+def save(family: str, folder: Path) -> Path:
+    """A tiny model of a family with heads that our kernels take."""
+    changes: dict[str, Any] = {"head_dim": 64}
+    if family.startswith("gemma4"):
+        changes["global_head_dim"] = 128
+    torch.manual_seed(0)
+    config = tiny.model_config(family, **changes)
+    tiny.lively(family, transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
+    return folder
+
+
+def runner_of(path: Path, mode: str) -> Runner:
+    source = open_model(path, env={})
+    dtype, kind = ("f16", DeviceKind("cuda", (8, 0), "a card")) if mode == "kernels" else ("f32", CPU)
+    kv: dict[Kind, Any] = {"global": kv_format(dtype), "sliding": kv_format(dtype)}
+    choices = choose_layers(source.spec, kv=kv, dtype=dtype, device=kind)
+    reads = frozenset(c.backend.reads for c in choices)
+    w = Workload(context=128, slots=3, chunk=CHUNK, pool=512, kv=kv, dtype=dtype, cpu=kind is CPU, reads=reads)
+    p = plan(source.spec, stored_types(source.spec, list_checkpoint(path)), w)
+    weights = load_weights(source.spec, path, resident=p.resident, device="cpu", groups=groups(source.spec, p.resident))
+    return Runner(p, [Stage(p, 0, choices, weights, torch.device("cpu"))])
+
+
+def main(folder: Path, family: str, mode: str) -> dict[str, float]:
+    path = save(family, folder)
+    runner = runner_of(path, mode)
+    alone = LLM(path, context=128, chunk=CHUNK, device="cpu", check=False)
+    draw = torch.Generator().manual_seed(1)
+    texts = [torch.randint(3, 300, (n + 14,), generator=draw).tolist() for n in LENGTHS]
+    want = [alone.logits(ids) for ids in texts]
+    places = [Place(i, extents(pages)) for i, pages in enumerate(PAGES)]
+    done = [0, 0, 0]
+
+    def step(*told: tuple[int, int, int]) -> float:
+        """(sequence, tokens, wanted): the relative error of the wanted logits."""
+        runs = [Run(places[s], done[s], texts[s][done[s] : done[s] + n], wanted) for s, n, wanted in told]
+        x = runner.run(runs)
+        got = [runner.logits(x[i : i + 1])[0].float().clone() for i in range(x.shape[0])]
+        expected = list[Tensor]()
+        for s, n, wanted in told:
+            done[s] += n
+            expected += want[s][done[s] - wanted : done[s]]
+        if not expected:
+            return 0.0
+        return float((torch.stack(got) - torch.stack(expected)).norm() / torch.stack(expected).norm())
+
+    out: dict[str, float] = {"dtype": 0.0 if mode == "operators" else 1.0}
+    out["a prompt begins"] = step((0, 48, 0))
+    out["two prompts"] = step((0, 30, 0), (1, 18, 0))
+    out["a prompt ends beside another"] = step((0, 12, 1), (1, 36, 0))
+    out["an answer and the ends of two prompts"] = step((0, 1, 1), (1, 16, 1), (2, 12, 1))
+    out["three answers"] = step((0, 1, 1), (1, 1, 1), (2, 1, 1))
+    out["drafts"] = step((0, 8, 8))
+    out["answers with drafts"] = step((1, 4, 4), (2, 4, 4), (0, 2, 2))
+    done[1] -= 2  # two drafts are refused, and others come in their place
+    out["after refused drafts"] = step((2, 1, 1), (1, 4, 4))
+    return out
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])))
