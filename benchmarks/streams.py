@@ -68,7 +68,8 @@ def answers(speculate: bool) -> dict[str, Any]:
     finished = sum(isinstance(e, Finish) and e.reason in ("stop", "length") for e in events)
     tokens = sum(isinstance(e, Token) for e in events)
     return {
-        "speculate": speculate, "requests": len(prompts), "finished": finished, "tokens": tokens, "compared": compared, "wrong": wrong,
+        "speculate": speculate, "requests": len(prompts), "finished": finished, "tokens": tokens,
+        "compared": compared, "wrong": wrong,
         "rounds": steps, "tok_s": tokens / seconds, "planned": llm.plan.total_bytes, "allocated": llm.runner.allocated_bytes,
     }  # fmt: skip
 
