@@ -6,7 +6,7 @@ are allocated bytes. All arithmetic is on exact integers; nothing is allocated t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -189,14 +189,8 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
         stages=stages,
         targets=used,
         max_context=max_context(spec, sizes, asked, resident, targets) if targets else None,
-        notes=_notes(targets, used),
+        notes=tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used)),
     )
-
-
-def _notes(targets: Sequence[Target], used: Sequence[Target]) -> tuple[str, ...]:
-    left_out = tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
-    several = "several cards are planned here; `headwise run` uses one card until running over several is built"
-    return (*([several] if len(targets) > 1 else []), *left_out)
 
 
 class _Quantised(NamedTuple):
@@ -275,9 +269,26 @@ def _split(
     fixed = [stage(layers).total_bytes for layers in without_layers]
     placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets)
     used = [t for t, layers in zip(targets, placed, strict=True) if layers]
-    if len(used) < len(targets):
-        return _split(spec, sizes, w, quantised, used)
-    return tuple(stage(range(layers[0], layers[-1] + 1)) for layers in placed), tuple(targets)
+    if 0 < len(used) < len(targets):  # where it does not fit, all of them are in the plan that says so
+        fewer = _split(spec, sizes, w, quantised, used)
+        if all(Share(t, s).fits for s, t in zip(*fewer, strict=True)):
+            return fewer
+    ranges = [range(p[0], p[-1] + 1) if p else none for p, none in zip(placed, without_layers, strict=True)]
+    return tuple(map(stage, ranges)), tuple(targets)
+
+
+def fewest(targets: Sequence[Target], plan_on: Callable[[Sequence[int]], Plan]) -> tuple[Plan, Sequence[int]]:
+    """The plan on the first device that holds it, else on the fewest, the roomiest first; on all where it does not fit.
+
+    Args:
+        plan_on: the plan for some of `targets`, by their indices in order.
+    """
+    by_room = sorted(range(len(targets)), key=lambda i: -targets[i].usable_bytes)
+    tries = [[i] for i in range(len(targets))] + [sorted(by_room[:n]) for n in range(2, len(targets) + 1)]
+    for some in tries[:-1]:
+        if (p := plan_on(some)).fits:
+            return p, some
+    return plan_on(tries[-1]), tries[-1]
 
 
 def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target]) -> list[list[int]]:
