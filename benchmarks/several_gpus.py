@@ -1,6 +1,6 @@
 """One model over two uneven cards, of 12 and 24 GiB, beside the larger one alone.
 
-    PYTHONPATH=.:tests python benchmarks/several_gpus.py OUT.json
+    PYTHONPATH=.:tests python benchmarks/several_gpus.py OUT.json [PART ...]
 
 Gemma 4's shapes with random weights: the logits of two cards against one; planned, allocated and peak bytes of each card, and what
 PyTorch and the driver say of them; prefill and decode speed. The embedded model through `headwise run --gpu`, and tiny ones of
@@ -59,7 +59,11 @@ def families(cards: Sequence[str]) -> list[dict[str, Any]]:
                 common: dict[str, Any] = {"context": 128, "chunk": 32, "dtype": dtype, "check": False}
                 one, two = (LLM(Path(folder), device=d, **common) for d in (cards[0], cards))
                 errors = {c: relative(two.logits(ids, chunk=c), one.logits(ids, chunk=c)) for c in (32, 7, 1)}
-                rows.append({"family": name, "dtype": dtype, "relative_error": errors, **held(two.runner, two.plan)})
+                same = all(d.planned_bytes == d.allocated_bytes for d in two.report().devices)
+                layers = [len(d.layers) for d in two.report().devices]
+                rows.append(
+                    {"family": name, "dtype": dtype, "relative_error": errors, "layers": layers, "planned_is_allocated": same}
+                )
         print(rows[-1], flush=True)
     return rows
 
@@ -151,8 +155,11 @@ def main() -> None:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     out: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "commit": os.environ.get("COMMIT", commit), "peer_access": torch.cuda.can_device_access_peer(0, 1), "limits": LIMITS,
+        "peer_access": torch.cuda.can_device_access_peer(0, 1), "limits": LIMITS, "commit": {},
     }  # fmt: skip
+    to, wanted = Path(sys.argv[1]), sys.argv[2:]
+    if to.exists():  # other parts of an earlier run
+        out = json.loads(to.read_text()) | {"date": out["date"]}
     for place in places:
         keep_limit(place)
     kind = device_kind(places[0].device)
@@ -164,14 +171,17 @@ def main() -> None:
         "families": lambda: families(["cuda:0:12GiB", "cuda:1:24GiB"]),
     }
     for name, part in parts.items():
+        if wanted and name not in wanted:
+            continue
         start = time.perf_counter()
+        out["commit"][name] = os.environ.get("COMMIT", commit)
         try:
             out[name] = part()
         except Exception as error:  # the other parts are still worth having
             out[name] = {"error": f"{type(error).__name__}: {error}"}
             print(name, out[name], flush=True)
         print(f"{name}: {time.perf_counter() - start:.0f} s", flush=True)
-        Path(sys.argv[1]).write_text(json.dumps(out, indent=1))
+        to.write_text(json.dumps(out, indent=1))
 
 
 if __name__ == "__main__":

@@ -117,7 +117,8 @@ def runner_for(
     def load(stage: int, device: torch.device) -> Mapping[str, Weight]:
         return random_weights(spec, p, device, stage=stage)[0] if weights is None else weights
 
-    stages = build_stages(p, choices, [c.place.device for c in cards], load)
+    used = [c.place.device for c in cards if any(c.target is t for t in p.targets)]
+    stages = build_stages(p, choices, used, load)
     return Runner(p, stages), choices, p
 
 

@@ -267,7 +267,7 @@ def _split(
         return (stage(range(n)),), tuple(targets)
     without_layers = [range(0), *[range(n, 0)] * (len(targets) - 2), range(n, n)]  # of the first, those between, the last
     fixed = [stage(layers).total_bytes for layers in without_layers]
-    placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets)
+    placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets, every=True)
     used = [t for t, layers in zip(targets, placed, strict=True) if layers]
     if 0 < len(used) < len(targets):  # where it does not fit, all of them are in the plan that says so
         fewer = _split(spec, sizes, w, quantised, used)
@@ -291,7 +291,9 @@ def fewest(targets: Sequence[Target], plan_on: Callable[[Sequence[int]], Plan]) 
     return plan_on(tries[-1]), tries[-1]
 
 
-def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target]) -> list[list[int]]:
+def spread(
+    spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target], *, every: bool = False
+) -> list[list[int]]:
     """The layers of each device, in order, every device filled to the same fraction of what it can use.
 
     Where they do not fit, each device but the last takes what it holds, and the last the rest.
@@ -299,18 +301,21 @@ def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], ta
     Args:
         layer_bytes: of each layer, weights and cache.
         fixed: what each device holds beside its layers.
+        every: no device without a layer, where they fit so.
     """
     runs = _runs(spec)
-    low, high = 0, 2**20  # fraction of usable bytes, in 2**-20; the smallest that places every layer
-    if _place(runs, layer_bytes, fixed, targets, high) is None:
-        low = high
-    while low < high:
-        middle = (low + high) // 2
-        if _place(runs, layer_bytes, fixed, targets, middle) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return _place(runs, layer_bytes, fixed, targets, high) or _place(runs, layer_bytes, fixed, targets, None) or []
+    for each in (True, False) if every else (False,):
+        if _place(runs, layer_bytes, fixed, targets, 2**20, each) is None:
+            continue
+        low, high = 0, 2**20  # fraction of usable bytes, in 2**-20; the smallest that places every layer
+        while low < high:
+            middle = (low + high) // 2
+            if _place(runs, layer_bytes, fixed, targets, middle, each) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return _place(runs, layer_bytes, fixed, targets, high, each) or []
+    return _place(runs, layer_bytes, fixed, targets, None, False) or []
 
 
 def _runs(spec: ModelSpec) -> list[tuple[int, ...]]:
@@ -338,13 +343,23 @@ def _place(
     fixed: Sequence[int],
     targets: Sequence[Target],
     fraction: int | None,
+    every: bool,
 ) -> list[list[int]] | None:
-    """Fills the devices in order up to `fraction` (2**-20) of usable; None where layers are left. No fraction: all go."""
+    """Fills the devices in order up to `fraction` (2**-20) of usable; None where layers are left. No fraction: all go.
+
+    Args:
+        every: each device takes a run at least; None where one cannot.
+    """
     placed: list[list[int]] = [[] for _ in targets]
     device, used = 0, fixed[0]
-    for run in runs:
+    for at, run in enumerate(runs):
         need = sum(layer_bytes[i] for i in run)
+        if every and placed[device] and len(runs) - at < len(targets) - device:  # the devices after it take one each
+            device += 1
+            used = fixed[device]
         while fraction is not None and used + need > targets[device].usable_bytes * fraction >> 20:
+            if every and not placed[device]:
+                return None
             device += 1
             if device == len(targets):
                 return None
@@ -356,5 +371,5 @@ def _place(
         used += need
     if fraction is not None:  # a device with no layers still holds its fixed part
         ends = (fixed[i] <= t.usable_bytes * fraction >> 20 for i, t in enumerate(targets))
-        return placed if all(ends) else None
+        return placed if all(ends) and (all(placed) or not every) else None
     return placed
