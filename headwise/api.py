@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from headwise.attention.engines import EngineExplanation, explain_engine
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, fewest
 from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
@@ -52,11 +52,38 @@ def targets_for(gpus: Sequence[str], device: str | None) -> list[Target]:
             Target(name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES)
         ]
     if gpus:
-        found = [find_gpu(g) for g in gpus]
+        found = [find_gpu(name) for g in gpus for name in g.split(",")]
         return [Target(name=g.label, gpu=g, total_bytes=g.memory_bytes) for g in found]
     return [
         Target(name=d.seen, gpu=d.gpu, total_bytes=d.total_bytes, others_bytes=d.used_bytes or 0) for d in detect() if d.total_bytes
     ]
+
+
+def work_on(
+    spec: ModelSpec,
+    kinds: Collection[DeviceKind],
+    *,
+    context: int,
+    slots: int,
+    chunk: int,
+    kv: Mapping[Kind, str | None],
+    dtype: str | None,
+    forced: Mapping[Kind, str] | None = None,
+) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
+    """What is asked of devices of these kinds together, and what each kind would run every layer on.
+
+    Args:
+        kv: default the activations' type; dtype: default what all of the devices multiply.
+    Raises:
+        UsageError, BackendError: see `choose_layers`.
+    """
+    dtype = activation_type(dtype, kinds)
+    formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
+    choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
+    work = Workload(context=context, slots=slots, chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds)
+    if choices:
+        work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
+    return work, choices
 
 
 def stored_weights(source: Source, scheme: str | None) -> dict[str, str]:
@@ -90,30 +117,36 @@ def plan(
         context: tokens of one sequence; default 32,768 or the model's maximum.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
-        gpus: names from the GPU table, "rtx3090" or "rtx3090:24"; default the detected cards.
+        gpus: names from the GPU table, "rtx3090" or "rtx3090:24", to be used together; default as few of the detected cards
+            as hold it.
         device: "cpu" plans for this machine's CPU.
         dtype: of the activations: f32, bf16 or f16; default f32 on the CPU, else bf16, or f16 where a card has no bf16.
     Raises:
         SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
     """
     model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
-    cpu = device == "cpu"
+    stored = stored_weights(model, weights)
     targets = targets_for(gpus, device)
-    kinds = {CPU} if cpu else {DeviceKind.of(t.gpu) for t in targets if t.gpu}
-    dtype = activation_type(dtype, kinds)
-    workload = Workload(
-        context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
-        slots=slots,
-        chunk=ubatch,
-        kv=kv_formats(kv, kv_global, kv_sliding, dtype),
-        dtype=dtype,
-        cpu=cpu,
-    )
-    if kinds:
-        choices = [c for kind in kinds for c in choose_layers(model.spec, kv=workload.kv, dtype=dtype, device=kind)]
-        workload = replace(workload, reads=frozenset(c.backend.reads for c in choices))
-    p = plan_memory(model.spec, stored_weights(model, weights), workload, targets)
-    return replace(p, notes=(*p.notes, *_what_fits(p, model, targets))) if p.fits is False else p
+    kinds = [CPU if device == "cpu" else None if t.gpu is None else DeviceKind.of(t.gpu) for t in targets]
+
+    def plan_on(some: Sequence[int]) -> Plan:
+        work, _ = work_on(
+            model.spec,
+            {kind for i in some if (kind := kinds[i])},
+            context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
+            slots=slots,
+            chunk=ubatch,
+            kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
+            dtype=dtype,
+        )
+        return plan_memory(model.spec, stored, work, [targets[i] for i in some])
+
+    used = range(len(targets))
+    p, used = (plan_on(used), used) if gpus or len(targets) < 2 else fewest(targets, plan_on)
+    notes = [f"{t.name} is not needed" for i, t in enumerate(targets) if i not in used]
+    if p.fits is False:
+        notes += _what_fits(p, model, [targets[i] for i in used])
+    return replace(p, notes=(*p.notes, *notes))
 
 
 def _what_fits(p: Plan, source: Source, targets: Sequence[Target]) -> Iterator[str]:

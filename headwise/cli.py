@@ -72,7 +72,8 @@ def _common(p: argparse.ArgumentParser, *, optional_model: bool) -> None:
 def _loading(p: argparse.ArgumentParser) -> None:
     p.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer to plan memory for")
     p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
-    p.add_argument("--device", metavar="cpu|cuda[:N]", help="default: CUDA where there is one")
+    p.add_argument("--device", metavar="cpu|cuda[:N]", help="default: CUDA where there is one, as few cards as hold the model")
+    p.add_argument("--gpu", metavar="N[:GiB],N", help="the cards that share the layers, e.g. 0,1, or with limits 0:12,1:24")
     p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
     p.add_argument("--backend", metavar="X|sliding=X,global=Y", help="force backends, where their rows take the layers")
     p.add_argument("--allow-fallback", action="store_true", help="accept layers that do not run fused")
@@ -100,7 +101,7 @@ def _plan_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--slots", type=int, default=1, metavar="N", help="sequences at once")
     p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
     p.add_argument("--weights", metavar="bf16|q8_0|q4_k_m|...", help="count this weight type")
-    p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB]", help="a card; repeat for several")
+    p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB],NAME", help="the cards that share the layers")
     p.add_argument("--device", choices=("cpu",), help="plan for this machine's CPU")
     p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
     p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
@@ -267,6 +268,14 @@ def _kv(args: argparse.Namespace) -> dict[str, str] | str | None:
     return args.kv
 
 
+def _device(args: argparse.Namespace) -> list[str] | str | None:
+    if args.gpu is None:
+        return args.device
+    if args.device is not None:
+        raise UsageError("--device and --gpu both name devices", why="--gpu 0,1 is cuda:0 and cuda:1", do="leave one out")
+    return [f"cuda:{card}" for card in args.gpu.split(",")]
+
+
 def _open(args: argparse.Namespace, *, weights: bool = False) -> Any:
     from headwise.spec.read import open_model
 
@@ -332,7 +341,7 @@ def _run(args: argparse.Namespace) -> int:
             context=context,
             tokenizer=tokenizer,
             kv=_kv(args),
-            device=args.device,
+            device=_device(args),
             dtype=args.dtype,
             chunk=args.ubatch,
             backend=args.backend,
@@ -342,6 +351,8 @@ def _run(args: argparse.Namespace) -> int:
             on_warning=lambda line: console.print(f"warning: {line}", style="yellow", highlight=False),
         )
     ready_s = time.perf_counter() - start
+    for note in llm.plan.notes:
+        console.print(f"note: {note}", style="dim", highlight=False)
     if not all(c.fused for c in llm.choices):
         slow = [str(i) for i, c in enumerate(llm.choices) if not c.fused]
         console.print(f"warning: layers {', '.join(slow)} do not run fused (--allow-fallback)", style="yellow")
@@ -482,7 +493,7 @@ def _verify(args: argparse.Namespace) -> int:
             source,
             context=args.context,
             kv=_kv(args),
-            device=args.device,
+            device=_device(args),
             dtype=args.dtype,
             chunk=args.ubatch,
             backend=args.backend,
@@ -499,7 +510,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         from dataclasses import asdict
 
-        print(json.dumps({"model": source.spec.name, "device": str(llm.device), "checks": [asdict(c) for c in checks]}))
+        print(json.dumps({"model": source.spec.name, "device": llm.device, "checks": [asdict(c) for c in checks]}))
     else:
         _stdout().print(checks_view(checks))
     return 0 if all(c.ok for c in checks) else 1
@@ -551,7 +562,7 @@ def _serve(args: argparse.Namespace) -> int:
         "context": args.context,
         "slots": args.slots,
         "kv": _kv(args),
-        "device": args.device,
+        "device": _device(args),
         "dtype": args.dtype,
         "chunk": args.ubatch,
         "backend": args.backend,
@@ -576,7 +587,7 @@ def _serve(args: argparse.Namespace) -> int:
         fused = "fused on every layer" if engine.facts["fused"] else "NOT fused on every layer (--allow-fallback)"
         slots = f"{w['slots']} slot{'s' * (w['slots'] > 1)}"
         _stderr().print(
-            f"{source.name} is served at {url} ({w['context']:,} tokens of context, {slots}, {fused})",
+            f"{source.name} is served at {url} on {engine.facts['device']} ({w['context']:,} tokens of context, {slots}, {fused})",
             highlight=False,
             soft_wrap=True,
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -20,10 +21,9 @@ from torch import Tensor
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, choose_layers
 from headwise.bench.attention import ceilings
-from headwise.engine.llm import before_loading, device_kind, target_of
-from headwise.engine.replay import own_stream
+from headwise.engine.devices import Place, card_of, device_kind
 from headwise.engine.runner import Runner
-from headwise.engine.stage import Stage
+from headwise.engine.stage import build_stages
 from headwise.errors import UsageError
 from headwise.planner.ceiling import decode_bytes, weight_flops
 from headwise.planner.memory import Plan, Workload, plan
@@ -56,19 +56,20 @@ def random_blocks(type_name: str, rows: int, columns: int, device: torch.device)
 
 
 def random_weights(
-    spec: ModelSpec, p: Plan, device: torch.device, *, floats: bool = False
+    spec: ModelSpec, p: Plan, device: torch.device, *, stage: int = 0, floats: bool = False
 ) -> tuple[dict[str, Weight], dict[str, Tensor]]:
-    """Weights as the plan keeps them: normal matrices scaled so that the stream keeps its size, norms near 1, random blocks.
+    """Weights of a stage as the plan keeps them: normal matrices scaled so that the stream keeps its size, norms near 1, random
+    blocks; the same numbers however the layers are shared out.
 
     Returns:
         The weights; and with `floats` each as fp32, of blocks what PyTorch makes of them.
     """
-    torch.manual_seed(0)
-    tensors = weight_tensors(spec)
+    tensors = weight_tensors(spec, p.stages[stage].layers)
     planes = planed(spec, p.resident) if p.workload.fused else frozenset()
     weights = allocate({t.name: t for t in tensors}, p.resident, groups(spec, p.resident), device, planes)
     wide: dict[str, Tensor] = {}
     for t in tensors:
+        torch.manual_seed(zlib.crc32(t.name.encode()))
         w = weights[t.name]
         if isinstance(w, Tensor):
             if t.role == "vector":
@@ -103,20 +104,23 @@ def random_weights(
 def runner_for(
     spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
     kind: DeviceKind, device: torch.device, weights: Mapping[str, Weight] | None = None,
-    slots: int = 1,
+    places: Sequence[Place] = (), slots: int = 1,
 ) -> tuple[Runner, tuple[Choice, ...], Plan]:  # fmt: skip
-    """A runner over random weights, or over `weights`, with what was chosen and planned."""
+    """A runner over random weights, or over `weights`, with what was chosen and planned; on `places`, default on `device`."""
     choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
     reads = frozenset(c.backend.reads for c in choices)
     work = Workload(context=context, slots=slots, chunk=chunk, kv=dict(kv), dtype=dtype, reads=reads)
-    p = plan(spec, stored, work, [target_of(device)])
+    cards = [card_of(place) for place in places or [Place(device)]]
+    p = plan(spec, stored, work, [c.target for c in cards])
     if not p.fits:
         raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")
-    stream = torch.cuda.Stream(device)
-    with own_stream(stream):
-        before = before_loading(device)
-    made = random_weights(spec, p, device)[0] if weights is None else weights
-    return Runner(p, [Stage(p, 0, choices, made, device, before_bytes=before, stream=stream)]), choices, p
+
+    def load(stage: int, device: torch.device) -> Mapping[str, Weight]:
+        return random_weights(spec, p, device, stage=stage)[0] if weights is None else weights
+
+    used = [c.place.device for c in cards if any(c.target is t for t in p.targets)]
+    stages = build_stages(p, choices, used, load)
+    return Runner(p, stages), choices, p
 
 
 def first_layers(spec: ModelSpec) -> ModelSpec:

@@ -119,7 +119,7 @@ class Engine:
         for r in self.running:
             r.draft = self._draft(r)
         loads = [self._load(r) for r in self.running]
-        beside = BESIDE[self.llm.device.type]
+        beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
         for steps in schedule(loads, self.runner.chunk, beside=beside, alone=self.deterministic):
             self._step([(by_slot[s.slot], s.n) for s in steps if by_slot[s.slot] in self.running])

@@ -4,32 +4,33 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib import metadata
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.attention.capability import CPU, DeviceKind
-from headwise.attention.choose import LayerGroup, activation_type, choose_layers, forced_backends, group_layers, require_fused
+from headwise.api import work_on
+from headwise.attention.capability import DeviceKind
+from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
-from headwise.engine.replay import own_stream
+from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, places
 from headwise.engine.request import Sampling
 from headwise.engine.runner import Runner
 from headwise.engine.sample import Sampler
-from headwise.engine.stage import Stage, attend_functions
+from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
-from headwise.hardware.probe import cpu_memory
 from headwise.model.arena import TORCH
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, plan
+from headwise.planner.memory import DEFAULT_CHUNK, Plan, Workload, fewest, plan
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.layers import ModelSpec
 from headwise.spec.read import Source, open_model
 from headwise.text.tokenizer import Tokenizer, read_tokenizer
+from headwise.weights.blocks import Weight
 from headwise.weights.listing import list_checkpoint
 from headwise.weights.load import load_weights
 from headwise.weights.names import match, skipped_by_reason
@@ -39,8 +40,19 @@ Progress = Callable[[str, int, int], None]  # what, done, of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceReport:
+    """Of one stage."""
+
+    device: str
+    layers: tuple[int, ...]
+    planned_bytes: int
+    allocated_bytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What ran where, and whether the plan held."""
+    """What ran where, and whether the plan held; bytes are sums over the devices."""
 
     layers: int
     layers_fused: int
@@ -48,6 +60,7 @@ class Report:
     planned_bytes: int
     allocated_bytes: int
     peak_bytes: int
+    devices: tuple[DeviceReport, ...]
     prefill_tokens: int
     prefill_s: float
     decode_tokens: int
@@ -78,6 +91,7 @@ class Report:
             "planned_bytes": self.planned_bytes,
             "allocated_bytes": self.allocated_bytes,
             "peak_bytes": self.peak_bytes,
+            "devices": [asdict(d) | {"layers": list(d.layers)} for d in self.devices],
             "prefill_tokens": self.prefill_tokens,
             "prefill_tok_s": self.prefill_tok_s,
             "decode_tok_s": self.decode_tok_s,
@@ -117,7 +131,8 @@ class LLM:
         source: what `headwise.read_model` takes; None is the embedded tiny-hybrid.
         context: tokens of prompt and answer that memory is planned for; default 8,192 or the model's maximum.
         kv: KV type of all layers, or {"global": ..., "sliding": ...}; default the activations' type.
-        device: "cpu", "cuda" or "cuda:N"; default CUDA where there is one.
+        device: "cpu", "cuda:N", or a list of cards, each with a limit if need be ("cuda:0:12GiB"), which share the layers;
+            "cuda", the default where there is one, is one card where the model fits, else as few as hold it.
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
@@ -135,7 +150,7 @@ class LLM:
         *,
         context: int | None = None,
         kv: str | Mapping[str, str] | None = None,
-        device: str | None = None,
+        device: str | Sequence[str] | None = None,
         dtype: str | None = None,
         chunk: int = DEFAULT_CHUNK,
         backend: str | Mapping[str, str] | None = None,
@@ -156,33 +171,47 @@ class LLM:
                 f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH"
             )
         self.spec = self.source.spec
-        self.device = pick_device(device)
-        kind = device_kind(self.device)
-        dtype = activation_type(dtype, [kind])
-        names = {"global": kv, "sliding": kv} if kv is None or isinstance(kv, str) else dict(kv)
+        names = {"global": None, "sliding": None} | ({"global": kv, "sliding": kv} if isinstance(kv, str) else dict(kv or {}))
         if unknown := set(names) - {"global", "sliding"}:
             raise UsageError(
                 f"kv names {sorted(unknown)[0]!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}'
             )
-        self.kv: dict[Kind, KVFormat] = {
-            "global": kv_format(names.get("global") or dtype),
-            "sliding": kv_format(names.get("sliding") or dtype),
+        allowed, together = places(device)
+        asked: dict[str, Any] = {
+            "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
+            "slots": slots,
+            "chunk": chunk,
+            "kv": names,
+            "dtype": dtype,
+            "forced": forced_backends(backend),
         }
-        self.choices = choose_layers(self.spec, kv=self.kv, dtype=dtype, device=kind, forced=forced_backends(backend))
-        require_fused(self.spec, self.choices, allow_fallback=allow_fallback, device=kind)
+
+        def work_of(kinds: Collection[DeviceKind]) -> tuple[Workload, Mapping[DeviceKind, tuple[Choice, ...]]]:
+            work, by_kind = work_on(self.spec, kinds, **asked)
+            for kind, choices in by_kind.items():
+                require_fused(self.spec, choices, allow_fallback=allow_fallback, device=kind)
+            return work, by_kind
+
+        first = allowed if together else allowed[:1]
+        work_of({device_kind(p.device) for p in first})  # refused, where it is, before the weights are looked at
         matched = match(self.spec, list_checkpoint(self.source.path))
         self.skipped = skipped_by_reason(matched)
-        workload = Workload(
-            context=min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
-            chunk=chunk,
-            slots=slots,
-            kv=self.kv,
-            dtype=dtype,
-            cpu=self.device.type == "cpu",
-            reads=frozenset(c.backend.reads for c in self.choices),
-        )
-        self.plan = plan(self.spec, matched.types, workload, [target_of(self.device)])
+
+        def plan_on(cards: Sequence[Card]) -> Plan:
+            return plan(self.spec, matched.types, work_of({c.kind for c in cards})[0], [c.target for c in cards])
+
+        cards: Sequence[Card] = [card_of(p, sharing=len(first)) for p in first]
+        self.plan = plan_on(cards)
+        if not self.plan.fits and not together and len(allowed) > 1:
+            every = [*cards, *(card_of(p) for p in allowed[1:])]
+            self.plan, some = fewest([c.target for c in every], lambda some: plan_on([every[i] for i in some]))
+            cards = [every[i] for i in some]
         require_fit(self.plan)
+        used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
+        self.devices = tuple(c.place.device for c in used)
+        _, by_kind = work_of({c.kind for c in cards})
+        self.choices = tuple(by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers)
+        self.kv = dict(self.plan.workload.kv)
         self.groups = group_layers(self.spec, self.choices, self.kv)
         self.checks: list[Check] = []
         self.checks_cached = False
@@ -190,35 +219,51 @@ class LLM:
             self.check(cache_file=default_cache_file(os.environ), on_warning=on_warning)
         if not load:
             return
-        stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
-        with own_stream(stream):
-            before_bytes = before_loading(self.device)
-        weights = load_weights(
-            self.spec,
-            self.source.path,
-            resident=self.plan.resident,
-            device=self.device,
-            groups=groups(self.spec, self.plan.resident),
-            planes=planed(self.spec, self.plan.resident) if self.plan.workload.fused else (),
-            progress=None if progress is None else lambda done, total: progress("weights", done, total),
-        )
-        stage = Stage(self.plan, 0, self.choices, weights, self.device, before_bytes=before_bytes, stream=stream)
-        self.runner = Runner(self.plan, [stage])
+        for c in used:
+            keep_limit(c.place)
+        self.runner = Runner(self.plan, build_stages(self.plan, self.choices, self.devices, partial(self._load, progress)))
         self._tokenizer = tokenizer
         self._timing = _Timing()
 
-    def check(self, *, cache_file: Path | None = None, on_warning: Callable[[str], None] = lambda _: None) -> list[Check]:
-        """Runs every backend in use against the reference; see `attention.verify`."""
-        functions = attend_functions(self.choices)
-        self.checks, self.checks_cached = check_all(
-            self.groups,
-            {g.layers[0]: functions[g.layers[0]] for g in self.groups},
-            chunk=self.plan.workload.chunk,
-            dtype=TORCH[self.plan.workload.dtype],
-            device=self.device,
-            cache_file=cache_file,
-            on_warning=on_warning,
+    def _load(self, progress: Progress | None, index: int, device: torch.device) -> dict[str, Weight]:
+        assert self.source.path is not None
+        before, total = sum(s.weights_bytes for s in self.plan.stages[:index]), self.plan.weights_bytes
+        return load_weights(
+            self.spec,
+            self.source.path,
+            resident=self.plan.resident,
+            device=device,
+            groups=groups(self.spec, self.plan.resident),
+            planes=planed(self.spec, self.plan.resident) if self.plan.workload.fused else (),
+            layers=self.plan.stages[index].layers,
+            progress=None if progress is None else lambda done, _: progress("weights", before + done, total),
         )
+
+    @property
+    def device(self) -> str:
+        """The devices' names: "cuda:0", or "cuda:0 + cuda:1"."""
+        return " + ".join(map(str, self.devices))
+
+    def check(self, *, cache_file: Path | None = None, on_warning: Callable[[str], None] = lambda _: None) -> list[Check]:
+        """Runs every backend in use against the reference, on each device that uses it; see `attention.verify`."""
+        functions = attend_functions(self.choices)
+        self.checks, self.checks_cached = [], True
+        for device in dict.fromkeys(self.devices):
+            here = {i for d, stage in zip(self.devices, self.plan.stages, strict=True) if d == device for i in stage.layers}
+            local = [tuple(i for i in g.layers if i in here) for g in self.groups]
+            mine = [replace(g, layers=layers) for g, layers in zip(self.groups, local, strict=True) if layers]
+            with on_device(device):
+                checks, cached = check_all(
+                    mine,
+                    {g.layers[0]: functions[g.layers[0]] for g in mine},
+                    chunk=self.plan.workload.chunk,
+                    dtype=TORCH[self.plan.workload.dtype],
+                    device=device,
+                    cache_file=cache_file,
+                    on_warning=on_warning,
+                )
+            self.checks += checks
+            self.checks_cached &= cached
         return self.checks
 
     @property
@@ -321,6 +366,16 @@ class LLM:
             planned_bytes=self.plan.total_bytes,
             allocated_bytes=self.runner.allocated_bytes,
             peak_bytes=self.runner.peak_bytes,
+            devices=tuple(
+                DeviceReport(
+                    device=str(stage.device),
+                    layers=tuple(stage.layers),
+                    planned_bytes=planned.total_bytes,
+                    allocated_bytes=stage.allocated_bytes,
+                    peak_bytes=stage.peak_bytes,
+                )
+                for stage, planned in zip(self.runner.stages, self.plan.stages, strict=True)
+            ),
             prefill_tokens=t.prefill_tokens,
             prefill_s=t.prefill_s,
             decode_tokens=t.decode_tokens,
@@ -354,74 +409,23 @@ def prompt_too_long(n: int, context: int, most: int) -> HeadwiseError:
 
 
 def require_fit(p: Plan) -> None:
-    """Raises PlanError, before anything is loaded, when the plan does not fit its one device."""
-    share = p.shares[0]
-    if share.fits:
+    """Raises PlanError, before anything is loaded, when the plan does not fit its devices."""
+    if p.fits:
         return
-    t = share.target
     w = p.workload
-    do = f"--context {p.max_context} fits" if p.max_context else "weights alone are too much: a smaller weight type or model"
+    needs = f"{gib(p.total_bytes)} (weights {gib(p.weights_bytes)}, KV {gib(p.kv_bytes)}, compute {gib(p.compute_bytes)})"
+    held = "; ".join(
+        (f"{s.target.name} would hold {gib(s.planned_bytes)}, " if len(p.shares) > 1 else "")
+        + f"{gib(s.target.usable_bytes)} of {gib(s.target.total_bytes)} are usable, {gib(s.target.others_bytes)} are held by others"
+        for s in p.shares
+    )
     raise PlanError(
-        f"{p.spec.name} with {w.context} tokens does not fit {t.name}",
-        why=f"needs {gib(p.total_bytes)} (weights {gib(p.weights_bytes)}, KV {gib(p.kv_bytes)}, compute {gib(p.compute_bytes)}); "
-        f"{gib(t.usable_bytes)} of {gib(t.total_bytes)} are usable, {gib(t.others_bytes)} are held by others",
-        do=do,
+        f"{p.spec.name} with {w.context} tokens does not fit {' and '.join(t.name for t in p.targets)}",
+        why=f"needs {needs}; {held}",
+        do=f"--context {p.max_context} fits" if p.max_context else "weights alone are too much: a smaller weight type or model",
     )
 
 
 def tokenizer_of(source: Source) -> Tokenizer:
     assert source.path is not None
     return read_tokenizer(source.path if source.gguf is None else source.gguf)
-
-
-def pick_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {name!r}", why=str(error).splitlines()[0], do="--device cpu or --device cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported", why="headwise runs on CPU and CUDA", do="--device cpu")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError("there is no CUDA device", why="PyTorch sees none", do="--device cpu")
-    return device
-
-
-def device_kind(device: torch.device) -> DeviceKind:
-    if device.type == "cpu":
-        return CPU
-    return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device), _triton_version())
-
-
-def _triton_version() -> tuple[int, int] | None:
-    try:
-        major, minor = metadata.version("triton").split(".")[:2]
-    except metadata.PackageNotFoundError:
-        return None
-    return int(major), int(minor)
-
-
-def before_loading(device: torch.device) -> int:
-    """Bytes this process holds on a GPU already, cuBLAS's workspaces included (the plan's margin covers them)."""
-    if device.type != "cuda":
-        return 0
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        x = torch.ones(8, 8, dtype=dtype, device=device)
-        torch.mm(x, x)
-        torch.mv(x, x[0])
-    del x
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    return torch.cuda.memory_allocated(device)
-
-
-def target_of(device: torch.device) -> Target:
-    """`device` as it is now, to plan for."""
-    if device.type == "cpu":
-        total, available = cpu_memory()
-        return Target(
-            name="cpu", gpu=None, total_bytes=total, others_bytes=max(0, total - available), margin_bytes=CPU_MARGIN_BYTES
-        )
-    free, total = torch.cuda.mem_get_info(device)
-    return Target(name=torch.cuda.get_device_name(device), gpu=None, total_bytes=total, others_bytes=total - free)

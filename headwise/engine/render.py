@@ -11,7 +11,7 @@ from rich.text import Text
 
 from headwise.attention.render import kind_words, layer_map
 from headwise.attention.verify import Check
-from headwise.planner.render import bar, legend, parts_of
+from headwise.planner.render import bar, layer_range, legend, parts_of
 
 if TYPE_CHECKING:
     from headwise.engine.llm import LLM
@@ -29,13 +29,18 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
     ]
     for g in r.backends:
         rows.append(Text(f"     {len(g.layers)} x {g.choice.backend.name}: {kind_words(g.example)}, KV {g.kv}", style="dim"))
-    same = r.planned_bytes == r.allocated_bytes
+    same = all(d.planned_bytes == d.allocated_bytes for d in r.devices)
     rows.append(
         Text.assemble(
             ("planned = allocated" if same else "planned and allocated differ", "bold green" if same else "bold red"),
             f"  {r.planned_bytes:,} B planned, {r.allocated_bytes:,} B allocated, {r.peak_bytes:,} B at the peak",
         )
     )
+    if len(r.devices) > 1:
+        for d in r.devices:
+            text = f"     {layer_range(d.layers)} on {d.device}: "
+            text += f"{d.planned_bytes:,} B planned, {d.allocated_bytes:,} B allocated, {d.peak_bytes:,} B at the peak"
+            rows.append(Text(text, style="dim" if d.planned_bytes == d.allocated_bytes else "bold red"))
     rows += [bar(parts_of(p), p.total_bytes), legend(parts_of(p))]
     if llm.skipped:
         rows.append(Text("not read: " + "; ".join(f"{n} x {why}" for why, n in llm.skipped.items()), style="dim"))

@@ -17,6 +17,7 @@ from torch import Tensor
 from headwise.attention.choose import Choice
 from headwise.cache.storage import LayerCache
 from headwise.engine.batch import Run, Steps
+from headwise.engine.devices import before_loading
 from headwise.engine.measure import Peak, storages
 from headwise.engine.replay import Replay, own_stream, records
 from headwise.model.arena import Arena
@@ -34,6 +35,26 @@ def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
         module = importlib.import_module(choice.backend.module)
         out.append(partial(module.attend_cache if choice.backend.name == "reference" else module.attend, choice.backend.name))
     return out
+
+
+def build_stages(
+    plan: Plan,
+    choices: Sequence[Choice],
+    devices: Sequence[torch.device],
+    load: Callable[[int, torch.device], Mapping[str, Weight]],
+) -> list[Stage]:
+    """The plan's stages, each on its device.
+
+    Args:
+        load: the weights of a stage, on its device.
+    """
+    stages: list[Stage] = []
+    for i, device in enumerate(devices):
+        stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        with own_stream(stream):
+            before = before_loading(device)
+            stages.append(Stage(plan, i, choices, load(i, device), device, before_bytes=before, stream=stream))
+    return stages
 
 
 class Stage:

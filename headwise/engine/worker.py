@@ -65,13 +65,14 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
 
     return {
         **explain_json(llm.spec, llm.choices),
-        "device": str(llm.device),
+        "device": llm.device,
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
         "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.kv_sliding_bytes // llm.plan.workload.slots},
         "measured": {
             "kv_bytes": allocated_bytes(llm.runner.caches),
             "total_bytes": llm.runner.allocated_bytes,
+            "devices": [{"device": str(s.device), "allocated_bytes": s.allocated_bytes} for s in llm.runner.stages],
             "kept_bytes": allocated_bytes(kept),
         },
     }

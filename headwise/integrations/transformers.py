@@ -26,7 +26,7 @@ from headwise.attention import own_kernels, torch_fused
 from headwise.attention.capability import BACKENDS, Need
 from headwise.attention.choose import Choice, choose
 from headwise.attention.reference import visible
-from headwise.engine.llm import device_kind
+from headwise.engine.devices import device_kind
 from headwise.errors import BackendError, UsageError
 from headwise.kernels.stored import Sequences, Slots, Stored
 

@@ -6,7 +6,7 @@ are allocated bytes. All arithmetic is on exact integers; nothing is allocated t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -207,14 +207,8 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
         stages=stages,
         targets=used,
         max_context=max_context(spec, sizes, asked, resident, targets) if targets else None,
-        notes=_notes(targets, used),
+        notes=tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used)),
     )
-
-
-def _notes(targets: Sequence[Target], used: Sequence[Target]) -> tuple[str, ...]:
-    left_out = tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
-    several = "several cards are planned here; `headwise run` uses one card until running over several is built"
-    return (*([several] if len(targets) > 1 else []), *left_out)
 
 
 class _Quantised(NamedTuple):
@@ -292,14 +286,33 @@ def _split(
         return (stage(range(n)),), tuple(targets)
     without_layers = [range(0), *[range(n, 0)] * (len(targets) - 2), range(n, n)]  # of the first, those between, the last
     fixed = [stage(layers).total_bytes for layers in without_layers]
-    placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets)
+    placed = spread(spec, [a + b for a, b in zip(weights, kv, strict=True)], fixed, targets, every=True)
     used = [t for t, layers in zip(targets, placed, strict=True) if layers]
-    if len(used) < len(targets):
-        return _split(spec, sizes, w, quantised, used)
-    return tuple(stage(range(layers[0], layers[-1] + 1)) for layers in placed), tuple(targets)
+    if 0 < len(used) < len(targets):  # where it does not fit, all of them are in the plan that says so
+        fewer = _split(spec, sizes, w, quantised, used)
+        if all(Share(t, s).fits for s, t in zip(*fewer, strict=True)):
+            return fewer
+    ranges = [range(p[0], p[-1] + 1) if p else none for p, none in zip(placed, without_layers, strict=True)]
+    return tuple(map(stage, ranges)), tuple(targets)
 
 
-def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target]) -> list[list[int]]:
+def fewest(targets: Sequence[Target], plan_on: Callable[[Sequence[int]], Plan]) -> tuple[Plan, Sequence[int]]:
+    """The plan on the first device that holds it, else on the fewest, the roomiest first; on all where it does not fit.
+
+    Args:
+        plan_on: the plan for some of `targets`, by their indices in order.
+    """
+    by_room = sorted(range(len(targets)), key=lambda i: -targets[i].usable_bytes)
+    tries = [[i] for i in range(len(targets))] + [sorted(by_room[:n]) for n in range(2, len(targets) + 1)]
+    for some in tries[:-1]:
+        if (p := plan_on(some)).fits:
+            return p, some
+    return plan_on(tries[-1]), tries[-1]
+
+
+def spread(
+    spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], targets: Sequence[Target], *, every: bool = False
+) -> list[list[int]]:
     """The layers of each device, in order, every device filled to the same fraction of what it can use.
 
     Where they do not fit, each device but the last takes what it holds, and the last the rest.
@@ -307,18 +320,21 @@ def spread(spec: ModelSpec, layer_bytes: Sequence[int], fixed: Sequence[int], ta
     Args:
         layer_bytes: of each layer, weights and cache.
         fixed: what each device holds beside its layers.
+        every: no device without a layer, where they fit so.
     """
     runs = _runs(spec)
-    low, high = 0, 2**20  # fraction of usable bytes, in 2**-20; the smallest that places every layer
-    if _place(runs, layer_bytes, fixed, targets, high) is None:
-        low = high
-    while low < high:
-        middle = (low + high) // 2
-        if _place(runs, layer_bytes, fixed, targets, middle) is None:
-            low = middle + 1
-        else:
-            high = middle
-    return _place(runs, layer_bytes, fixed, targets, high) or _place(runs, layer_bytes, fixed, targets, None) or []
+    for each in (True, False) if every else (False,):
+        if _place(runs, layer_bytes, fixed, targets, 2**20, each) is None:
+            continue
+        low, high = 0, 2**20  # fraction of usable bytes, in 2**-20; the smallest that places every layer
+        while low < high:
+            middle = (low + high) // 2
+            if _place(runs, layer_bytes, fixed, targets, middle, each) is None:
+                low = middle + 1
+            else:
+                high = middle
+        return _place(runs, layer_bytes, fixed, targets, high, each) or []
+    return _place(runs, layer_bytes, fixed, targets, None, False) or []
 
 
 def _runs(spec: ModelSpec) -> list[tuple[int, ...]]:
@@ -346,13 +362,23 @@ def _place(
     fixed: Sequence[int],
     targets: Sequence[Target],
     fraction: int | None,
+    every: bool,
 ) -> list[list[int]] | None:
-    """Fills the devices in order up to `fraction` (2**-20) of usable; None where layers are left. No fraction: all go."""
+    """Fills the devices in order up to `fraction` (2**-20) of usable; None where layers are left. No fraction: all go.
+
+    Args:
+        every: each device takes a run at least; None where one cannot.
+    """
     placed: list[list[int]] = [[] for _ in targets]
     device, used = 0, fixed[0]
-    for run in runs:
+    for at, run in enumerate(runs):
         need = sum(layer_bytes[i] for i in run)
+        if every and placed[device] and len(runs) - at < len(targets) - device:  # the devices after it take one each
+            device += 1
+            used = fixed[device]
         while fraction is not None and used + need > targets[device].usable_bytes * fraction >> 20:
+            if every and not placed[device]:
+                return None
             device += 1
             if device == len(targets):
                 return None
@@ -364,5 +390,5 @@ def _place(
         used += need
     if fraction is not None:  # a device with no layers still holds its fixed part
         ends = (fixed[i] <= t.usable_bytes * fraction >> 20 for i, t in enumerate(targets))
-        return placed if all(ends) else None
+        return placed if all(ends) and (all(placed) or not every) else None
     return placed

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from headwise.planner.ceiling import Ceiling
-from headwise.planner.memory import Plan, Share
+from headwise.planner.memory import Plan, Share, StagePlan
 from headwise.planner.rank import Fit
 from headwise.planner.rivals import RivalPlan
 
@@ -18,7 +18,6 @@ COLOURS = {
     "KV global": "magenta",
     "KV sliding": "cyan",
     "compute": "yellow",
-    "its layers": "blue",
     "others": "red",
     "margin": "bright_black",
 }
@@ -56,7 +55,13 @@ def legend(parts: Sequence[tuple[str, int]]) -> Text:
     return text
 
 
-def parts_of(plan: Plan) -> list[tuple[str, int]]:
+def layer_range(layers: Sequence[int]) -> str:
+    if not layers:
+        return "no layers"
+    return f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+
+
+def parts_of(plan: Plan | StagePlan) -> list[tuple[str, int]]:
     return [
         ("weights", plan.weights_bytes),
         ("KV global", plan.kv_global_bytes),
@@ -101,14 +106,10 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> Renderable
 def _share_view(plan: Plan, share: Share, ceiling: Ceiling | None) -> RenderableType:
     t = share.target
     lines: list[RenderableType] = []
-    first, last = (share.layers[0], share.layers[-1]) if share.layers else (0, -1)
-    layers = f"layers {first}-{last}" if share.layers else "no layers"
     state = Text("fits" if share.fits else "too large", style="green" if share.fits else "red")
-    lines.append(
-        Text.assemble(("\n" + t.name, "bold"), f"  {layers}  {gib(share.planned_bytes)} of {gib(t.usable_bytes)} usable  ", state)
-    )
-    parts = parts_of(plan) if len(plan.shares) == 1 else [("its layers", share.planned_bytes)]
-    parts = [("others", t.others_bytes), *parts, ("margin", t.margin_bytes)]
+    held = f"  {layer_range(share.layers)}  {gib(share.planned_bytes)} of {gib(t.usable_bytes)} usable  "
+    lines.append(Text.assemble(("\n" + t.name, "bold"), held, state))
+    parts = [("others", t.others_bytes), *parts_of(share.stage), ("margin", t.margin_bytes)]
     lines += [bar(parts, t.total_bytes), legend(parts)]
     if ceiling and len(plan.shares) == 1 and share.fits:
         speed = f"at most {ceiling.decode_tok_s:,.0f} tok/s decode"

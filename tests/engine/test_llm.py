@@ -156,7 +156,7 @@ def test_a_forced_reference_gives_what_the_chosen_backend_gives() -> None:
 
 
 def test_a_model_too_large_for_memory_is_refused_before_its_first_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("headwise.engine.llm.cpu_memory", lambda: (2**30, 2**29))
+    monkeypatch.setattr("headwise.engine.devices.cpu_memory", lambda: (2**30, 2**29))
     monkeypatch.setattr("headwise.engine.llm.load_weights", lambda *a, **k: pytest.fail("weights were read"))
     with pytest.raises(PlanError, match="does not fit"):
         load("llama")

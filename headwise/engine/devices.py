@@ -1,0 +1,142 @@
+"""Where a model runs: the devices that were asked for, how they are now, and what is done on each before the first byte."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import metadata
+from typing import NamedTuple
+
+import torch
+
+from headwise.attention.capability import CPU, DeviceKind
+from headwise.errors import UsageError
+from headwise.hardware.probe import cpu_memory
+from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Target
+
+_NAME = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d{1,3}))?(:(?P<size>\d{1,6}(\.\d{1,9})?)(?P<unit>GiB|MiB)?)?")
+_UNITS = {"GiB": 2**30, "MiB": 2**20, None: 2**30}
+
+
+class Place(NamedTuple):
+    """A device, and the most memory that may be taken there; None: what is free."""
+
+    device: torch.device
+    limit_bytes: int | None = None
+
+
+class Card(NamedTuple):
+    """A place, and what the planner and the backends are told of it."""
+
+    target: Target
+    kind: DeviceKind
+    place: Place
+
+
+def places(asked: str | Sequence[str] | None) -> tuple[list[Place], bool]:
+    """The devices that `asked` allows, and whether all of them are to be used (else as few as hold the model).
+
+    Args:
+        asked: "cpu", "cuda:N", either with a limit ("cuda:0:12GiB", "cpu:1GiB"), or a list of them; "cuda" is every card
+            there is, None too where there is one, else the CPU.
+    Raises:
+        UsageError: no such device, or devices that do not go together.
+    """
+    if asked is None and not torch.cuda.is_available():
+        asked = "cpu"
+    if asked in (None, "cuda"):
+        _require_cuda()
+        return [Place(torch.device("cuda", i)) for i in range(torch.cuda.device_count())], False
+    names = [asked] if isinstance(asked, str) else list(asked or ())
+    found = [_place(name) for name in names]
+    cards = [p.device for p in found if p.device.type == "cuda"]
+    if not found or len(set(cards)) < len(cards) or 0 < len(cards) < len(found):
+        raise UsageError(
+            f"the devices {', '.join(names) or '(none)'} make no sense together",
+            why="a model runs on the CPU or on cards, each named once",
+            do="--device cpu, or --gpu 0,1",
+        )
+    return found, True
+
+
+def _place(name: str) -> Place:
+    m = _NAME.fullmatch(name)
+    if m is None or (m["type"] == "cpu" and m["index"]):
+        raise UsageError(
+            f"unknown device {name!r}",
+            why="a device is cpu, cuda or cuda:N, and with a limit cuda:N:12GiB",
+            do="--device cpu or --gpu 0,1",
+        )
+    if m["type"] not in ("cpu", "cuda"):
+        raise UsageError(f"device {name!r} is not supported", why="headwise runs on CPU and CUDA", do="--device cpu")
+    limit = None if m["size"] is None else int(float(m["size"]) * _UNITS[m["unit"]])
+    if m["type"] == "cpu":
+        return Place(torch.device("cpu"), limit)
+    _require_cuda()
+    index = int(m["index"] or 0)
+    if index >= (n := torch.cuda.device_count()):
+        raise UsageError(f"there is no cuda:{index}", why=f"PyTorch sees {n}, from cuda:0 on", do="--gpu 0")
+    return Place(torch.device("cuda", index), limit)
+
+
+def _require_cuda() -> None:
+    if not torch.cuda.is_available():
+        raise UsageError("there is no CUDA device", why="PyTorch sees none", do="--device cpu")
+
+
+def device_kind(device: torch.device) -> DeviceKind:
+    if device.type == "cpu":
+        return CPU
+    return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device), _triton_version())
+
+
+def _triton_version() -> tuple[int, int] | None:
+    try:
+        major, minor = metadata.version("triton").split(".")[:2]
+    except metadata.PackageNotFoundError:
+        return None
+    return int(major), int(minor)
+
+
+def card_of(place: Place, *, sharing: int = 1) -> Card:
+    """A place as it is now, to plan for.
+
+    Args:
+        sharing: stages that are to lie on the CPU together, each with its part of the memory.
+    """
+    if place.device.type == "cpu":
+        total, free = (n // sharing for n in cpu_memory())
+        name, margin = "cpu", CPU_MARGIN_BYTES // sharing
+    else:
+        free, total = torch.cuda.mem_get_info(place.device)
+        name, margin = f"{torch.cuda.get_device_name(place.device)} ({place.device})", GPU_MARGIN_BYTES
+    total = min(total, place.limit_bytes or total)
+    target = Target(name=name, gpu=None, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
+    return Card(target, device_kind(place.device), place)
+
+
+def keep_limit(place: Place) -> None:
+    """Makes PyTorch refuse more memory of a card than its place allows."""
+    if place.limit_bytes is not None and place.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(place.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, place.limit_bytes / total), place.device)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one: triton launches there."""
+    return nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+
+
+def before_loading(device: torch.device) -> int:
+    """Bytes this process holds on a GPU already, cuBLAS's workspaces included (the plan's margin covers them)."""
+    if device.type != "cuda":
+        return 0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = torch.ones(8, 8, dtype=dtype, device=device)
+        torch.mm(x, x)
+        torch.mv(x, x[0])
+    del x
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return torch.cuda.memory_allocated(device)
