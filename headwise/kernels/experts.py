@@ -13,6 +13,7 @@ Source    transformers 5.23 Gemma4TextExperts, Qwen3MoeExperts, GptOssExperts (i
 
 from __future__ import annotations
 
+from functools import cache as remember
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from headwise.kernels.matvec import _integers, integer_words, step_groups, store_integers
+from headwise.kernels.configs import Arch, arch_of
+from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, store_integers
 from headwise.kernels.router import Chosen, Order
 from headwise.kernels.stored import in_turn, overlap
 from headwise.kernels.tiled import LAYOUTS, Q4_K, Q5_K, Q6_K, Q8_0, Planes, pointers
@@ -49,16 +52,20 @@ class Launch(NamedTuple):
     warps: int
     pairs: int = 1
     stages: int = 1
+    tma: bool = False  # weights through the bulk copy engine, where there is one
 
 
-ALONE = {True: Launch(8, 512, 4), False: Launch(16, 256, 4)}  # by gated
+# Fastest on an H200 at 26B-A4B's shape, benchmarks/experts.py.
+ALONE = Launch(4, 1024, 4)
 # by the pairs of a tile; then by gated
 GROUPED = {
     16: {True: Launch(32, 128, 4, 16, 3), False: Launch(64, 128, 4, 16, 3)},
-    64: {True: Launch(64, 64, 4, 64, 4), False: Launch(128, 64, 4, 64, 4)},
-    128: {True: Launch(64, 64, 8, 128, 4), False: Launch(128, 64, 8, 128, 4)},
+    64: {True: Launch(64, 64, 4, 64, 3), False: Launch(128, 64, 4, 64, 3)},
+    128: {True: Launch(128, 64, 8, 128, 4), False: Launch(256, 64, 8, 128, 4)},
 }
-INTEGERS = (32, 1, 4)  # rows of a program, rows of a thread, warps
+SHARED_BYTES = {"hopper": 227 << 10, "ampere": 99 << 10}  # of a program; consumer cards have no more
+FEW_PROGRAMS = (8, 1, 1)  # rows of a program, rows of a thread, warps: while larger ones would not fill the card
+MANY_PROGRAMS = (64, 2, 4)
 
 
 def reference(
@@ -80,6 +87,18 @@ def reference(
             y = down_EDW[e].double() @ (a * u)
             out[t] += chosen.weights_TK[t, k].double() * (y if down_bias_ED is None else y + down_bias_ED[e].double())
     return out
+
+
+def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int) -> Launch:
+    """The row of the table, with as many stages as the card has shared memory for."""
+    c = GROUPED[tile_rows][gated]
+    stage = (c.pairs + (1 + gated) * c.rows) * c.k * item_bytes
+    return c._replace(stages=max(1, min(c.stages, SHARED_BYTES[arch] // stage)))
+
+
+@remember
+def _arch(device: torch.device) -> Arch:
+    return arch_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
 
 
 @triton.jit
@@ -171,7 +190,7 @@ def _gate_integers(
 def _grouped(
     x, pairs, starts, first, experts, a, b, bias_a, bias_b, out, N, K, expert_stride, n_active, first_expert, n_experts,
     GATED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     columns = tl.cdiv(N, BN)
@@ -187,20 +206,27 @@ def _grouped(
         n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         px = x + row[:, None] * K + k[None, :]
-        w = (e - first_expert).to(tl.int64) * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
-        pa = a + w
-        pb = b + w
+        if TMA:
+            r = (e - first_expert) * (expert_stride // K) + tl.program_id(0) % columns * BN
+        else:
+            w = (e - first_expert).to(tl.int64) * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
+            pa = a + w
+            pb = b + w
         acc = tl.zeros((BM, BN), tl.float32)
         acc_b = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(0, K, BK, num_stages=STAGES):
-            if EVEN:
-                v, wa = tl.load(px + k0), tl.load(pa + k0)
+            ok = (k0 + k < K)[None, :]
+            v = tl.load(px + k0) if EVEN else tl.load(px + k0, mask=ok, other=0)
+            if TMA:
+                wa = a.load([r, k0])
             else:
-                ok = (k0 + k < K)[None, :]
-                v, wa = tl.load(px + k0, mask=ok, other=0), tl.load(pa + k0, mask=ok, other=0)
+                wa = tl.load(pa + k0) if EVEN else tl.load(pa + k0, mask=ok, other=0)
             acc = tl.dot(v, tl.trans(wa), acc, input_precision="ieee")
             if GATED:
-                wb = tl.load(pb + k0) if EVEN else tl.load(pb + k0, mask=(k0 + k < K)[None, :], other=0)
+                if TMA:
+                    wb = b.load([r, k0])
+                else:
+                    wb = tl.load(pb + k0) if EVEN else tl.load(pb + k0, mask=ok, other=0)
                 acc_b = tl.dot(v, tl.trans(wb), acc_b, input_precision="ieee")
         if BIAS:
             acc += tl.load(bias_a + e * N + n, mask=n < N, other=0)[None, :]
@@ -256,7 +282,7 @@ def pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     N, K = _stacks("pairs", x, stacks, out, ids_TK.numel())
-    c = launch or ALONE[gate is not None]
+    c = launch or ALONE
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
     _pairs[(triton.cdiv(N, c.rows), ids_TK.numel())](
@@ -274,7 +300,7 @@ def pair_words(P: int, K: int) -> int:
 
 def integer_pairs(
     words: Tensor, ids_TK: Tensor, w: Planes, out_PN: Tensor, *, order: Tensor | None = None,
-    config: tuple[int, int, int] = INTEGERS,
+    config: tuple[int, int, int] | None = None,
 ) -> Tensor:  # fmt: skip
     """Each pair's product with its expert of a stack of planes, from integers (rows, groups, words) of tokens or of pairs.
 
@@ -285,7 +311,8 @@ def integer_pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     P, N, K, t = ids_TK.numel(), w.rows, w.K, LAYOUTS[w.type]
-    groups, (rows, each, warps) = K // 32, config
+    many = P * N >= 4 * processors(out_PN.device) * MANY_PROGRAMS[0]
+    groups, (rows, each, warps) = K // 32, config or (MANY_PROGRAMS if many else FEW_PROGRAMS)
     if w.low.dim() != 3 or not (w.low.is_contiguous() and w.head.is_contiguous()):
         raise ValueError(f"integer_pairs: planes {tuple(w.low.shape)} of strides {w.low.stride()}, not a stack, contiguous")
     if words.shape[1] != groups or words.shape[2] != 8 * PLANES + 4 or P % words.shape[0]:
@@ -332,17 +359,27 @@ def grouped(
     P = order.pairs_P.numel()
     N, K = _stacks("grouped", x, stacks, out, P)
     first, n = experts or (0, stacks[0].shape[0])
-    c = launch or GROUPED[order.tile_rows][gate is not None]
+    c = launch or grouped_launch(order.tile_rows, gate is not None, _arch(x.device), x.element_size())
     if c.pairs != order.tile_rows:
         raise ValueError(f"grouped: a launch of {c.pairs} pairs a tile with an order of {order.tile_rows}")
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
+    pdl = overlap(x)
+    tma = c.tma and pdl["PDL"]
+    a, b = (_descriptor(w, c) if tma else w for w in (stacks[0], stacks[-1]))
     _grouped[(order.tiles(n) * triton.cdiv(N, c.rows),)](
-        x, *order[:4], stacks[0], stacks[-1], *biases, out, N, K, stacks[0].stride(0), n_active, first, n, GATED=gate is not None,
+        x, *order[:4], a, b, *biases, out, N, K, stacks[0].stride(0), n_active, first, n, GATED=gate is not None,
         ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, BM=c.pairs, BN=c.rows, BK=c.k, EVEN=K % c.k == 0,
-        STAGES=c.stages, num_warps=c.warps, **overlap(x),
+        STAGES=c.stages, TMA=tma, num_warps=c.warps, **pdl,
     )  # fmt: skip
     return out
+
+
+def _descriptor(stack: Tensor, c: Launch) -> TensorDescriptor:
+    """All experts' rows under one another; where they lie apart, with what lies between them."""
+    E, N, K = stack.shape
+    rows = (E - 1) * (stack.stride(0) // K) + N
+    return TensorDescriptor(stack.as_strided((rows, K), (K, 1)), [rows, K], [K, 1], [c.rows, c.k])
 
 
 def combine(

@@ -5,7 +5,7 @@ A choice is by rank: an expert's rank is the number of those with a higher score
 to the lower index (`torch.topk` leaves that open) and no two experts meet. `order` sorts the pairs (token, choice) by expert, stable.
 
 Shapes    x_TD in any float type, w_ED and all vectors fp32; ids_TK int32, weights_TK fp32. At most 256 experts.
-Accuracy  fp32; on the matrix unit three TF32 products, whose error is that of fp32.
+Accuracy  fp32; on the matrix unit weights are split into three parts of x's type, or both sides of fp32 into TF32.
 Cost      E*D*4 bytes of weights for few tokens; 2*T*E*D operations for many.
 Source    transformers 5.23: Gemma4TextRouter (softmax, top-k, renormalised, times the expert's scale), Qwen3MoeTopKRouter,
           GptOssTopKRouter (softmax of the chosen scores, which is the same as renormalised).
@@ -21,11 +21,11 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.stored import in_turn, overlap
+from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
 
 TOLERANCE = 1e-5  # relative error of a weight
 MAX_EXPERTS = 256
-FEW = 16  # tokens whose scores are a program each
-ORDER_BLOCK = 128  # pairs of a program of `order`
+FEW = ROUTER_ROWS  # tokens whose scores are a program each
 
 
 class Chosen(NamedTuple):
@@ -84,8 +84,12 @@ def _choose_one(t, scores, scale, ids, weights, E, K, ALL: tl.constexpr, SCALED:
     e = tl.arange(0, EP)
     s = tl.load(scores + t * E + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
     s = tl.where(s == s, s, float("-inf"))  # a NaN has no rank, and a place left empty is no expert
-    ahead = (s[None, :] > s[:, None]) | ((s[None, :] == s[:, None]) & (e[None, :] < e[:, None]))
-    rank = tl.sum(ahead.to(tl.int32), 1)
+    rank = tl.zeros((EP,), tl.int32)
+    for first in range(0, E, 32):
+        other = first + tl.arange(0, 32)
+        v = tl.load(scores + t * E + other, mask=other < E, other=float("-inf"), cache_modifier=".cg")
+        v = tl.where(v == v, v, float("-inf"))[None, :]
+        rank += tl.sum(((v > s[:, None]) | ((v == s[:, None]) & (other[None, :] < e[:, None]))).to(tl.int32), 1)
     chosen = (rank < K) & (e < E)
     p = tl.exp(s - tl.max(s, 0))
     weight = p / tl.sum(p if ALL else tl.where(chosen, p, 0.0), 0)
@@ -133,16 +137,23 @@ def _scores(
     in_turn(PDL)
     t, e = tl.program_id(0) * BT + tl.arange(0, BT), tl.program_id(1) * BE + tl.arange(0, BE)
     rows = tl.minimum(t, T - 1).to(tl.int64) * D
+    kind: tl.constexpr = x.dtype.element_ty
     acc = tl.zeros((BT, BE), tl.float32)
     squares = tl.zeros((BT,), tl.float32)
     for d in range(0, D, BD):
         i = d + tl.arange(0, BD)
-        v = tl.load(x + rows[:, None] + i[None, :], mask=(i < D)[None, :], other=0).to(tl.float32)
+        v = tl.load(x + rows[:, None] + i[None, :], mask=(i < D)[None, :], other=0)
+        r = tl.load(w + e[:, None] * D + i[None, :], mask=(e < E)[:, None] & (i < D)[None, :], other=0)
         if NORMED:
-            squares += tl.sum(v * v, 1)
-            v *= tl.load(norm + i, mask=i < D, other=0)[None, :]
-        r = tl.load(w + e[None, :] * D + i[:, None], mask=(e < E)[None, :] & (i < D)[:, None], other=0)
-        acc = tl.dot(v, r, acc, input_precision="tf32x3")
+            squares += tl.sum(v.to(tl.float32) * v.to(tl.float32), 1)
+            r *= tl.load(norm + i, mask=i < D, other=0)[None, :]
+        if kind == tl.float32:
+            acc = tl.dot(v, tl.trans(r), acc, input_precision="tf32x3")
+        else:
+            for _ in tl.static_range(3):  # what x's type leaves of a weight is a weight of its own
+                part = r.to(kind)
+                acc = tl.dot(v, tl.trans(part), acc)
+                r -= part.to(tl.float32)
     if NORMED:
         acc *= (tl.rsqrt(squares / D + eps) * factor)[:, None]
     if BIAS:
@@ -193,12 +204,6 @@ def _order(
             tl.store(experts + tile + k, e, mask=k < tiles)
 
 
-def order_ints(T: int, n_experts: int, n_active: int) -> int:
-    """int32 values that `order` writes."""
-    P = T * n_active
-    return P + 2 * (n_experts + 1) + P // 16 + n_experts + -(-P // ORDER_BLOCK) * n_experts
-
-
 def route(x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_TE: Tensor, done: Tensor) -> Chosen:
     """The experts of each token into `chosen`.
 
@@ -239,7 +244,7 @@ def route(x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_
 
 
 def order(ids_TK: Tensor, n_experts: int, tile_rows: int, room: Tensor) -> Order:
-    """The pairs sorted by expert, in `room`: int32, `order_ints` of them.
+    """The pairs sorted by expert, in `room`: int32, `planner.workspace.order_values` of them.
 
     Raises:
         ValueError: room or ids this kernel does not take, with both numbers.
@@ -247,8 +252,8 @@ def order(ids_TK: Tensor, n_experts: int, tile_rows: int, room: Tensor) -> Order
     P, E = ids_TK.numel(), n_experts
     n_blocks, n_tiles = -(-P // ORDER_BLOCK), P // tile_rows + E
     sizes = (P, E + 1, E + 1, n_tiles, n_blocks * E)
-    if E > MAX_EXPERTS or tile_rows < 16 or ids_TK.dtype != torch.int32 or not ids_TK.is_contiguous():
-        raise ValueError(f"order: {E} experts (at most {MAX_EXPERTS}), tiles of {tile_rows} (at least 16), {ids_TK.dtype} ids (int32)")
+    if E > MAX_EXPERTS or tile_rows < ORDER_TILE or ids_TK.dtype != torch.int32 or not ids_TK.is_contiguous():
+        raise ValueError(f"order: {E} experts (at most {MAX_EXPERTS}), tiles of {tile_rows} (at least {ORDER_TILE}), {ids_TK.dtype} ids (int32)")
     if room.dtype != torch.int32 or room.numel() < sum(sizes):
         raise ValueError(f"order: {P} pairs of {E} experts need {sum(sizes)} int32 values, got {room.numel()} {room.dtype}")
     pairs, starts, first, experts, counts = room.flatten()[: sum(sizes)].split(sizes)

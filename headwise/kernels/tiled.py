@@ -67,8 +67,8 @@ class Planes(NamedTuple):
         high = None if self.high is None else self.high[..., a:b, :]
         return Planes(self.type, stop - start, self.K, self.low[..., a:b, :], high, self.head[..., a:b, :])
 
-    def matrix(self, i: int) -> Planes:
-        """One matrix of a stack, as a view."""
+    def matrix(self, i: int | slice) -> Planes:
+        """One matrix of a stack, or a stack of some, as a view."""
         if self.low.dim() < 3:
             raise IndexError(f"planes of {self.rows} by {self.K} are no stack")
         return Planes(self.type, self.rows, self.K, self.low[i], None if self.high is None else self.high[i], self.head[i])
