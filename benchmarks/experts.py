@@ -47,7 +47,7 @@ GROUPED = {
 
 
 def launch(c: tuple[int, int, int, int], pairs: int) -> X.Launch:
-    return X.Launch(c[0], c[1], c[2], pairs, c[3], len(c) > 4)
+    return X.Launch(c[0], c[1], c[2], pairs, c[3])
 
 
 def room(*shape: int, kind: torch.dtype = dtype) -> Tensor:

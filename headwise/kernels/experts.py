@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from headwise.kernels.configs import Arch, arch_of
 from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, store_integers
@@ -52,7 +51,6 @@ class Launch(NamedTuple):
     warps: int
     pairs: int = 1
     stages: int = 1
-    tma: bool = False  # weights through the bulk copy engine, where there is one
 
 
 # Fastest on an H200 at 26B-A4B's shape, benchmarks/experts.py.
@@ -63,6 +61,7 @@ GROUPED = {
     64: {True: Launch(64, 64, 4, 64, 3), False: Launch(128, 64, 4, 64, 3)},
     128: {True: Launch(128, 64, 8, 128, 4), False: Launch(256, 64, 8, 128, 4)},
 }
+AMPERE_GATED = Launch(64, 64, 8, 128, 4)  # as many rows as the last would not fit its registers
 SHARED_BYTES = {"hopper": 227 << 10, "ampere": 99 << 10}  # of a program; consumer cards have no more
 FEW_PROGRAMS = (8, 1, 1)  # rows of a program, rows of a thread, warps: while larger ones would not fill the card
 MANY_PROGRAMS = (64, 2, 4)
@@ -91,7 +90,7 @@ def reference(
 
 def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int) -> Launch:
     """The row of the table, with as many stages as the card has shared memory for."""
-    c = GROUPED[tile_rows][gated]
+    c = AMPERE_GATED if (tile_rows, gated, arch) == (128, True, "ampere") else GROUPED[tile_rows][gated]
     stage = (c.pairs + (1 + gated) * c.rows) * c.k * item_bytes
     return c._replace(stages=max(1, min(c.stages, SHARED_BYTES[arch] // stage)))
 
@@ -190,7 +189,7 @@ def _gate_integers(
 def _grouped(
     x, pairs, starts, first, experts, a, b, bias_a, bias_b, out, N, K, expert_stride, n_active, first_expert, n_experts,
     GATED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr, PDL: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     columns = tl.cdiv(N, BN)
@@ -206,27 +205,18 @@ def _grouped(
         n = tl.program_id(0) % columns * BN + tl.arange(0, BN)
         k = tl.arange(0, BK)
         px = x + row[:, None] * K + k[None, :]
-        if TMA:
-            r = (e - first_expert) * (expert_stride // K) + tl.program_id(0) % columns * BN
-        else:
-            w = (e - first_expert).to(tl.int64) * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
-            pa = a + w
-            pb = b + w
+        w = (e - first_expert).to(tl.int64) * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
+        pa = a + w
+        pb = b + w
         acc = tl.zeros((BM, BN), tl.float32)
         acc_b = tl.zeros((BM, BN), tl.float32)
         for k0 in tl.range(0, K, BK, num_stages=STAGES):
             ok = (k0 + k < K)[None, :]
             v = tl.load(px + k0) if EVEN else tl.load(px + k0, mask=ok, other=0)
-            if TMA:
-                wa = a.load([r, k0])
-            else:
-                wa = tl.load(pa + k0) if EVEN else tl.load(pa + k0, mask=ok, other=0)
+            wa = tl.load(pa + k0) if EVEN else tl.load(pa + k0, mask=ok, other=0)
             acc = tl.dot(v, tl.trans(wa), acc, input_precision="ieee")
             if GATED:
-                if TMA:
-                    wb = b.load([r, k0])
-                else:
-                    wb = tl.load(pb + k0) if EVEN else tl.load(pb + k0, mask=ok, other=0)
+                wb = tl.load(pb + k0) if EVEN else tl.load(pb + k0, mask=ok, other=0)
                 acc_b = tl.dot(v, tl.trans(wb), acc_b, input_precision="ieee")
         if BIAS:
             acc += tl.load(bias_a + e * N + n, mask=n < N, other=0)[None, :]
@@ -364,22 +354,12 @@ def grouped(
         raise ValueError(f"grouped: a launch of {c.pairs} pairs a tile with an order of {order.tile_rows}")
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
-    pdl = overlap(x)
-    tma = c.tma and pdl["PDL"]
-    a, b = (_descriptor(w, c) if tma else w for w in (stacks[0], stacks[-1]))
     _grouped[(order.tiles(n) * triton.cdiv(N, c.rows),)](
-        x, *order[:4], a, b, *biases, out, N, K, stacks[0].stride(0), n_active, first, n, GATED=gate is not None,
+        x, *order[:4], stacks[0], stacks[-1], *biases, out, N, K, stacks[0].stride(0), n_active, first, n, GATED=gate is not None,
         ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, BM=c.pairs, BN=c.rows, BK=c.k, EVEN=K % c.k == 0,
-        STAGES=c.stages, TMA=tma, num_warps=c.warps, **pdl,
+        STAGES=c.stages, num_warps=c.warps, **overlap(x),
     )  # fmt: skip
     return out
-
-
-def _descriptor(stack: Tensor, c: Launch) -> TensorDescriptor:
-    """All experts' rows under one another; where they lie apart, with what lies between them."""
-    E, N, K = stack.shape
-    rows = (E - 1) * (stack.stride(0) // K) + N
-    return TensorDescriptor(stack.as_strided((rows, K), (K, 1)), [rows, K], [K, 1], [c.rows, c.k])
 
 
 def combine(

@@ -25,6 +25,7 @@ from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
 
 TOLERANCE = 1e-5  # relative error of a weight
 MAX_EXPERTS = 256
+SCORES = (64, 32, 128, 4)  # tokens, experts and values of a tile, warps
 FEW = ROUTER_ROWS  # tokens whose scores are a program each
 
 
@@ -236,10 +237,11 @@ def route(x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_
             BLOCK=triton.next_power_of_2(D), num_warps=4, **flags, **last, **pdl,
         )  # fmt: skip
         return chosen
-    _scores[(triton.cdiv(T, 64), triton.cdiv(E, 32))](
-        x_TD, w_ED, norm, bias, scores_TE, T, D, E, choice.eps, choice.factor, BT=64, BE=32, BD=64, num_warps=4, **flags, **pdl
+    BT, BE, BD, warps = SCORES
+    _scores[(triton.cdiv(T, BT), triton.cdiv(E, BE))](
+        x_TD, w_ED, norm, bias, scores_TE, T, D, E, choice.eps, choice.factor, BT=BT, BE=BE, BD=BD, num_warps=warps, **flags, **pdl
     )
-    _choose[(T,)](scores_TE, scale, *chosen, E, K, num_warps=4, **last, **pdl)
+    _choose[(T,)](scores_TE, scale, *chosen, E, K, num_warps=1, **last, **pdl)
     return chosen
 
 

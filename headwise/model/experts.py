@@ -20,7 +20,7 @@ from headwise.weights.blocks import BlockTensor
 
 STACKS = ("experts_gate", "experts_up", "experts_down")
 ALONE_ROWS = 1  # tokens whose pairs each read their expert; with more, experts that several chose are read once
-TILES = ((8, 16), (64, 64))  # up to so many pairs an expert, a tile has so many; else 128
+TILES = ((12, 16), (48, 64))  # up to so many pairs an expert, a tile has so many; else 128
 
 
 def multiplied(w: Mapping[str, Any], arena: Arena) -> bool:
