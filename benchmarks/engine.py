@@ -1,6 +1,6 @@
 """Whole-token speed beside transformers on the same card, in one run: `python benchmarks/engine.py OUT.json [MODEL ...]`.
 
-headwise's rows are `headwise bench engine`'s, in bf16 and one model in q4_k_m too; transformers (sdpa) builds the same random shape
+headwise's rows are `headwise bench engine`'s, in bf16 and two models in q4_k_m too; transformers (sdpa) builds the same random shape
 in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`.
 """
 
@@ -22,7 +22,7 @@ from headwise.spec import catalogue
 
 LENGTHS = (512, 4096, 31744)
 DECODED = 12
-QUANTISED = "gemma-4-31b"  # also measured in q4_k_m, which transformers does not run
+QUANTISED = ("gemma-4-31b", "gemma-4-26b-a4b")  # also measured in q4_k_m, which transformers does not run
 
 
 def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -69,7 +69,7 @@ def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 def main(out: str, models: list[str]) -> None:
     result: dict[str, Any] = {}
     for name in models:
-        for weights in ("bf16", "q4_k_m") if name == QUANTISED else ("bf16",):
+        for weights in ("bf16", "q4_k_m") if name in QUANTISED else ("bf16",):
             found = bench(
                 [name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=lambda s: print(s, flush=True)
             )
@@ -88,4 +88,4 @@ def main(out: str, models: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] or ["gemma-4-31b", "gemma-4-e4b", "llama-3.2-3b"])
+    main(sys.argv[1], sys.argv[2:] or ["gemma-4-31b", "gemma-4-26b-a4b", "gemma-4-e4b", "llama-3.2-3b"])

@@ -8,6 +8,7 @@ bandwidth and products allow. Decode is greedy, one token at a time through the 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 import zlib
@@ -40,16 +41,21 @@ ERROR = 3e-2  # of the hidden states, bf16 against fp32
 DECODED = 48
 
 
-# Where the f16 scales of a file's block lie; mxfp4's is an exponent.
-SCALES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,), "q5_0": (0,), "q4_0": (0,)}
-STEPS = {"q4_k": 150.0, "q5_k": 300.0, "q6_k": 600.0, "q8_0": 74.0, "q5_0": 9.0, "q4_0": 4.6}  # rms of random integers times theirs
+# Where the f16 scales of a file's block lie; mxfp4's is an exponent in its first byte.
+SCALES = {"q4_k": (0, 2), "q5_k": (0, 2), "q6_k": (208,), "q8_0": (0,), "q5_0": (0,), "q4_0": (0,), "mxfp4": ()}
+STEPS = {  # rms of random integers times theirs
+    "q4_k": 150.0, "q5_k": 300.0, "q6_k": 600.0, "q8_0": 74.0, "q5_0": 9.0, "q4_0": 4.6, "mxfp4": 2.93,
+}  # fmt: skip
 
 
 def random_blocks(type_name: str, rows: int, columns: int, device: torch.device) -> Tensor:
     """Blocks of a file with random integers, scaled to matrices that keep the stream's size; (rows, bytes)."""
     data = torch.randint(0, 256, (rows, row_bytes(type_name, columns)), dtype=torch.uint8, device=device)
     blocks = data.unflatten(-1, (-1, row_bytes(type_name, 256 if type_name.endswith("_k") else 32)))
-    scale = torch.tensor([columns**-0.5 / STEPS[type_name]], dtype=torch.float16, device=device).view(torch.uint8)
+    step = columns**-0.5 / STEPS[type_name]
+    scale = torch.tensor([step], dtype=torch.float16, device=device).view(torch.uint8)
+    if type_name == "mxfp4":
+        blocks[..., 0] = round(math.log2(step)) + 127
     for at in SCALES[type_name]:
         blocks[..., at : at + 2] = scale
     return data
@@ -72,7 +78,7 @@ def random_weights(
         torch.manual_seed(zlib.crc32(t.name.encode()))
         w = weights[t.name]
         if isinstance(w, Tensor):
-            if t.role == "vector":
+            if t.role == "vector" and not t.name.endswith(".router"):
                 w.normal_(0.0, 0.02).add_(1.0)
             else:
                 w.normal_(0.0, 1.0 if t.name == "embed" else t.shape[-1] ** -0.5)
@@ -88,16 +94,18 @@ def random_weights(
         from headwise.weights.retile import retile
 
         parts = []
-        rows, columns = t.shape
+        *lead, rows, columns = t.shape
         step = max(8, RETILED_VALUES // columns // 8 * 8)
-        for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            blocks = random_blocks(p.resident[t.name], stop - start, columns, device)
-            retile(blocks, p.resident[t.name], w.part(start, stop))  # type: ignore[union-attr]
-            if floats:
-                parts.append(dequantise(blocks, p.resident[t.name], torch.float32))
+        for i in range(*lead or (1,)):
+            matrix = w.matrix(i) if lead else w  # type: ignore[union-attr]
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                blocks = random_blocks(p.resident[t.name], stop - start, columns, device)
+                retile(blocks, p.resident[t.name], matrix.part(start, stop))  # type: ignore[union-attr]
+                if floats:
+                    parts.append(dequantise(blocks, p.resident[t.name], torch.float32))
         if floats:
-            wide[t.name] = torch.cat(parts)
+            wide[t.name] = torch.cat(parts).view(t.shape)
     return weights, wide
 
 

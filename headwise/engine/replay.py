@@ -18,8 +18,8 @@ from headwise.weights.blocks import BlockTensor, Weight
 
 
 def records(spec: ModelSpec, weights: Mapping[str, Weight]) -> bool:
-    """Whether a step can be recorded: no routed experts (the host reads their choice), no matrix that is expanded on the way."""
-    return not any(x.mlp.moe for x in spec.layers) and not any(isinstance(w, BlockTensor) for w in weights.values())
+    """Whether a step can be recorded: no matrix that PyTorch expands on the way, nor experts whose choice the host reads."""
+    return not any(isinstance(w, BlockTensor) for w in weights.values())
 
 
 def own_stream(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:

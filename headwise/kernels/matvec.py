@@ -77,18 +77,13 @@ def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
-    in_turn(PDL)
+def store_integers(x, to, ok, PLANES: tl.constexpr, G: tl.constexpr):
+    """Groups of 32 floats (G, 32) as integers, their scale and sums, `8 * PLANES + 4` words each, at `to` (G, 1)."""
     top: tl.constexpr = 32512 if PLANES == 2 else 127
-    words: tl.constexpr = 8 * PLANES + 4
-    g = tl.program_id(0) * G + tl.arange(0, G)
     e = tl.arange(0, 32)
-    ok = (g < groups)[:, None]
-    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + e[None, :], mask=ok, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 1)
     v = tl.floor(x * (top / tl.maximum(largest, 1e-30))[:, None] + 0.5).to(tl.int32)
     s = largest * (1.0 / top)
-    to = out + (tl.program_id(1) * groups + g)[:, None] * words
     high = (v + 128) >> 8 if PLANES == 2 else v
     for plane in tl.static_range(PLANES):
         b = (high if plane == 0 else v) & 255  # the lower plane is signed: its upper neighbour was rounded
@@ -99,6 +94,15 @@ def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexp
     first = tl.where(tl.arange(0, 2)[None, :] == 0, s[:, None], tl.sum(sums, 1)[:, None])
     tl.store(to + tl.arange(0, 2)[None, :], first.to(tl.int32, bitcast=True), mask=ok)
     tl.store(to + 2 + tl.arange(0, 2)[None, :], sums.to(tl.int32, bitcast=True), mask=ok)
+
+
+@triton.jit
+def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
+    g = tl.program_id(0) * G + tl.arange(0, G)
+    ok = (g < groups)[:, None]
+    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + tl.arange(0, 32)[None, :], mask=ok, other=0.0)
+    store_integers(x.to(tl.float32), out + (tl.program_id(1) * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES, G)
 
 
 @triton.jit

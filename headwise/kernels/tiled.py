@@ -67,11 +67,18 @@ class Planes(NamedTuple):
         high = None if self.high is None else self.high[..., a:b, :]
         return Planes(self.type, stop - start, self.K, self.low[..., a:b, :], high, self.head[..., a:b, :])
 
-    def matrix(self, i: int) -> Planes:
-        """One matrix of a stack, as a view."""
+    def matrix(self, i: int | slice) -> Planes:
+        """One matrix of a stack, or a stack of some, as a view."""
         if self.low.dim() < 3:
             raise IndexError(f"planes of {self.rows} by {self.K} are no stack")
         return Planes(self.type, self.rows, self.K, self.low[i], None if self.high is None else self.high[i], self.head[i])
+
+    def tall(self) -> Planes:
+        """The matrices of a stack under one another, as a view; of whole eights of rows, one after another in memory."""
+        if self.low.dim() != 3 or self.rows % EIGHT or not self.low.is_contiguous() or not self.head.is_contiguous():
+            raise ValueError(f"planes {tuple(self.low.shape)} of {self.rows} rows, strides {self.low.stride()}, are no whole stack")
+        high = None if self.high is None else self.high.flatten(0, 1)
+        return Planes(self.type, self.low.shape[0] * self.rows, self.K, self.low.flatten(0, 1), high, self.head.flatten(0, 1))
 
 
 def plane_bytes(type_name: str, K: int) -> tuple[int, int, int]:

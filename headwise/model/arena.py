@@ -47,8 +47,9 @@ class Arena:
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._kept: dict[object, Any] = {}
         self.room = Room(*(self._flat.get(n) for n in ("weight.tile", "quant.words", "quant.partial", "quant.done")))
-        if self.room.done is not None:
-            self.room.done.zero_()
+        for counters in (self.room.done, self._flat.get("router.done")):
+            if counters is not None:
+                counters.zero_()
         self.eps = self._flat["eps"]
         self.eps_value = 0.0  # the same, for a kernel's argument
 
@@ -86,6 +87,10 @@ class Arena:
     def flat(self, name: str) -> Tensor | None:
         """A buffer as one row of elements; None where this model needs none."""
         return self._flat.get(name)
+
+    def size(self, name: str) -> int:
+        """Elements of a buffer."""
+        return self._flat[name].numel()
 
     def get(self, name: str) -> Tensor | None:
         """A buffer in its full shape; None where this model has none."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from headwise.model.arena import Arena
+from headwise.model.experts import multiplied, routed
 from headwise.model.linear import linear, linears
 from headwise.model.ops import Ops
 from headwise.spec.layers import MlpSpec, MoeSpec
@@ -35,6 +36,8 @@ def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Are
 
 def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena, ops: Ops) -> Tensor:
     """out = the chosen experts' MLPs of `h`, weighted; the router looks at `routed_by`."""
+    if multiplied(w, arena):
+        return routed(moe, w, routed_by, h, out, arena)
     T, E, K, W = h.shape[0], moe.n_experts, moe.n_active, moe.width
     room = arena.room
     scores = torch.mm(routed_by.to(torch.float32), w["router"].t(), out=arena.take("router", T, E))
@@ -74,6 +77,10 @@ def experts_beside_dense(mlp: MlpSpec, w: Mapping[str, Any], x: Tensor, h: Tenso
     """
     assert mlp.moe is not None
     dense(mlp, w, h, out, arena, ops)
+    if multiplied(w, arena):
+        ops.norm(x, w["experts_norm"], h, arena)
+        beside = (out, w["mlp_post_norm_1"], w["experts_post_norm"])
+        return routed(mlp.moe, w, x, h, out, arena, router_norm=w["router_scale"], beside=beside)
     ops.norm(out, w["mlp_post_norm_1"], out, arena)
     routed_by = ops.norm(x, w["router_scale"], arena.take("expert.sum", *x.shape), arena).mul_(x.shape[-1] ** -0.5)
     ops.norm(x, w["experts_norm"], h, arena)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
-from headwise.planner.residence import FLOAT_TYPES, planed, resident_types, weight_bytes
+from headwise.planner.residence import FLOAT_TYPES, multiplied, planed, resident_types, weight_bytes
 from headwise.planner.workspace import Buffer, arena_bytes, workspace
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
@@ -216,13 +216,19 @@ class _Quantised(NamedTuple):
 
     block_weights: bool
     plane_values: int
+    plain_experts: bool
+    fused_experts: bool
 
 
 def _quantised(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> _Quantised:
     planes = planed(spec, resident) if w.fused else frozenset()
+    fused = multiplied(spec, resident) if w.fused else frozenset()
+    with_experts = {layer.index for layer in spec.layers if layer.mlp.moe}
     return _Quantised(
         block_weights=any(t not in FLOAT_TYPES for name, t in resident.items() if name not in planes),
-        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role == "matrix"), default=0),
+        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role != "table"), default=0),
+        plain_experts=not with_experts <= fused,
+        fused_experts=bool(fused),
     )
 
 

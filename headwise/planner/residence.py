@@ -18,6 +18,7 @@ KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", 
 # Types that our kernels multiply as they are, re-tiled once at load; `kernels.tiled` has a layout of each.
 PLANE_TYPES = frozenset({"q4_k", "q5_k", "q6_k", "q8_0", "q5_0", "q4_0", "mxfp4"})
 ROWS_TOGETHER = 8  # of a re-tiled matrix
+GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("experts_gate", "experts_up")}
 
 
 def resident_types(spec: ModelSpec, stored: Mapping[str, str], *, cpu: bool, dtype: str) -> dict[str, str]:
@@ -48,17 +49,36 @@ def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ..
     """Matrices that share their input and type lie in one allocation, so that one product serves them."""
     out = {}
     for layer in spec.layers:
-        for name, members in (("qkv", ("q", "k", "v")), ("gate_up", ("gate", "up"))):
+        for name, members in GROUPS.items():
             present = tuple(m for m in (f"layers.{layer.index}.{x}" for x in members) if m in types)
             if len(present) > 1 and len({types[m] for m in present}) == 1:
                 out[f"layers.{layer.index}.{name}"] = present
     return out
 
 
+def multiplied(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[int]:
+    """Layers whose experts our kernels multiply: all floats, or all of types with planes."""
+    stacks: dict[int, list[TensorSpec]] = {}
+    for t in weight_tensors(spec):
+        if t.role == "experts":
+            stacks.setdefault(int(t.name.split(".")[1]), []).append(t)
+    return frozenset(i for i, of in stacks.items() if any(all(x(resident[t.name], t) for t in of) for x in (_floats, _planes)))
+
+
 def planed(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[str]:
-    """Weights that our kernels read re-tiled: the same bytes in another order. Experts keep the file's blocks."""
+    """Weights that our kernels read re-tiled: the same bytes in another order. Experts of a layer all, or none."""
+    whole = multiplied(spec, resident)
     return frozenset(
         t.name
         for t in weight_tensors(spec)
-        if t.role in ("matrix", "table") and resident[t.name] in PLANE_TYPES and t.shape[-2] % ROWS_TOGETHER == 0
+        if _planes(resident[t.name], t)
+        and (t.role in ("matrix", "table") or (t.role == "experts" and int(t.name.split(".")[1]) in whole))
     )
+
+
+def _floats(kind: str, tensor: TensorSpec) -> bool:
+    return kind in FLOAT_TYPES
+
+
+def _planes(kind: str, tensor: TensorSpec) -> bool:
+    return kind in PLANE_TYPES and tensor.shape[-2] % ROWS_TOGETHER == 0

@@ -23,6 +23,9 @@ DEQUANT_TEMP_BYTES = 16  # per value, most of all block types: what `weights.blo
 PLANE_TILE_VALUES = 64 * 2**20  # as many at a time by our kernel, or the largest matrix: wide enough for the product
 QUANT_ROWS, QUANT_GROUP_WORDS = 8, 20  # rows that are multiplied as integers, and words of a group of 32 of them
 QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are shared out, and counters of programs
+EXPERT_ROWS = 160  # tokens whose pairs meet quantised experts as integers, each pair by itself
+ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
+ORDER_TILE, ORDER_BLOCK = 16, 128  # pairs of the smallest tile, and of a program that sorts
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
 
@@ -40,6 +43,12 @@ class Buffer:
     @property
     def n_bytes(self) -> int:
         return -(-prod(self.shape) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
+
+
+def order_values(n_tokens: int, n_experts: int, n_active: int) -> int:
+    """int32 values of pairs sorted by expert: the pairs, where each expert and its tiles begin, tiles, counts of blocks."""
+    P = n_tokens * n_active
+    return P + 2 * (n_experts + 1) + P // ORDER_TILE + n_experts + -(-P // ORDER_BLOCK) * n_experts
 
 
 def partial_values(layer: LayerSpec) -> int:
@@ -85,6 +94,8 @@ def workspace(
     slots: int = 1,
     block_weights: bool = False,
     plane_values: int = 0,
+    plain_experts: bool = True,
+    fused_experts: bool = False,
     reads: Collection[str] = ("tiles",),
     first: bool = True,
     last: bool = True,
@@ -95,7 +106,8 @@ def workspace(
         dtype: of the activations.
         slots: sequences that one step may serve.
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
-        plane_values: of the largest matrix that is read by our kernels, which expand tiles for long steps only.
+        plane_values: of the largest matrix or stack of experts read by our kernels, which expand tiles for long steps only.
+        plain_experts, fused_experts: some experts are multiplied one by one by PyTorch; some by our kernels.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
         first, last: whether this stage embeds, and whether it has the logits. Other buffers are those of the whole model, so
             that what a stage needs beside its layers does not depend on which they are.
@@ -169,9 +181,20 @@ def workspace(
         active = max(m.n_active for m in moes)
         add("router", "mlp", C, max(m.n_experts for m in moes), kind="f32")
         add("router.weight", "mlp", C, active, kind="f32")
+    if moes and plain_experts:
         add("router.index", "mlp", C, active, kind="i64")
         for name in ("expert.in", "expert.out", "expert.sum", "expert.total"):
             add(name, "mlp", C, D)
+    if moes and fused_experts:
+        add("router.done", "always", ROUTER_ROWS, kind="i32")
+        add("router.ids", "mlp", C, active, kind="i32")
+        add("expert.order", "mlp", max(order_values(C, m.n_experts, m.n_active) for m in moes), kind="i32")
+        few = min(C, EXPERT_ROWS)
+        add("expert.gated", "mlp", max(C, 2 * few), max(m.n_active * m.width for m in moes))
+        add("expert.pairs", "mlp", C, active, D)
+        if plane_values:
+            values = few * max(D, *(m.n_active * m.width for m in moes))
+            add("expert.words", "mlp", values // 32 * QUANT_GROUP_WORDS, kind="i32")
     if last:
         add("logits", "head", logit_rows(slots, C), spec.vocab_size)
     if plane_values:
@@ -180,7 +203,9 @@ def workspace(
         add("quant.partial", "always", QUANT_PARTIAL, kind="f32")
         add("quant.done", "always", QUANT_DONE, kind="i32")
     if block_weights or plane_values:
-        add("weight.tile", "always", max(min(PLANE_TILE_VALUES, plane_values), DEQUANT_TILE_VALUES if block_weights else 0))
+        expert = max((2 * m.width * D for m in moes), default=0) if fused_experts and plane_values else 0  # gate and up
+        tile = max(min(PLANE_TILE_VALUES, plane_values), expert)
+        add("weight.tile", "always", max(tile, DEQUANT_TILE_VALUES if block_weights else 0))
     if block_weights:
         add("weight.tile on the way", "always", DEQUANT_TILE_VALUES * DEQUANT_TEMP_BYTES // 4, kind="f32", reserved=True)
     return tuple(out)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -149,20 +149,27 @@ def _n_bytes(weight: Weight) -> int:
 
 
 def _retile(into: Planes, files: _Files, part: Part) -> Iterator[int]:
-    """Moves a matrix's blocks to their planes, on the device, whole eights of rows at a time; yields the bytes of each tile."""
+    """Moves blocks to their planes, on the device, whole eights of rows at a time; yields the bytes of each tile."""
     from headwise.weights.retile import retile
 
-    stored = files.listing.tensors[part.stored]
-    blocks = _rows(files.view(stored), part, blocks=False)
+    source, stored = _source(files, part)
     if part.pairs_of:
-        blocks = blocks.flatten(0, -2)  # a copy on the host: rows in another order
+        source = replace(source, tensor=source.tensor.flatten(0, -2))  # a copy on the host: rows in another order
+    if part.expert is not None:
+        into = into.matrix(part.expert)
+    lead = tuple(into.low.shape[:-2])
+    together = max(1, RETILED_VALUES // (into.K * into.rows)) if lead else 1  # whole matrices of a stack
     step = max(1, RETILED_VALUES // into.K // 8) * 8
-    for start in range(0, into.rows, step):
-        stop = min(start + step, into.rows)
-        tile = blocks[start:stop].to(into.low.device)
-        retile(tile, into.type, into.part(start, stop))
-        files.forget(stored)
-        yield tile.numel()
+    for first in range(0, lead[0] if lead else 1, together):
+        matrices = (slice(first, first + together),) if lead else ()
+        some = into.matrix(*matrices) if lead else into
+        for start in range(0, into.rows, step):
+            stop = min(start + step, into.rows)
+            tile = source.tile((*matrices, slice(start, stop)), into.low.device)
+            retile(tile, into.type, some.part(start, stop))
+            for read in stored:
+                files.forget(read)
+            yield tile.numel()
 
 
 def _region(weight: Weight, part: Part) -> Tensor:
@@ -179,24 +186,31 @@ class _Source:
     type: str
     scales: Tensor | None = None  # of safetensors MXFP4, where `tensor` is (..., rows, blocks, 16)
 
-    def tile(self, index: tuple[slice, ...]) -> Tensor:
+    def tile(self, index: tuple[slice, ...], device: torch.device | None = None) -> Tensor:
+        """Rows of the tensor, moved to `device` before they are repacked."""
+        tensor = self.tensor[index].to(device)
         if self.scales is not None:
-            return repack_mxfp4(self.tensor[index], self.scales[index])
+            return repack_mxfp4(tensor, self.scales[index].to(device))
         if self.type == "mxfp4_raw":  # the exponent before each block, the nibbles in the checkpoint's order
-            blocks = self.tensor[index].unflatten(-1, (-1, 17))
+            blocks = tensor.unflatten(-1, (-1, 17))
             return repack_mxfp4(blocks[..., 1:], blocks[..., 0])
-        return self.tensor[index]
+        return tensor
+
+
+def _source(files: _Files, part: Part) -> tuple[_Source, tuple[StoredTensor, ...]]:
+    """The rows that a part names, and what they are stored in."""
+    stored = files.listing.tensors[part.stored]
+    if not part.scales:
+        return _Source(_rows(files.view(stored), part, False), stored.type), (stored,)
+    scales = files.listing.tensors[part.scales]
+    exponents = _rows(files.view(scales), part, False, has_columns=True)
+    return _Source(_rows(files.view(stored), part, True), "mxfp4", exponents), (stored, scales)
 
 
 def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator[int]:
     """Copies one part into its place; yields the bytes each tile filled."""
-    stored = files.listing.tensors[part.stored]
-    scales = files.listing.tensors[part.scales] if part.scales else None
-    tensor = _rows(files.view(stored), part, scales is not None)
-    if scales:
-        source = _Source(tensor, "mxfp4", _rows(files.view(scales), part, False, has_columns=True))
-    else:
-        source = _Source(tensor, stored.type)
+    source, read = _source(files, part)
+    stored = read[0]
     if part.copy_at is not None:
         _check_copy(files, stored, part, ours)
     if part.axis == -1:
@@ -217,9 +231,8 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
             dequantise(tile.to(dest.device), type_name, into.dtype, out=into)
         else:
             into.copy_(_dequantise_by_gguf(tile, stored))
-        files.forget(stored)
-        if scales:
-            files.forget(scales)
+        for tensor in read:
+            files.forget(tensor)
         yield into.numel() * into.element_size()
 
 

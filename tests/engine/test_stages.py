@@ -59,7 +59,7 @@ def test_a_stage_holds_its_part_alone(name: str, outer: set[str]) -> None:
     assert {n for n in names[0] if not n.startswith("layers.")} == {"embed"}
     assert {n for n in names[1] if not n.startswith("layers.")} == outer
     assert {int(n.split(".")[1]) for n in names[0] if n.startswith("layers.")} == set(first.layers)
-    assert [set(stage.slots[0]) for stage in llm.runner.stages] == [set(first.layers), set(last.layers)]
+    assert [set(stage.caches) for stage in llm.runner.stages] == [set(first.layers), set(last.layers)]
     assert [{b.name for b in s.buffers} & {"ids", "logits"} for s in (first, last)] == [{"ids"}, {"logits"}]
     assert first.weights_bytes + last.weights_bytes == load(name).plan.weights_bytes + 320 * 96 * 4 * ("embed" in outer)
 
@@ -75,7 +75,7 @@ def test_layers_that_read_one_cache_stay_on_one_device() -> None:
     owners = [{x.kv_source for x in llm.spec.layers if x.index in s.layers} - {None} for s in llm.runner.stages]
 
     assert sum(map(len, owners)) == 2
-    assert all(o <= set(stage.slots[0]) for o, stage in zip(owners, llm.runner.stages, strict=True))
+    assert all(o <= set(stage.caches) for o, stage in zip(owners, llm.runner.stages, strict=True))
 
 
 def test_a_device_without_a_layer_is_left_out() -> None:

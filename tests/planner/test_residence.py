@@ -141,7 +141,7 @@ def test_matrices_of_two_types_lie_apart() -> None:
 
 
 def test_groups_hold_what_a_layer_has() -> None:
-    """K=V layers have no v, layers that read another's cache only q, and experts are stacks, not matrices."""
+    """K=V layers have no v, layers that read another's cache only q, and experts no dense MLP."""
     for name, first, second in (("gemma-4-31b", 0, 5), ("gemma-4-e2b", 0, 15)):
         spec = catalogue.spec(name)
         types = dict.fromkeys((t.name for t in weight_tensors(spec)), "bf16")
@@ -150,7 +150,7 @@ def test_groups_hold_what_a_layer_has() -> None:
         assert found.get(f"layers.{second}.qkv") == (("layers.5.q", "layers.5.k") if second == 5 else None)
         assert sum(key.endswith(".gate_up") for key in found) == len(spec.layers)
     types = dict.fromkeys((t.name for t in weight_tensors(GPT_OSS)), "bf16")
-    assert {key.rsplit(".", 1)[-1] for key in groups(GPT_OSS, types)} == {"qkv"}
+    assert {key.rsplit(".", 1)[-1] for key in groups(GPT_OSS, types)} == {"qkv", "experts_gate_up"}
 
 
 def test_a_model_of_no_quantised_weights_needs_what_its_file_needs() -> None:

@@ -22,6 +22,7 @@ from gguf_files import write_gguf
 from safetensors.torch import load_file, save_file
 
 from headwise.errors import SpecError
+from headwise.planner.residence import groups, planed, resident_types
 from headwise.spec.gguf import read_gguf
 from headwise.spec.gguf_model import spec_from_gguf
 from headwise.spec.hf import read_hf
@@ -121,6 +122,39 @@ def test_mxfp4_of_safetensors_is_what_transformers_reads(kind: str, tmp_path: Pa
             assert isinstance(ours, BlockTensor) == (kind == "mxfp4")
             floats = dequantise(ours.data, "mxfp4", torch.float32) if isinstance(ours, BlockTensor) else ours
             assert torch.equal(floats, expected)
+    if kind == "mxfp4":
+        re_tiled_are_the_blocks(spec, path)
+
+
+def re_tiled_are_the_blocks(spec: ModelSpec, path: Path) -> None:
+    """Every weight that our kernels read, loaded as planes and as blocks: the same bytes."""
+    from headwise.weights.retile import empty, retile
+
+    resident = resident_types(spec, stored_types(spec, list_checkpoint(path)), cpu=False, dtype="f32")
+    together, names = groups(spec, resident), planed(spec, resident)
+    blocks = load_weights(spec, path, resident=resident, device="cpu", groups=together)
+    ours = load_weights(spec, path, resident=resident, device="cpu", groups=together, planes=names)
+    experts = [n for n in names if ".experts_" in n]
+    assert len(experts) == 3 * len(spec.layers)
+    for name in names:
+        held = blocks[name]
+        assert isinstance(held, BlockTensor)
+        want = empty(held.type, held.shape, "cpu")
+        retile(held.data, held.type, want)
+        for plane in ("low", "high", "head"):
+            a, b = getattr(ours[name], plane), getattr(want, plane)
+            assert (a is None) == (b is None) and (a is None or torch.equal(a, b)), (name, plane)
+
+
+@pytest.mark.parametrize("quant", ["mxfp4", "q8_0", "q5_0"])
+@pytest.mark.parametrize("values", [4 << 20, 2 * 64 * 64, 64 * 16])
+def test_experts_are_re_tiled_at_load(quant: str, values: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts several at a time, the last fewer than the others; or one by one, rows at a time."""
+    monkeypatch.setattr("headwise.weights.load.RETILED_VALUES", values)
+    write_gguf("gpt-oss", tmp_path / "m.gguf", quant=quant)
+    header = read_gguf(tmp_path / "m.gguf")
+
+    re_tiled_are_the_blocks(spec_from_gguf(header), tmp_path / "m.gguf")
 
 
 def test_dead_tensors_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -1,0 +1,253 @@
+"""How fast are routed experts on this card, and which launch is the fastest?
+
+    PYTHONPATH=. python benchmarks/experts.py OUT.json [SECONDS]
+
+Gemma 4 26B-A4B's shape (128 experts of width 704, hidden size 2816, eight a token), bf16 and q4_k with q5_0: every candidate is first
+compared with fp64 (few tokens) or with a product per expert in fp32 (many), then timed as a CUDA graph over several layers' weights in
+rotation, so that the second-level cache is cold. The choice of experts is random. Bytes and operations are those of the chosen experts.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.bench.engine import random_blocks
+from headwise.kernels import experts as X
+from headwise.kernels import router as R
+from headwise.kernels.expand import expand
+from headwise.kernels.matvec import quantise
+from headwise.kernels.tiled import Planes
+from headwise.planner.workspace import order_values
+from headwise.weights.blocks import dequantise
+from headwise.weights.retile import empty, retile
+
+E, D, W, K = 128, 2816, 704, 8
+GATE = X.Gate("gelu_tanh")
+LAYERS = 3  # in rotation
+dtype = torch.bfloat16
+ALONE = [(4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8), (2, 1024, 2), (4, 512, 2), (2, 2048, 4), (8, 1024, 4)]
+INTEGERS = [(32, 1, 4), (64, 2, 4), (16, 1, 4), (64, 1, 4), (16, 1, 2), (32, 2, 2), (8, 1, 1), (8, 1, 2), (16, 1, 1)]
+# pairs of a tile: (gated, not)
+GROUPED = {
+    16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((32, 128, 4, 3, 1), (64, 128, 4, 3, 1))],
+    64: [((64, 64, 4, 3), (128, 64, 4, 3)), ((64, 64, 4, 3, 1), (128, 64, 4, 3, 1)), ((128, 64, 4, 2, 1), (256, 64, 4, 2, 1)), ((64, 128, 4, 2, 1), (128, 128, 4, 2, 1))],
+    128: [((128, 64, 8, 4), (256, 64, 8, 4)), ((128, 64, 8, 4, 1), (256, 64, 8, 4, 1)), ((128, 64, 8, 3, 1), (256, 64, 8, 3, 1)), ((128, 128, 8, 2, 1), (256, 128, 8, 2, 1)), ((64, 64, 4, 3, 1), (128, 64, 4, 3, 1)), ((64, 128, 8, 2, 1), (128, 128, 8, 2, 1))],
+}  # fmt: skip
+
+
+def launch(c: tuple[int, int, int, int], pairs: int) -> X.Launch:
+    return X.Launch(c[0], c[1], c[2], pairs, c[3])
+
+
+def room(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+    return torch.full(shape, float("nan"), dtype=kind, device="cuda") if kind.is_floating_point else torch.zeros(shape, dtype=kind, device="cuda")
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+def chosen_of(T: int) -> R.Chosen:
+    ids = torch.rand(T, E, device="cuda").topk(K)[1].int()
+    return R.Chosen(ids.contiguous(), torch.rand(T, K, device="cuda"))
+
+
+def plain(x: Tensor, chosen: R.Chosen, both: Tensor, down: Tensor) -> Tensor:
+    """A product per expert, in fp32."""
+    out = torch.zeros(x.shape, dtype=torch.float32, device="cuda")
+    for e in range(E):
+        token, slot = (chosen.ids_TK == e).nonzero(as_tuple=True)
+        if token.numel():
+            g, u = (x[token].float() @ both[e].float().t()).chunk(2, -1)
+            y = (torch.nn.functional.gelu(g, approximate="tanh") * u) @ down[e].float().t()
+            out.index_add_(0, token, y * chosen.weights_TK[token, slot, None])
+    return out
+
+
+def microseconds(calls: list[Callable[[], object]], rounds: int = 5) -> float:
+    """Of one call: a graph of all of them, replayed; the smallest of a few medians' worth."""
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) * 1e3 / len(calls))
+    return statistics.median(times)
+
+
+class Stack:
+    """Weights of one layer, and what the kernels write."""
+
+    def __init__(self) -> None:
+        self.both = torch.randn(E, 2 * W, D, device="cuda", dtype=dtype) * D**-0.5
+        self.down = torch.randn(E, D, W, device="cuda", dtype=dtype) * W**-0.5
+
+
+def planes_of(name: str, rows: int, columns: int) -> tuple[Planes, Tensor]:
+    planes = empty(name, (E, rows, columns), "cuda")
+    dense = torch.empty(E, rows, columns, device="cuda", dtype=dtype)
+    for e in range(E):
+        blocks = random_blocks(name, rows, columns, torch.device("cuda"))
+        retile(blocks, name, planes.matrix(e))
+        dense[e] = dequantise(blocks, name, torch.float32).to(dtype)
+    return planes, dense
+
+
+def warm(job: tuple[str, Any, int]) -> None:
+    """Compiles one launch into triton's cache: few experts, the same programs."""
+    what, c, n = job
+    try:
+        one(what, c, n)
+    except Exception as failure:
+        print(what, c, n, type(failure).__name__, str(failure)[:150], flush=True)
+
+
+def one(what: str, c: Any, n: int) -> None:
+    few = 2
+    both, down = torch.zeros(few, 2 * W, D, device="cuda", dtype=dtype), torch.zeros(few, D, W, device="cuda", dtype=dtype)
+    T = 32 if what == "grouped" else 1
+    x, ids = torch.zeros(T, D, device="cuda", dtype=dtype), torch.zeros(T, K, device="cuda", dtype=torch.int32)
+    gated, y = room(T * K, W), room(T * K, D)
+    if what == "alone":
+        X.pairs(x, ids, (both[:, :W], both[:, W:]), gated, GATE, launch=X.Launch(*c))
+        X.pairs(gated, ids, (down,), y, launch=X.Launch(*c))
+    elif what == "grouped":
+        order = R.order(ids, few, n, torch.zeros(order_values(T, few, K), dtype=torch.int32, device="cuda"))
+        X.grouped(x, order, (both[:, :W], both[:, W:]), gated, K, GATE, launch=launch(c[0], n))
+        X.grouped(gated, order, (down,), y, K, launch=launch(c[1], n))
+    else:
+        words = torch.zeros(X.pair_words(T * K, D), dtype=torch.int32, device="cuda")
+        first, second = empty("q4_k", (few, 2 * W, D), "cuda"), empty("q5_0", (few, D, W), "cuda")
+        both_P = room(T * K, 2 * W)
+        X.integer_pairs(quantise(x, words, planes=X.PLANES).words, ids, first, both_P, config=c)
+        X.integer_pairs(X.gate_integers(both_P, ids, GATE, words), ids, second, y, config=c)
+
+
+def main(out: str, seconds: float) -> None:
+    began = time.perf_counter()
+    jobs = [("alone", c, 0) for c in ALONE] + [("integers", c, 0) for c in INTEGERS]
+    jobs += [("grouped", c, n) for n, cs in GROUPED.items() for c in cs]
+    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
+        list(pool.map(warm, jobs))
+    print(f"compiled {len(jobs)} in {time.perf_counter() - began:.0f} s", flush=True)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+
+    def report(what: str, T: int, how: str, us: float, wrong: float, **more: float) -> None:
+        rows.append({"what": what, "tokens": T, "how": how, "us": us, "error": wrong} | more)
+        print(f"{what:<22} T {T:<5} {how:<44} {us:>9.1f} us  error {wrong:.1e}  " + "  ".join(f"{k} {v:.2f}" for k, v in more.items()), flush=True)
+
+    layers = [Stack() for _ in range(LAYERS)]
+    router, norm, scale = torch.randn(E, D, device="cuda"), torch.rand(D, device="cuda") + 0.5, torch.rand(E, device="cuda") + 0.5
+    choice = R.Choice(False, None, scale, norm, 1e-6, D**-0.5)
+    done = torch.zeros(R.FEW, dtype=torch.int32, device="cuda")
+    for T in (1, 4, 16, 512, 4096):
+        x, chosen = torch.randn(T, D, device="cuda", dtype=dtype), chosen_of(T)
+        scores = room(T, E, kind=torch.float32)
+        R.route(x, router, chosen, choice, scores_TE=scores, done=done)
+        want = R.reference(x, router, K, choice)
+        wrong = float((chosen.ids_TK != want.ids_TK).float().mean()) + error(chosen.weights_TK, want.weights_TK)
+        us = microseconds([lambda: R.route(x, router, chosen, choice, scores_TE=scores, done=done)] * 20)
+        report("router", T, "", us, wrong)
+        ints = torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")
+        report("order", T, "", microseconds([lambda: R.order(chosen.ids_TK, E, 64 if T > 100 else 16, ints)] * 20), 0.0)
+        y, into = room(T * K, D).normal_(), room(T, D)
+        beside = (x, norm, norm)
+        report("combine", T, "beside", microseconds([lambda: X.combine(y, chosen, into, beside=beside, eps=1e-6)] * 20), 0.0)
+
+    def timed_pairs(T: int, c: tuple[int, int]) -> None:
+        x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in layers]
+        gated, y, into = room(T * K, W), room(T * K, D), room(T, D)
+        first = [lambda s=s, k=k: X.pairs(x, k.ids_TK, (s.both[:, :W], s.both[:, W:]), gated, GATE, launch=X.Launch(*c)) for s, k in zip(layers, chosens)]
+        second = [lambda s=s, k=k: X.pairs(gated, k.ids_TK, (s.down,), y, launch=X.Launch(*c)) for s, k in zip(layers, chosens)]
+        first[0](), second[0]()
+        wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], layers[0].both, layers[0].down))
+        for name, calls, size in (("gate and up", first, 4 * W * D), ("down", second, 2 * W * D)):
+            us = microseconds(calls * 6)
+            report(f"pairs, {name}", T, str(c), us, wrong, tb_s=T * K * size / us / 1e6)
+
+    for c in ALONE:
+        timed_pairs(1, c)
+    for c in ALONE[:2]:
+        timed_pairs(4, c)
+        timed_pairs(16, c)
+
+    def timed_grouped(T: int, n: int, c: Any) -> None:
+        x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in layers]
+        orders = [R.order(k.ids_TK, E, n, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")) for k in chosens]
+        gated, y, into = room(T * K, W), room(T * K, D), room(T, D)
+        a, b = launch(c[0], n), launch(c[1], n)
+        first = [lambda s=s, o=o: X.grouped(x, o, (s.both[:, :W], s.both[:, W:]), gated, K, GATE, launch=a) for s, o in zip(layers, orders)]
+        second = [lambda s=s, o=o: X.grouped(gated, o, (s.down,), y, K, launch=b) for s, o in zip(layers, orders)]
+        first[0](), second[0]()
+        wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], layers[0].both, layers[0].down))
+        used = statistics.mean(int(k.ids_TK.unique().numel()) for k in chosens)
+        for name, calls, size, how in (("gate and up", first, 4 * W * D, c[0]), ("down", second, 2 * W * D, c[1])):
+            us = microseconds(calls * (1 if T > 1000 else 3))
+            report(f"grouped {n}, {name}", T, str(how), us, wrong, tflops=T * K * size / us / 1e6, tb_s=used * size / us / 1e6)
+
+    for T, tiles in ((1, (16,)), (2, (16,)), (4, (16,)), (64, (16,)), (128, (16, 64)), (512, (64, 128)), (1024, (64, 128)), (4096, (128,))):
+        for n in tiles:
+            for c in GROUPED[n]:
+                if time.perf_counter() - began > seconds:
+                    break
+                try:
+                    timed_grouped(T, n, c)
+                except Exception as failure:
+                    print(T, n, c, type(failure).__name__, str(failure)[:150], flush=True)
+    del layers[:]
+    stacks = [(planes_of("q4_k", 2 * W, D), planes_of("q5_0", D, W)) for _ in range(LAYERS)]
+    for T, configs in ((1, INTEGERS[2:]), (2, INTEGERS), (192, INTEGERS[1:2])):
+        x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in stacks]
+        orders = [R.order(k.ids_TK, E, 16, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")).pairs_P for k in chosens]
+        words = torch.zeros(max(X.pair_words(T * K, W), X.pair_words(T, D)), dtype=torch.int32, device="cuda")
+        more = torch.zeros_like(words)
+        both, y, into = room(T * K, 2 * W), room(T * K, D), room(T, D)
+        integers = quantise(x, words, planes=X.PLANES).words
+        for c in configs:
+            for listed in (False, True) if T > 1 else (False,):
+                first = [lambda s=s, k=k, o=o: X.integer_pairs(integers, k.ids_TK, s[0][0], both, order=o if listed else None, config=c) for s, k, o in zip(stacks, chosens, orders)]
+                first[0]()
+                gated = X.gate_integers(both, chosens[0].ids_TK, GATE, more)
+                second = [lambda s=s, k=k, o=o: X.integer_pairs(gated, k.ids_TK, s[1][0], y, order=o if listed else None, config=c) for s, k, o in zip(stacks, chosens, orders)]
+                second[0]()
+                wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], stacks[0][0][1], stacks[0][1][1]))
+                for name, calls, size in (("gate and up", first, 2 * W * D * 4.5 / 8), ("down", second, W * D * 5.5 / 8)):
+                    us = microseconds(calls * 6)
+                    report(f"integers, {name}", T, f"{c}{' sorted' if listed else ''}", us, wrong, tb_s=T * K * size / us / 1e6)
+        report("quantise", T, "", microseconds([lambda: quantise(x, words, planes=X.PLANES)] * 20), 0.0)
+        report("gate_integers", T, "", microseconds([lambda: X.gate_integers(both, chosens[0].ids_TK, GATE, more)] * 20), 0.0)
+    for n in (16, 64):
+        tile = room(n * 2 * W * D)
+        whole = stacks[0][0][0].tall()
+        us = microseconds([lambda: expand(whole, 0, n * 2 * W, tile.view(-1, D))] * 4)
+        report(f"expand {n} experts", 0, "q4_k", us, 0.0, tb_s=n * 2 * W * D * (2 + 4.5 / 8) / us / 1e6)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    with open(out, "w") as file:
+        json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d"), "rows": rows}, file, indent=1)
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 110.0)

@@ -1,0 +1,124 @@
+"""Routed experts on our kernels: the chosen ones read from the device, nothing synchronised, so that a step can be recorded.
+
+Few tokens: each pair (token, choice) by itself, quantised experts as integers. Many: pairs sorted by expert, a grouped product;
+quantised experts are expanded before, as many at a time as the tile holds. `model.mlp` has the plain form.
+
+Legend: T tokens, D hidden size, W width, E experts, K experts per token, P = T * K pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from headwise.model.arena import Arena
+from headwise.planner.workspace import EXPERT_ROWS
+from headwise.spec.layers import MoeSpec
+from headwise.weights.blocks import BlockTensor
+
+STACKS = ("experts_gate", "experts_up", "experts_down")
+ALONE_ROWS = 1  # tokens whose pairs each read their expert; with more, experts that several chose are read once
+TILES = ((12, 16), (48, 64))  # up to so many pairs an expert, a tile has so many; else 128
+
+
+def multiplied(w: Mapping[str, Any], arena: Arena) -> bool:
+    """Whether these experts have a form that our kernels read, and the plan their buffers."""
+    return arena.flat("expert.order") is not None and not any(isinstance(w[name], BlockTensor) for name in STACKS)
+
+
+def routed(
+    moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Tensor, out: Tensor, arena: Arena, *,
+    router_norm: Tensor | None = None, beside: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:  # fmt: skip
+    """out = the chosen experts' MLPs of `h`, weighted.
+
+    Args:
+        router_norm: Gemma's router looks at `routed_by` normed and times this, divided by the root of its size.
+        beside: a dense result, its norm's weight and the sum's: out = norm(dense) + norm(sum).
+    """
+    from headwise.kernels import experts as X
+    from headwise.kernels import router as R
+
+    (T, D), E, K, W = h.shape, moe.n_experts, moe.n_active, moe.width
+    chosen = R.Chosen(arena.take("router.ids", T, K), arena.take("router.weight", T, K))
+    over_all = moe.selection == "softmax_topk" and not moe.renormalise
+    choice = R.Choice(over_all, w.get("router_bias"), w.get("expert_scale"), router_norm, arena.eps_value, D**-0.5)
+    R.route(routed_by, w["router"], chosen, choice, scores_TE=arena.take("router", T, E), done=arena.take("router.done", R.FEW))
+    gate = X.Gate(moe.activation, w.get("experts_gate_bias"), w.get("experts_up_bias"))
+    floats = isinstance(w["experts_down"], Tensor)
+    y, gated = arena.take("expert.pairs", T * K, D), arena.take("expert.gated", T * K, W)
+    if floats and T <= ALONE_ROWS:
+        X.pairs(h, chosen.ids_TK, (w["experts_gate"], w["experts_up"]), gated, gate)
+        X.pairs(gated, chosen.ids_TK, (w["experts_down"],), y)
+        return _sum(X, w, y, chosen, out, beside, arena)
+    tile_rows = next((rows for most, rows in TILES if T * K <= most * E), 128)
+    order = R.order(chosen.ids_TK, E, tile_rows, arena.take("expert.order", arena.size("expert.order"))) if T > 1 else None
+    if not floats and T <= EXPERT_ROWS:
+        _as_integers(w, h, chosen.ids_TK, gate, y, arena, None if order is None else order.pairs_P)
+    else:
+        assert order is not None
+        for experts, stacks in _first(w, (W, D), arena):
+            X.grouped(h, order, stacks, gated, K, gate, experts=experts)
+        for experts, stacks in _floats(w["experts_down"], arena):
+            X.grouped(gated, order, stacks, y, K, experts=experts)
+    return _sum(X, w, y, chosen, out, beside, arena)
+
+
+def _sum(X: Any, w: Mapping[str, Any], y: Tensor, chosen: Any, out: Tensor, beside: Any, arena: Arena) -> Tensor:
+    return X.combine(y, chosen, out, w.get("experts_down_bias"), beside=beside, eps=arena.eps_value)
+
+
+def _as_integers(
+    w: Mapping[str, Any], h: Tensor, ids_TK: Tensor, gate: Any, y: Tensor, arena: Arena, order: Tensor | None
+) -> None:
+    from headwise.kernels import experts as X
+    from headwise.kernels.matvec import quantise
+
+    P, W, room = ids_TK.numel(), w["experts_gate"].rows, arena.take("expert.words", arena.size("expert.words"))
+    both = arena.take("expert.gated", P, 2 * W)
+    words = quantise(h, room, planes=X.PLANES).words
+    if "experts_gate_up" in w:
+        X.integer_pairs(words, ids_TK, w["experts_gate_up"], both, order=order)
+    else:  # of two types
+        X.integer_pairs(words, ids_TK, w["experts_gate"], both[:, :W], order=order)
+        X.integer_pairs(words, ids_TK, w["experts_up"], both[:, W:], order=order)
+    X.integer_pairs(X.gate_integers(both, ids_TK, gate, room), ids_TK, w["experts_down"], y, order=order)
+
+
+Part = tuple[tuple[int, int], tuple[Tensor, ...]]
+
+
+def _first(w: Mapping[str, Any], shape: tuple[int, int], arena: Arena) -> Iterator[Part]:
+    """(first and number of experts, their gate and up)."""
+    gate, up = w["experts_gate"], w["experts_up"]
+    if isinstance(gate, Tensor):
+        yield (0, gate.shape[0]), (gate, up)
+    elif "experts_gate_up" in w:
+        for experts, (both,) in _floats(w["experts_gate_up"], arena):
+            yield experts, (both[:, : shape[0]], both[:, shape[0] :])
+    else:
+        for part, other in zip(_floats(gate, arena, half=0), _floats(up, arena, half=1), strict=True):
+            yield part[0], (*part[1], *other[1])
+
+
+def _floats(stack: Any, arena: Arena, half: int | None = None) -> Iterator[Part]:
+    """A stack as floats: as it is, or as many experts at a time as the tile, or one half of it, holds."""
+    if isinstance(stack, Tensor):
+        yield (0, stack.shape[0]), (stack,)
+        return
+    from headwise.kernels.expand import expand
+
+    tile = arena.room.tile
+    if tile is not None and half is not None:
+        tile = tile[tile.numel() // 2 * half :][: tile.numel() // 2]
+    E, rows, columns, whole = stack.low.shape[0], stack.rows, stack.K, stack.tall()
+    if tile is None or tile.numel() < rows * columns:
+        raise ValueError(f"experts of {rows} by {columns} need a tile of that many values, got {tile}")
+    step = tile.numel() // (rows * columns)
+    for start in range(0, E, step):
+        n = min(step, E - start)
+        part = tile[: n * rows * columns].view(n * rows, columns)
+        expand(whole, start * rows, (start + n) * rows, part)
+        yield (start, n), (part.view(n, rows, columns),)

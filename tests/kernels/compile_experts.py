@@ -1,0 +1,68 @@
+"""Compiles the kernels of routed experts for cards that are not here; a JSON line each. A program of its own: it replaces the driver."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from kernels.compile_rows import SHARED
+from kernels.compiling import Compiled
+
+import headwise.kernels.experts as experts
+import headwise.kernels.router as router
+from headwise.kernels.configs import arch_of
+from headwise.planner.workspace import order_values
+from headwise.weights.retile import empty
+
+E, D, W, K = 128, 2816, 704, 8
+bf16, i32 = torch.bfloat16, torch.int32
+KERNELS = {
+    experts: ("_pairs", "_integer_pairs", "_gate_integers", "_grouped", "_combine"),
+    router: ("_route", "_scores", "_choose", "_count", "_order"),
+}
+
+
+def launch_all(capability: int) -> None:
+    both, down = torch.empty(E, 2 * W, D, dtype=bf16), torch.empty(E, D, W, dtype=bf16)
+    halves, gate = (both[:, :W], both[:, W:]), experts.Gate("gelu_tanh")
+    choice = router.Choice(False, None, torch.empty(E), torch.empty(D), 1e-6, 0.1)
+    for T in (1, 300):
+        x, gated, y = torch.empty(T, D, dtype=bf16), torch.empty(T * K, W, dtype=bf16), torch.empty(T * K, D, dtype=bf16)
+        chosen = router.Chosen(torch.empty(T, K, dtype=i32), torch.empty(T, K))
+        router.route(x, torch.empty(E, D), chosen, choice, scores_TE=torch.empty(T, E), done=torch.empty(16, dtype=i32))
+        experts.combine(y, chosen, x, beside=(x, torch.empty(D), torch.empty(D)), eps=1e-6)
+        if T == 1:
+            experts.pairs(x, chosen.ids_TK, halves, gated, gate)
+            experts.pairs(gated, chosen.ids_TK, (down,), y)
+            for kind, columns in (("q4_k", D), ("q6_k", D), ("q5_0", W), ("q8_0", W), ("mxfp4", 2880)):
+                words, out = torch.empty(T * K, columns // 32, 20, dtype=i32), torch.empty(T * K, 2 * W, dtype=bf16)
+                for config in (experts.FEW_PROGRAMS, experts.MANY_PROGRAMS):
+                    experts.integer_pairs(words, chosen.ids_TK, empty(kind, (2, 2 * W, columns), "cpu"), out, config=config)
+            experts.gate_integers(torch.empty(K, 2 * W, dtype=bf16), chosen.ids_TK, gate, torch.empty(10**5, dtype=i32))
+            continue
+        for rows in experts.GROUPED:
+            order = router.order(chosen.ids_TK, E, rows, torch.empty(order_values(T, E, K), dtype=i32))
+            first, second = (experts.grouped_launch(rows, g, arch_of(divmod(capability, 10)), 2) for g in (True, False))
+            experts.grouped(x, order, halves, gated, K, gate, launch=first)
+            experts.grouped(gated, order, (down,), y, K, launch=second)
+
+
+def main(capability: int) -> None:
+    pdl = {"PDL": True, "launch_pdl": True} if capability == 90 else {"PDL": False}
+    experts.overlap = router.overlap = lambda x: pdl
+    stand_ins = [(module, name, Compiled(getattr(module, name), capability)) for module, names in KERNELS.items() for name in names]
+    for module, name, stand_in in stand_ins:
+        setattr(module, name, stand_in)
+    launch_all(capability)
+    for module, name, stand_in in stand_ins:
+        setattr(module, name, stand_in.kernel)
+        for r in stand_in.reports:
+            print(json.dumps({
+                "kernel": name, "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
+                "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability], "wgmma": "wgmma.mma_async" in r.ptx,
+            }), flush=True)  # fmt: skip
+
+
+if __name__ == "__main__":
+    for card in (90, 86, 80):
+        main(card)

@@ -1,0 +1,109 @@
+"""The kernels of routed experts against fp64 in triton's interpreter, and compiled for cards that are not here."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kernels.expert_cases import ORDERS, PRODUCTS, QUANTISED, ROUTERS
+
+ROOT = Path(__file__).parents[2]
+LIMIT = {"float32": 2e-5, "float16": 2e-3}
+LIMIT_INTEGERS = 3e-4  # of 16 bits, twice
+
+
+def program(name: str, interpret: bool) -> str:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    env.pop("TRITON_INTERPRET", None)
+    if interpret:
+        env["TRITON_INTERPRET"] = "1"
+    done = subprocess.run([sys.executable, "-m", name], env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[str, dict[str, float]]:
+    return json.loads(program("kernels.expert_cases", interpret=True))
+
+
+def of(results: dict[str, dict[str, float]], name: str) -> tuple[dict[str, float], str]:
+    key = next(k for k in results if k.rsplit(" ", 1)[0] == name)
+    return results[key], key.rsplit(" ", 1)[1]
+
+
+@pytest.mark.parametrize("i", range(len(ROUTERS)), ids=lambda i: ROUTERS[i][0])
+def test_a_router_chooses_the_best_and_weighs_them(i: int, results: dict[str, dict[str, float]]) -> None:
+    """A tie that gives one expert twice, a softmax over the wrong ones, a counter left above zero."""
+    found, _ = of(results, f"router {i}")
+
+    assert found["ids"] == 0
+    assert found["weights"] < 1e-5
+    assert found["done"] == 0
+
+
+@pytest.mark.parametrize("i", range(len(ORDERS)), ids=lambda i: str(ORDERS[i]))
+def test_pairs_are_sorted_by_expert_in_tiles_of_one_expert(i: int, results: dict[str, dict[str, float]]) -> None:
+    """An expert without tokens that takes a tile; a pair lost between two blocks."""
+    assert results[f"order {i}"] == {"wrong": 0.0, "tiles": 0.0}
+
+
+@pytest.mark.parametrize("i", range(len(PRODUCTS)), ids=lambda i: str(PRODUCTS[i][:5]))
+def test_chosen_experts_are_multiplied_and_summed(i: int, results: dict[str, dict[str, float]]) -> None:
+    """Rows past an expert's last, a bias twice, a tile of the wrong expert, the second half of a stack at the first one's place."""
+    found, dtype = of(results, f"product {i}")
+
+    assert set(found) == {"pairs", "beside", "grouped 16", "grouped 64"}
+    assert max(found.values()) < LIMIT[dtype], found
+
+
+@pytest.mark.parametrize("i", range(len(QUANTISED)), ids=lambda i: str(QUANTISED[i][:2]))
+def test_quantised_experts_multiply_as_their_values_do(i: int, results: dict[str, dict[str, float]]) -> None:
+    """An expert's planes at a wrong offset: each type has other ones."""
+    found, _ = of(results, f"quantised {i}")
+
+    assert found["sum"] < LIMIT_INTEGERS
+    assert found["tall"] == 0
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, Any]]:
+    return [json.loads(line) for line in program("kernels.compile_experts", interpret=False).splitlines()]
+
+
+def test_every_launch_fits_its_card(compiled: list[dict[str, Any]]) -> None:
+    assert {r["card"] for r in compiled} == {80, 86, 90}
+    for r in compiled:
+        assert r["shared_bytes"] <= r["shared_limit"], r
+        assert r["spill_bytes"] < 64, r
+
+
+def test_misuse_is_refused_before_launch_with_both_numbers() -> None:
+    from headwise.kernels import experts, router
+    from headwise.weights.retile import empty
+
+    def chosen(T: int, K: int) -> router.Chosen:
+        return router.Chosen(torch.zeros(T, K, dtype=torch.int32), torch.zeros(T, K))
+
+    choice, done = router.Choice(False), torch.zeros(16, dtype=torch.int32)
+    with pytest.raises(ValueError, match="9 of 8 experts"):
+        router.route(torch.zeros(1, 32), torch.zeros(8, 32), chosen(1, 9), choice, scores_TE=torch.zeros(1, 8), done=done)
+    with pytest.raises(ValueError, match=r"2 tokens into scores \(1, 8\)"):
+        router.route(torch.zeros(2, 32), torch.zeros(8, 32), chosen(2, 2), choice, scores_TE=torch.zeros(1, 8), done=done)
+    with pytest.raises(ValueError, match="need 36 int32 values, got 5"):
+        router.order(torch.zeros(2, 2, dtype=torch.int32), 8, 16, torch.zeros(5, dtype=torch.int32))
+    stack, ids = torch.zeros(4, 8, 32), torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"\(2, 16\) by experts of \(8, 32\)"):
+        experts.pairs(torch.zeros(2, 16), ids, (stack,), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="the rows of each one together"):
+        experts.pairs(torch.zeros(2, 8), ids, (stack.transpose(1, 2),), torch.zeros(4, 32))
+    with pytest.raises(ValueError, match="not a stack"):
+        experts.integer_pairs(torch.zeros(2, 8, 20, dtype=torch.int32), ids, empty("q4_k", (8, 256), "cpu"), torch.zeros(4, 8))
+    with pytest.raises(ValueError, match="2 pairs of 8 values"):
+        experts.combine(torch.zeros(3, 8), chosen(1, 2), torch.zeros(1, 8))
