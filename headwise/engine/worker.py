@@ -62,7 +62,7 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
 
     return {
         **explain_json(llm.spec, llm.choices),
-        "device": llm.device,
+        "device": llm.where,
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
         "plan": plan_json(llm.plan) | {"kept_bytes": llm.plan.kv_sliding_bytes if kept else 0},

@@ -10,6 +10,7 @@ from checkpoints import load
 from headwise import LLM
 from headwise.engine import devices
 from headwise.engine.measure import allocated_bytes
+from headwise.engine.stage import Stage
 from headwise.errors import HeadwiseError, PlanError, UsageError
 
 IDS = list(range(3, 60))
@@ -18,6 +19,10 @@ UNEVEN = ["cpu:2GiB", "cpu:4GiB"]
 
 def held_by(llm: LLM) -> list[int]:
     return [allocated_bytes(stage) for stage in llm.runner.stages]
+
+
+def cached_layers(stage: Stage) -> set[int]:
+    return set(stage.slots[0])
 
 
 def planned_for(llm: LLM) -> list[int]:
@@ -59,7 +64,7 @@ def test_a_stage_holds_its_part_alone(name: str, outer: set[str]) -> None:
     assert {n for n in names[0] if not n.startswith("layers.")} == {"embed"}
     assert {n for n in names[1] if not n.startswith("layers.")} == outer
     assert {int(n.split(".")[1]) for n in names[0] if n.startswith("layers.")} == set(first.layers)
-    assert [set(stage.slots[0]) for stage in llm.runner.stages] == [set(first.layers), set(last.layers)]
+    assert [cached_layers(stage) for stage in llm.runner.stages] == [set(first.layers), set(last.layers)]
     assert [{b.name for b in s.buffers} & {"ids", "logits"} for s in (first, last)] == [{"ids"}, {"logits"}]
     assert first.weights_bytes + last.weights_bytes == load(name).plan.weights_bytes + 320 * 96 * 4 * ("embed" in outer)
 
@@ -75,7 +80,7 @@ def test_layers_that_read_one_cache_stay_on_one_device() -> None:
     owners = [{x.kv_source for x in llm.spec.layers if x.index in s.layers} - {None} for s in llm.runner.stages]
 
     assert sum(map(len, owners)) == 2
-    assert all(o <= set(stage.slots[0]) for o, stage in zip(owners, llm.runner.stages, strict=True))
+    assert all(o <= cached_layers(stage) for o, stage in zip(owners, llm.runner.stages, strict=True))
 
 
 def test_a_device_without_a_layer_is_left_out() -> None:
@@ -164,7 +169,7 @@ def test_named_cards_are_all_used_within_their_limits(monkeypatch: pytest.Monkey
     _Cards(monkeypatch, 80, 80)
     llm = LLM(device=["cuda:1:24GiB", "cuda:0:12"], check=False, load=False)
 
-    assert llm.device == "cuda:1 + cuda:0"
+    assert llm.where == "cuda:1 + cuda:0"
     assert [t.total_bytes for t in llm.plan.targets] == [24 * 2**30, 12 * 2**30]
     assert [s.layers for s in llm.plan.stages] == [range(9), range(9, 10)]
 
