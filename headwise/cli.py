@@ -510,7 +510,7 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         from dataclasses import asdict
 
-        print(json.dumps({"model": source.spec.name, "device": llm.device, "checks": [asdict(c) for c in checks]}))
+        print(json.dumps({"model": source.spec.name, "device": llm.where, "checks": [asdict(c) for c in checks]}))
     else:
         _stdout().print(checks_view(checks))
     return 0 if all(c.ok for c in checks) else 1

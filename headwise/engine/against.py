@@ -102,7 +102,7 @@ def report(llm: LLM, server: str, rows: list[Comparison], agrees: bool) -> str:
     w = llm.plan.workload
     lines = [
         f"headwise {__version__} against {server}: {'agrees' if agrees else 'DIFFERS'}",
-        f"model {llm.spec.name}; {llm.device}, {w.dtype}, KV {w.kv['global'].name}/{w.kv['sliding'].name}",
+        f"model {llm.spec.name}; {llm.where}, {w.dtype}, KV {w.kv['global'].name}/{w.kv['sliding'].name}",
         f"{'prompt':<15} {'tokens':>6} {'equal':>7} {'ties':>5} {'mean |d| nats':>14} {'max |d|':>8}",
     ]
     lines += [

@@ -240,7 +240,12 @@ class LLM:
         )
 
     @property
-    def device(self) -> str:
+    def device(self) -> torch.device:
+        """The first; the others are of its type."""
+        return self.devices[0]
+
+    @property
+    def where(self) -> str:
         """The devices' names: "cuda:0", or "cuda:0 + cuda:1"."""
         return " + ".join(map(str, self.devices))
 

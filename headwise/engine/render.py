@@ -23,7 +23,7 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
     rows: list[RenderableType] = [
         Text.assemble(
             (f"\n{r.layers_fused}/{r.layers} layers fused", "bold green" if whole else "bold red"),
-            f"  {llm.spec.name} on {llm.device}",
+            f"  {llm.spec.name} on {llm.where}",
         ),
         layer_map(llm.spec, [c.backend.name for c in llm.choices], [c.fused for c in llm.choices]),
     ]

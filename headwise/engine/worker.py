@@ -65,7 +65,7 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
 
     return {
         **explain_json(llm.spec, llm.choices),
-        "device": llm.device,
+        "device": llm.where,
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
         "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.kv_sliding_bytes // llm.plan.workload.slots},

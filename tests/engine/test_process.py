@@ -153,3 +153,20 @@ def test_it_says_what_it_loaded() -> None:
             assert len(facts["layers"]) == 10
 
     run(test)
+
+
+def test_a_served_model_runs_over_several_devices() -> None:
+    """The watchdog's layers are counted through the stages, and the facts say what each device was planned and got."""
+
+    async def test() -> None:
+        async with started(device=["cpu", "cpu"], slots=2) as engine:
+            answered = (await asyncio.gather(ask(engine), ask(engine, prompt=PROMPT[:9])))[0]
+            assert isinstance(answered[-1], Finish)
+            assert answered[-1].tokens == 5
+            assert engine.facts["device"] == "cpu + cpu"
+            planned = [gpu["planned_bytes"] for gpu in engine.facts["plan"]["gpus"]]
+            assert [d["allocated_bytes"] for d in engine.facts["measured"]["devices"]] == planned
+            assert len(planned) == 2
+            assert engine._beat[1] == 9  # the last layer that was entered
+
+    run(test)

@@ -8,7 +8,9 @@ import torch
 from checkpoints import load
 
 from headwise import LLM
+from headwise.cache.storage import Place
 from headwise.engine import devices
+from headwise.engine.batch import Run
 from headwise.engine.measure import allocated_bytes
 from headwise.errors import HeadwiseError, PlanError, UsageError
 
@@ -25,6 +27,81 @@ def planned_for(llm: LLM) -> list[int]:
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("n", [2, 3])
+def test_several_stages_give_the_logits_and_tokens_of_one(name: str, n: int) -> None:
+    """Hidden states of another chunk, a slice of another layer's embedding, a norm left out at a seam: all show here."""
+    one, several = load(name), load(name, device=["cpu"] * n)
+
+    for chunk in (64, 7, 1):
+        assert torch.equal(several.logits(IDS, chunk=chunk), one.logits(IDS, chunk=chunk))
+    assert several.generate(IDS[:20], max_tokens=9).tokens == one.generate(IDS[:20], max_tokens=9).tokens
+    assert len(several.devices) > 1
+    assert [i for stage in several.runner.stages for i in stage.layers] == list(range(len(one.spec.layers)))
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+@pytest.mark.parametrize("settings", [{"device": ["cpu"] * 3}, {"device": UNEVEN, "context": 77, "chunk": 5, "slots": 2}])
+def test_every_stage_holds_what_was_planned_for_it_to_the_byte(name: str, settings: dict[str, object]) -> None:
+    llm = load(name, **settings)
+    llm.logits(IDS, chunk=5)
+
+    assert held_by(llm) == planned_for(llm)
+    assert [d.allocated_bytes for d in llm.report().devices] == planned_for(llm)
+    assert all(d.peak_bytes <= d.planned_bytes for d in llm.report().devices)
+    assert llm.plan.total_bytes == sum(planned_for(llm))
+
+
+@pytest.mark.parametrize(("name", "outer"), [("llama", {"embed", "norm"}), ("qwen3", {"norm", "head"})])
+def test_a_stage_holds_its_part_alone(name: str, outer: set[str]) -> None:
+    """By hand: a tied embedding lies with the first and the last stage, the norm with the last, each cache with its layer."""
+    llm = load(name, device=["cpu"] * 2)
+    first, last = llm.plan.stages
+    names = [set(stage.weights) for stage in llm.runner.stages]
+
+    assert {n for n in names[0] if not n.startswith("layers.")} == {"embed"}
+    assert {n for n in names[1] if not n.startswith("layers.")} == outer
+    assert {int(n.split(".")[1]) for n in names[0] if n.startswith("layers.")} == set(first.layers)
+    assert [set(stage.caches) for stage in llm.runner.stages] == [set(first.layers), set(last.layers)]
+    assert [{b.name for b in s.buffers} & {"ids", "logits"} for s in (first, last)] == [{"ids"}, {"logits"}]
+    assert first.weights_bytes + last.weights_bytes == load(name).plan.weights_bytes + 320 * 96 * 4 * ("embed" in outer)
+
+
+def test_more_memory_gets_more_layers() -> None:
+    sizes = [len(stage.layers) for stage in load("gemma3", device=UNEVEN).runner.stages]
+
+    assert sizes[0] < sizes[1]
+
+
+def test_layers_that_read_one_cache_stay_on_one_device() -> None:
+    llm = load("gemma4-e2b", device=["cpu"] * 3)
+    owners = [{x.kv_source for x in llm.spec.layers if x.index in s.layers} - {None} for s in llm.runner.stages]
+
+    assert sum(map(len, owners)) == 2
+    assert all(o <= set(stage.caches) for o, stage in zip(owners, llm.runner.stages, strict=True))
+
+
+def test_a_device_without_a_layer_is_left_out() -> None:
+    """Four layers cannot lie on six devices: the plan says who is left out, and nothing is allocated there."""
+    llm = load("qwen3", device=["cpu"] * 6)
+
+    assert 2 <= len(llm.runner.stages) <= 4
+    assert len([n for n in llm.plan.notes if "left out" in n]) == 6 - len(llm.runner.stages)
+    assert held_by(llm) == planned_for(llm)
+
+
+def test_sequences_of_a_split_model_do_not_mix() -> None:
+    """Two conversations in the same steps, each on its own rings and pages of both stages."""
+    llm, alone = load("gemma3", device=["cpu"] * 2, slots=2), load("gemma3")
+    prompts = [IDS[:17], IDS[20:50]]
+    wanted = [alone.logits(p)[-1] for p in prompts]
+    for at in range(30):
+        due = [i for i, prompt in enumerate(prompts) if at < len(prompt)]
+        x = llm.runner.run([Run(Place(i, ((i, 1),)), at, prompts[i][at : at + 1]) for i in due])
+        for row, i in enumerate(due):
+            if at == len(prompts[i]) - 1:
+                assert (llm.runner.logits(x[row : row + 1])[0] - wanted[i]).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("n", [2, 3])
 def test_several_stages_give_the_logits_and_tokens_of_one(name: str, n: int) -> None:
     """Hidden states of another chunk, a slice of another layer's embedding, a norm left out at a seam: all show here."""
@@ -164,7 +241,7 @@ def test_named_cards_are_all_used_within_their_limits(monkeypatch: pytest.Monkey
     _Cards(monkeypatch, 80, 80)
     llm = LLM(device=["cuda:1:24GiB", "cuda:0:12"], check=False, load=False)
 
-    assert llm.device == "cuda:1 + cuda:0"
+    assert llm.where == "cuda:1 + cuda:0"
     assert [t.total_bytes for t in llm.plan.targets] == [24 * 2**30, 12 * 2**30]
     assert [s.layers for s in llm.plan.stages] == [range(9), range(9, 10)]
 
