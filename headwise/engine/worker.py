@@ -59,6 +59,9 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
     from headwise.api import explain_json, plan_json
     from headwise.engine.measure import allocated_bytes
 
+    def cache_bytes(kind: str) -> int:
+        return allocated_bytes([c for slot in llm.runner.slots for i, c in slot.items() if llm.spec.layers[i].kind == kind])
+
     return {
         **explain_json(llm.spec, llm.choices),
         "device": str(llm.device),
@@ -66,6 +69,9 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
         "checks": [asdict(c) for c in llm.checks],
         "plan": plan_json(llm.plan) | {"kept_bytes": llm.plan.kv_sliding_bytes if kept else 0},
         "measured": {
+            "weights_bytes": allocated_bytes(llm.runner.weights),
+            "kv_global_bytes": cache_bytes("global"),
+            "kv_sliding_bytes": cache_bytes("sliding"),
             "kv_bytes": allocated_bytes(llm.runner.slots),
             "total_bytes": llm.runner.allocated_bytes,
             "kept_bytes": allocated_bytes(kept),

@@ -24,9 +24,10 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headwise.engine.process import EngineProcess
-from headwise.server import anthropic, chat, metrics, ollama, responses
+from headwise.server import anthropic, chat, metrics, ollama, page, responses
 from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
 from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
+from headwise.server.state import health, state
 from headwise.server.stream import line
 
 BODY_BYTES = 32 * 1024 * 1024
@@ -87,13 +88,14 @@ def create_app(
     for path in ("/chat/completions", "/completions", "/responses", "/messages"):  # a base URL without /v1
         routes.append(Route(path, rooms.answer(PROTOCOLS[f"/v1{path}"]), methods=["POST"]))
     routes += [
-        Route("/", lambda _: PlainTextResponse("headwise is running"), methods=["GET", "HEAD"]),
+        Route("/", _root, methods=["GET", "HEAD"]),
         Route("/health", rooms.health),
         Route("/ready", rooms.ready),
         Route("/metrics", rooms.metrics),
         Route("/v1/models", rooms.models),
         Route("/v1/models/{name:path}", rooms.one_model),
         Route("/v1/attention", rooms.attention),
+        Route("/v1/state", rooms.state),
         Route("/v1/messages/count_tokens", rooms.count_tokens, methods=["POST"]),
         Route("/tokenize", rooms.tokenize, methods=["POST"]),
         Route("/detokenize", rooms.detokenize, methods=["POST"]),
@@ -115,6 +117,13 @@ def loopback_hosts(host: str) -> frozenset[str] | None:
     except ValueError:
         local = host == "localhost"
     return frozenset(_LOCAL | {host}) if local else None
+
+
+def _root(request: Request) -> Response:
+    """The page for browsers; a word for clients that only look whether somebody is here."""
+    if "text/html" in request.headers.get("accept", ""):
+        return Response(page.html(), media_type=page.MEDIA_TYPE, headers=page.headers())
+    return PlainTextResponse("headwise is running", headers={"Vary": "Accept"})
 
 
 def _error_of(path: str) -> Callable[[Refusal], dict[str, Any]]:
@@ -202,17 +211,10 @@ class _Rooms:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def health(self, _: Request) -> Response:
-        state = self.engine.state
-        body: dict[str, Any] = {
-            "status": "ok" if state == "ready" else "loading" if state == "loading" else "error",
-            "model": self.model.name,
-        }
-        if self.engine.error is not None:
-            body["error"] = {"what": self.engine.error.what, "why": self.engine.error.why, "do": self.engine.error.do}
-        if state == "loading" and self.engine.loading is not None:
-            what, done, of = self.engine.loading
-            body["loading"] = {"what": what, "done": done, "of": of}
-        return JSONResponse(body, 200 if state == "ready" else 503)
+        return JSONResponse(health(self.engine, self.model), 200 if self.engine.state == "ready" else 503)
+
+    async def state(self, _: Request) -> Response:
+        return JSONResponse({"models": [state(self.engine, self.model)]}, headers={"Cache-Control": "no-store"})
 
     async def ready(self, _: Request) -> Response:
         """Loaded, and every self-check of every backend in use passed."""

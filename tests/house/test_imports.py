@@ -20,7 +20,7 @@ ROOMS = (
 TORCH_FREE = (
     "__init__", "__main__", "errors", "hardware.", "spec.", "planner.", "text.", "attention.capability", "attention.choose",
     "attention.engines", "attention.render", "attention.docs", "kernels.configs", "weights.names", "weights.listing", "api",
-    "doctor.", "advice.", "engine.request", "engine.schedule", "engine.process", "engine.worker", "server.", "cli",
+    "doctor.", "advice.", "engine.request", "engine.schedule", "engine.process", "engine.rates", "engine.worker", "server.", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "triton", "transformers"}
 
