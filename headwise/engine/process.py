@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from headwise import errors
-from headwise.engine.rates import Rate
+from headwise.engine.rates import Rate, Times
 from headwise.engine.request import Event, Finish, Prefill, Request, Token
 from headwise.engine.worker import main
 from headwise.errors import HeadwiseError, ProbeError
@@ -39,6 +39,7 @@ class _Live:
     last: Prefill | None = None
     tokens: int = 0
     since: float = field(default_factory=time.monotonic)
+    token_at: float | None = None  # when its last token came
 
 
 @dataclass(slots=True)
@@ -53,6 +54,7 @@ class Totals:
     stalls: int = 0
     prefill: Rate = field(default_factory=Rate)  # tokens of prompts computed, as they are
     decode: Rate = field(default_factory=Rate)  # tokens of answers, as they come
+    times: Times = field(default_factory=Times)
 
 
 class EngineProcess:
@@ -114,6 +116,11 @@ class EngineProcess:
             return None
         count, layer, start, n = self._beat
         return {"layer": layer, "start": start, "tokens": n, "layers_begun": count}
+
+    def pulse(self) -> tuple[object, ...]:
+        """Changes with every step forward: of loading, of a layer, of a prompt, of an answer."""
+        t = self.totals
+        return (self.state, self.loading, tuple(self._beat or ()), t.restarts, t.prefill.total, t.decode.total, t.requests.total())
 
     async def run(self) -> None:
         """Keeps a worker running until cancelled, or until it cannot be started; then `error` says why."""
@@ -250,6 +257,9 @@ class EngineProcess:
             case Token():
                 live.tokens += 1
                 self.totals.decode.add(1, self._since_told())
+                if live.token_at is not None:
+                    self.totals.times.between_tokens.observe(self._told - live.token_at)
+                live.token_at = self._told
             case Finish():
                 del self._live[message.request]
                 self._count(message)
@@ -264,6 +274,7 @@ class EngineProcess:
         self.totals.prompt_tokens += finish.prompt_tokens
         self.totals.cached_tokens += finish.cached_tokens
         self.totals.tokens += finish.tokens
+        self.totals.times.finished(finish)
 
     def _fail_all(self, what: str, why: str, do: str, *, all_: bool) -> None:
         """Ends the requests that had begun, or all; those that wait are given to the next worker."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from headwise.engine.process import STALL_S, EngineProcess
 from headwise.errors import UsageError
 from headwise.server.answer import Served, served
+from headwise.server.notify import notify, report
 from headwise.spec.read import Source
 from headwise.text.tokenizer import read_tokenizer
 
@@ -84,9 +86,11 @@ def serve(
             if await engine.until_settled() == "ready":
                 on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
 
-        announcing = asyncio.create_task(announce())
+        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(engine, (host, port), os.environ))]
         await server.serve(sockets=[listening])
-        announcing.cancel()
+        for task in tasks:
+            task.cancel()
+        notify(os.environ, "STOPPING=1")
 
     asyncio.run(run())
     if engine.error is not None:
