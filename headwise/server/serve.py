@@ -77,7 +77,13 @@ def serve(
         hosts=loopback_hosts(options.host),
         on_failed=lambda: setattr(server, "should_exit", True),
     )
-    server = uvicorn.Server(
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            notify(os.environ, "STOPPING=1")  # after `serve` is too late: uvicorn raises the signal again
+            await super().shutdown(sockets)
+
+    server = Server(
         uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
     )
 
@@ -90,7 +96,6 @@ def serve(
         await server.serve(sockets=[listening])
         for task in tasks:
             task.cancel()
-        notify(os.environ, "STOPPING=1")
 
     asyncio.run(run())
     if engine.error is not None:
