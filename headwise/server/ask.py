@@ -6,6 +6,7 @@ A parser turns a body into an Ask or raises Refusal; a renderer turns Happenings
 from __future__ import annotations
 
 import json
+import math
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -193,7 +194,8 @@ def number(body: Mapping[str, Any], key: str, least: float, most: float, *, whol
     value = body.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not math.isfinite(value))
+    if wrong or (whole and value != int(value)):
         raise bad(f"{key} must be {'an integer' if whole else 'a number'}, not {json.dumps(value)[:60]}", key)
     if not least <= value <= most:
         raise bad(f"{key} is {value}; it must lie from {least:g} to {most:g}", key)

@@ -114,9 +114,12 @@ def _options(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def _bias(body: Mapping[str, Any]) -> dict[str, Any]:
     found = body.get("logit_bias") or {}
     try:
-        return {"logit_bias": {int(k): float(v) for k, v in mapping(found, "logit_bias").items()}} if found else {}
-    except (TypeError, ValueError) as fault:
+        biases = {int(k): float(v) for k, v in mapping(found, "logit_bias").items()} if found else {}
+    except (TypeError, ValueError, OverflowError) as fault:
         raise bad("logit_bias must map token ids to numbers", "logit_bias") from fault
+    if not all(-100.0 <= bias <= 100.0 for bias in biases.values()):  # also of what is no number: an infinite logit has no chance
+        raise bad("a bias of logit_bias must lie from -100 to 100", "logit_bias")
+    return {"logit_bias": biases} if biases else {}
 
 
 def _message(m: Mapping[str, Any]) -> dict[str, Any]:

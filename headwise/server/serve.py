@@ -61,6 +61,7 @@ def serve(
         import uvicorn
 
         from headwise.server.app import create_app, loopback_hosts
+        from headwise.server.slow import TimedProtocol
     except ImportError as error:
         raise UsageError(
             "the server cannot start", why=f"{error.name} is not installed", do="pip install 'headwise[serve]'"
@@ -84,7 +85,9 @@ def serve(
             await super().shutdown(sockets)
 
     server = Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+        uvicorn.Config(
+            app, http=TimedProtocol, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+        )
     )
 
     async def run() -> None:

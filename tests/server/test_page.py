@@ -12,14 +12,13 @@ import re
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server.test_app import call, events
+from server.test_app import call, events, until_ready
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 PATHS = [shutil.which(name) for name in ("chromium", "chromium-browser", "google-chrome")]
@@ -116,14 +115,6 @@ def until(page: Any, true: str) -> None:
             return
         page.wait_for_timeout(50)
     raise AssertionError(f"it never came true: {true}")
-
-
-def until_ready(live: Any) -> None:
-    for _ in range(600):
-        if call(live, "/health")[0] == 200:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the engine does not come back")
 
 
 def contrast(page: Any) -> list[str]:
