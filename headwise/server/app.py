@@ -108,6 +108,8 @@ def create_app(
         *(Route(f"/api/{verb}", rooms.not_here, methods=["POST", "DELETE"]) for verb in ("create", "copy", "delete", "push")),
     ]
     streams = {"/api/pull": ollama.MEDIA_TYPE} | {path: p.media_type for path, p in PROTOCOLS.items()}
+    for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+        routes.append(Route(path, rooms.no_embeddings, methods=["POST"]))
     described = openapi.describe(routes, (model.name, *model.aliases), streams)
     routes.append(Route("/openapi.json", lambda _: JSONResponse(described)))
     handlers = {Refusal: _refused, HTTPException: _http_error}
@@ -313,6 +315,10 @@ class _Rooms:
         if body.get("stream") is False:
             return JSONResponse({"status": "success"})
         return Response(line({"status": "success"}), media_type=ollama.MEDIA_TYPE)
+
+    async def no_embeddings(self, _: Request) -> Response:
+        """Refused: no model that runs here was trained to make embeddings."""
+        raise bad(f"{self.model.name} makes no embeddings: it was trained to continue text; use an embedding model's server for them")
 
     async def not_here(self, request: Request) -> Response:
         """Refused."""

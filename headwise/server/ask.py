@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -282,6 +283,27 @@ def arguments_of(value: Any) -> Any:
             return value
         return parsed if isinstance(parsed, dict) else value
     return value if isinstance(value, Mapping) else {}
+
+
+def custom_input(arguments: str) -> str:
+    """The one text of a call to a custom tool."""
+    said = arguments_of(arguments)
+    return str(said.get("input", "")) if isinstance(said, Mapping) else str(said)
+
+
+def custom_grammar(form: Any) -> str | None:
+    """The Lark grammar of a custom tool's `format`: as it is given, or of its regular expression; None where any text will do."""
+    if not isinstance(form, Mapping):
+        return None
+    inner = form.get("grammar")
+    form = inner if isinstance(inner, Mapping) else form
+    definition = form.get("definition")
+    if not isinstance(definition, str):
+        return None
+    if form.get("syntax") == "regex":
+        body = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", definition).replace("\n", "\\n")
+        return f"start: /{body}/"
+    return definition if form.get("syntax") == "lark" else None
 
 
 def thinking_of(effort: Any) -> bool | None:
