@@ -27,6 +27,7 @@ from headwise.engine.process import EngineProcess
 from headwise.server import anthropic, chat, metrics, ollama, openapi, page, responses
 from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
 from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
+from headwise.server.ready import Probe
 from headwise.server.state import health, state
 from headwise.server.stream import line
 
@@ -166,6 +167,7 @@ class _Rooms:
 
     def __init__(self, model: Served, engine: EngineProcess) -> None:
         self.model, self.engine = model, engine
+        self.probe = Probe(engine, model.context, model.source.spec.vocab_size)
 
     def answer(self, protocol: Protocol) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
@@ -226,10 +228,11 @@ class _Rooms:
         return JSONResponse({"models": [state(self.engine, self.model)]}, headers={"Cache-Control": "no-store"})
 
     async def ready(self, _: Request) -> Response:
-        """Loaded, and every self-check of every backend in use passed."""
-        checks = self.engine.facts.get("checks") or []
-        fine = self.engine.state == "ready" and all(c["ok"] for c in checks)
-        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": self.engine.facts.get("fused")}
+        """Loaded, every self-check of every backend in use passed, and a prompt of production length answered."""
+        checks, probe = self.engine.facts.get("checks") or [], self.probe.look()
+        fine = self.engine.state == "ready" and all(c["ok"] for c in checks) and probe["passed"]
+        fused = self.engine.facts.get("fused")
+        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": fused, "probe": probe}
         return JSONResponse(body, 200 if fine else 503)
 
     async def metrics(self, _: Request) -> Response:
@@ -318,7 +321,7 @@ class _Rooms:
 
     async def no_embeddings(self, _: Request) -> Response:
         """Refused: no model that runs here was trained to make embeddings."""
-        raise bad(f"{self.model.name} makes no embeddings: it was trained to continue text; use an embedding model's server for them")
+        raise bad(f"{self.model.name} makes no embeddings: it was trained to continue text; ask an embedding model's server")
 
     async def not_here(self, request: Request) -> Response:
         """Refused."""

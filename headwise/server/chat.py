@@ -293,7 +293,8 @@ class Chat:
 def _said_to(ask: Ask, name: str, arguments: str) -> tuple[str, str, str]:
     """The kind of the tool that is called, the key of what it is given, and that."""
     tool = ask.tool(name)
-    return ("custom", "input", custom_input(arguments)) if tool is not None and tool.custom else ("function", "arguments", arguments)
+    custom = tool is not None and tool.custom
+    return ("custom", "input", custom_input(arguments)) if custom else ("function", "arguments", arguments)
 
 
 def failure(failed: Failed) -> Refusal:

@@ -106,9 +106,11 @@ def test_a_page_on_the_web_cannot_use_a_local_model(live: Any, headers: dict[str
 
 def test_an_api_key_is_asked_for(live: Any) -> None:
     testclient = pytest.importorskip("starlette.testclient")
+    from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app
 
-    client = testclient.TestClient(create_app(live.model, live.engine, api_key="sesame"))  # not entered: no second engine
+    engine = EngineProcess(None, {})  # never started
+    client = testclient.TestClient(create_app(live.model, engine, api_key="sesame"))
 
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer nope"}).status_code == 401
@@ -129,9 +131,27 @@ def until_ready(live: Any) -> None:
 def test_health_and_ready_are_true(live: Any) -> None:
     until_ready(live)
     assert call(live, "/health") == (200, {"status": "ok", "model": "tiny-hybrid"})
-    assert call(live, "/ready")[1]["ready"] is True
     assert call(live, "/nothing")[0] == 404
     assert call(live, "/v1/chat/completions")[0] == 405
+
+
+def test_ready_waits_for_a_prompt_of_production_length(live: Any) -> None:
+    """A server whose first agent waits for minutes, or fails, was not ready."""
+    until_ready(live)
+    told = []
+    for _ in range(1200):
+        status, body = call(live, "/ready")
+        told.append((status, body["ready"], body["probe"]["done"]))
+        if status == 200:
+            break
+        time.sleep(0.05)
+
+    assert told[-1] == (200, True, 2048)  # half the context
+    assert (body["probe"]["passed"], body["checks"] > 0, body["fused"]) == (True, True, True)
+    assert [done for *_, done in told] == sorted(done for *_, done in told)
+    ended = live.engine.totals.requests.total()
+    assert call(live, "/ready")[0] == 200
+    assert live.engine.totals.requests.total() == ended  # once for an engine
 
 
 def test_the_layer_map_is_told(live: Any) -> None:

@@ -200,8 +200,8 @@ def test_openai_chat_calls_custom_tools(openai_client: Any) -> None:
                                 "tool_choice": {"type": "custom", "custom": {"name": "open"}}}  # fmt: skip
     message = openai_client.chat.completions.create(messages=asked, **settings).choices[0].message
     (call,) = message.tool_calls
-    chunks = [c.choices[0].delta.model_dump() for c in openai_client.chat.completions.create(messages=asked, stream=True, **settings)]
-    streamed = [t for d in chunks for t in d.get("tool_calls") or ()]
+    chunks = openai_client.chat.completions.create(messages=asked, stream=True, **settings)
+    streamed = [t for c in chunks for t in c.choices[0].delta.model_dump().get("tool_calls") or ()]
     asked += [message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "done"}]
     del settings["tool_choice"], settings["parallel_tool_calls"]
     after = openai_client.chat.completions.create(messages=asked, **settings | {"max_tokens": 3})

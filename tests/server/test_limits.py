@@ -177,9 +177,10 @@ def test_the_page_runs_its_own_script_only(live: Any) -> None:
 
 def test_only_four_paths_are_open_without_the_key(live: Any) -> None:
     testclient = pytest.importorskip("starlette.testclient")
+    from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app
 
-    client = testclient.TestClient(create_app(live.model, live.engine, api_key="sesame"))
+    client = testclient.TestClient(create_app(live.model, EngineProcess(None, {}), api_key="sesame"))
     described = call(live, "/openapi.json")[1]["paths"]
     answers = {
         (p, m): client.request(m, p.replace("{name}", "x"), json={}).status_code for p, item in described.items() for m in item
