@@ -68,6 +68,7 @@ def work_on(
     chunk: int,
     kv: Mapping[Kind, str | None],
     dtype: str | None,
+    pool: int | None = None,
     forced: Mapping[Kind, str] | None = None,
 ) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
     """What is asked of devices of these kinds together, and what each kind would run every layer on.
@@ -80,7 +81,7 @@ def work_on(
     dtype = activation_type(dtype, kinds)
     formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
     choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
-    work = Workload(context=context, slots=slots, chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds)
+    work = Workload(context=context, slots=slots, pool=pool, chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds)
     if choices:
         work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
     return work, choices
@@ -103,6 +104,7 @@ def plan(
     kv_global: str | None = None,
     kv_sliding: str | None = None,
     slots: int = 1,
+    pool: int | None = None,
     ubatch: int = DEFAULT_CHUNK,
     weights: str | None = None,
     gpus: Sequence[str] = (),
@@ -115,6 +117,7 @@ def plan(
     Args:
         source: as `read_model` takes.
         context: tokens of one sequence; default 32,768 or the model's maximum.
+        slots: sequences at once; pool: tokens that the global layers hold of all of them, default a context of each.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24", to be used together; default as few of the detected cards
@@ -135,6 +138,7 @@ def plan(
             {kind for i in some if (kind := kinds[i])},
             context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
             slots=slots,
+            pool=pool,
             chunk=ubatch,
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
@@ -178,6 +182,7 @@ def plan_json(p: Plan) -> dict[str, object]:
         "engine": "headwise",
         "context": w.context,
         "slots": w.slots,
+        "pool_tokens": w.pool_tokens,
         "ubatch": w.chunk,
         "dtype": w.dtype,
         "kv": {

@@ -19,11 +19,11 @@ from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
-from headwise import __version__
+from headwise import __version__, options
 from headwise.errors import HeadwiseError, UsageError
-
-KV_TYPES = "f32|f16|bf16|fp8|q8_0|q4_0"
+from headwise.options import KV_TYPES, add_options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,74 +50,50 @@ def _parser() -> argparse.ArgumentParser:
     _probe_parser(verbs.add_parser("probe", help="a running server at production-length prompts: speed, slope, slow or stuck"))
     _serve_parser(verbs.add_parser("serve", help="answer OpenAI, Anthropic and Ollama clients"))
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
+    _config_parser(verbs.add_parser("config", help="every option that can be set once, with its value and who set it"))
+    _completion_parser(verbs.add_parser("completion", help="the completion script of a shell"))
     return parser
 
 
-def _common(p: argparse.ArgumentParser, *, optional_model: bool) -> None:
+def _common(p: argparse.ArgumentParser, verb: str) -> None:
     p.add_argument(
         "model",
-        nargs="?" if optional_model else None,
+        nargs="?",
         help="a directory, a .gguf file, ollama:NAME, hf:ORG/NAME, or a catalogue name (plan, explain); "
-        "without it: the embedded tiny-hybrid"
-        if optional_model
-        else "a model",
+        "without it: the embedded tiny-hybrid",
     )
     p.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    p.add_argument("--kv", metavar=KV_TYPES, help="KV type of all layers")
-    p.add_argument("--kv-global", metavar="T", help="KV type of the global layers")
-    p.add_argument("--kv-sliding", metavar="T", help="KV type of the sliding layers")
     p.add_argument("--ignore-key", action="append", default=[], metavar="K", help="go on although nobody reads config key K")
-
-
-def _loading(p: argparse.ArgumentParser) -> None:
-    p.add_argument("--context", type=int, metavar="N", help="tokens of prompt and answer to plan memory for")
-    p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
-    p.add_argument("--device", metavar="cpu|cuda[:N]", help="default: CUDA where there is one, as few cards as hold the model")
-    p.add_argument("--gpu", metavar="N[:GiB],N", help="the cards that share the layers, e.g. 0,1, or with limits 0:12,1:24")
-    p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
-    p.add_argument("--backend", metavar="X|sliding=X,global=Y", help="force backends, where their rows take the layers")
-    p.add_argument("--allow-fallback", action="store_true", help="accept layers that do not run fused")
+    add_options(p, verb)
 
 
 def _run_parser(p: argparse.ArgumentParser) -> None:
-    _common(p, optional_model=True)
-    _loading(p)
+    _common(p, "run")
     p.add_argument("-p", "--prompt", metavar="TEXT", help="text to continue; without any: a module of the standard library")
     p.add_argument("--file", metavar="F", help="a file with the prompt; - is standard input")
     p.add_argument("stdin", nargs="?", choices=["-"], metavar="-", help="read the prompt from standard input")
     p.add_argument("--chat-template", metavar="F", help="a jinja file to use in place of the model's own; implies --chat")
     p.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the model's own chat template")
-    p.add_argument("--max-tokens", type=int, default=128, metavar="N")
-    p.add_argument("--temperature", type=float, metavar="T", help="0, the default, is greedy; without any prompt 0.8")
-    p.add_argument("--top-p", type=float, metavar="P", help="default 1.0; without any prompt 0.95")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="0 is off")
-    p.add_argument("--seed", type=int, metavar="S")
     p.add_argument("--no-check", action="store_true", help="skip the start-up self-check")
 
 
 def _plan_parser(p: argparse.ArgumentParser) -> None:
-    _common(p, optional_model=True)
-    p.add_argument("--context", type=int, metavar="N", help="tokens of one sequence")
-    p.add_argument("--slots", type=int, default=1, metavar="N", help="sequences at once")
-    p.add_argument("--ubatch", type=int, default=512, metavar="N", help="most tokens of one prefill step")
+    _common(p, "plan")
     p.add_argument("--weights", metavar="bf16|q8_0|q4_k_m|...", help="count this weight type")
     p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB],NAME", help="the cards that share the layers")
     p.add_argument("--device", choices=("cpu",), help="plan for this machine's CPU")
-    p.add_argument("--dtype", metavar="f32|bf16|f16", help="type of the activations")
     p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
     p.add_argument("--swa-full", action="store_true", help="llama.cpp's --swa-full")
 
 
 def _explain_parser(p: argparse.ArgumentParser) -> None:
-    _common(p, optional_model=True)
+    _common(p, "explain")
     p.add_argument("--gpu", metavar="NAME", help="a card of the table, or cpu; default: what is here")
-    p.add_argument("--backend", metavar="X|sliding=X,global=Y", help="as run would with these backends forced")
     p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
 
 
 def _verify_parser(p: argparse.ArgumentParser) -> None:
-    _common(p, optional_model=True)
-    _loading(p)
+    _common(p, "verify")
     p.add_argument("--against", metavar="URL", help="compare greedy tokens and log-probabilities with a running server")
 
 
@@ -174,16 +150,7 @@ def _probe_parser(p: argparse.ArgumentParser) -> None:
 
 
 def _serve_parser(p: argparse.ArgumentParser) -> None:
-    _common(p, optional_model=True)
-    _loading(p)
-    p.add_argument("--slots", type=int, default=1, metavar="N", help="sequences whose caches are held at once")
-    p.add_argument("--host", default="127.0.0.1", metavar="ADDRESS", help="default: this machine only")
-    p.add_argument("--port", type=int, default=7433, metavar="N", help="default 7433; 0 takes a free one")
-    p.add_argument("--api-key", metavar="KEY", help="what clients must send; default: HEADWISE_API_KEY, else none")
-    p.add_argument("--alias", action="append", default=[], metavar="NAME", help="a further name of the model; repeat for several")
-    p.add_argument("--max-tokens", type=int, metavar="N", help="of answers whose request sets none; default: all the context")
-    p.add_argument("--max-body", type=int, default=32, metavar="MIB", help="largest request")
-    p.add_argument("--stall-seconds", type=float, default=120.0, metavar="S", help="restart an engine that makes no progress")
+    _common(p, "serve")
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
@@ -197,6 +164,15 @@ def _bench_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
 
+def _config_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("of", nargs="?", choices=options.VERBS, metavar="VERB", help="|".join(options.VERBS) + "; default: all")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _completion_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("shell", choices=("bash", "zsh", "fish"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses, runs, and turns our errors into messages; anything else is a bug and shows its traceback."""
     argv = sys.argv[1:] if argv is None else argv
@@ -205,6 +181,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     try:
         args = _parser().parse_args(argv)
+        if args.verb == "run" and args.model == "-":  # alone it is no model but standard input
+            args.model, args.stdin = None, "-"
+        if args.verb in options.VERBS:
+            options.fill(args, args.verb, os.environ, Path.cwd())
         status = _VERBS[args.verb](args)
         sys.stdout.flush()
         return status
@@ -283,9 +263,7 @@ def _open(args: argparse.Namespace, *, weights: bool = False) -> Any:
 
 
 def _prompt(args: argparse.Namespace) -> str:
-    """The prompt of `run`; `-` alone is no model but standard input."""
-    if args.model == "-":
-        args.model, args.stdin = None, "-"
+    """The prompt of `run`."""
     if args.stdin == "-":
         args.file = "-" if args.file is None else args.file
     if args.prompt is not None and args.file is not None:
@@ -404,6 +382,7 @@ def _plan(args: argparse.Namespace) -> int:
         kv_global=args.kv_global,
         kv_sliding=args.kv_sliding,
         slots=args.slots,
+        pool=args.pool,
         ubatch=args.ubatch,
         weights=args.weights,
         gpus=args.gpu,
@@ -561,6 +540,9 @@ def _serve(args: argparse.Namespace) -> int:
     settings = {
         "context": args.context,
         "slots": args.slots,
+        "pool": args.pool,
+        "deterministic": args.deterministic,
+        "speculate": args.speculate,
         "kv": _kv(args),
         "device": _device(args),
         "dtype": args.dtype,
@@ -572,7 +554,7 @@ def _serve(args: argparse.Namespace) -> int:
     options = Options(
         host=args.host,
         port=args.port,
-        api_key=args.api_key or os.environ.get("HEADWISE_API_KEY") or None,
+        api_key=args.api_key or None,
         aliases=tuple(args.alias),
         max_tokens=args.max_tokens,
         body_bytes=args.max_body * 1024 * 1024,
@@ -695,6 +677,37 @@ def _advised(args: argparse.Namespace, advice: Any) -> int:
     return 0
 
 
+def _config(args: argparse.Namespace) -> int:
+    verbs = [args.of] if args.of else options.VERBS
+    found = [s for verb in verbs for s in options.settings(verb, os.environ, Path.cwd())]
+    if args.json:
+        print(json.dumps(options.settings_json(found)))
+        return 0
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("option", "value", "said by", "for"):
+        table.add_column(head, overflow="fold")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for s in found:
+        value = "(hidden)" if s.option.secret and s.value else "" if s.value is None else json.dumps(s.value)
+        rows.setdefault((s.option.name, value, s.source), []).append(s.verb)
+    order = [o.name for o in options.OPTIONS]
+    for (name, value, source), whose in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
+        table.add_row(name, Text(value), Text(source), ", ".join(whose), style=None if source != "default" else "dim")
+    _stdout().print(table)
+    return 0
+
+
+def _completion(args: argparse.Namespace) -> int:
+    try:
+        import shtab
+    except ImportError as error:
+        raise UsageError("no completion can be written", why="shtab is not installed", do="pip install shtab") from error
+    print(shtab.complete(_parser(), args.shell))
+    return 0
+
+
 _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "run": _run,
     "plan": _plan,
@@ -708,4 +721,6 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "ollama-env": _ollama_env,
     "llama-flags": _llama_flags,
     "vllm-args": _vllm_args,
+    "config": _config,
+    "completion": _completion,
 }

@@ -136,7 +136,8 @@ class LLM:
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
-        slots: sequences whose caches are held at once; `generate`, `stream` and `logits` use the first.
+        slots: sequences at once; `generate`, `stream` and `logits` use the first.
+        pool: tokens that the global layers hold of all sequences together; default `context` of each.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -155,6 +156,7 @@ class LLM:
         chunk: int = DEFAULT_CHUNK,
         backend: str | Mapping[str, str] | None = None,
         slots: int = 1,
+        pool: int | None = None,
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -180,6 +182,7 @@ class LLM:
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             "slots": slots,
+            "pool": pool,
             "chunk": chunk,
             "kv": names,
             "dtype": dtype,

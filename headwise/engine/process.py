@@ -19,6 +19,7 @@ from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from headwise import errors
+from headwise.engine.rates import Rate, Times
 from headwise.engine.request import Event, Finish, Prefill, Request, Token
 from headwise.engine.worker import main
 from headwise.errors import HeadwiseError, ProbeError
@@ -37,6 +38,8 @@ class _Live:
     admitted: bool = False
     last: Prefill | None = None
     tokens: int = 0
+    since: float = field(default_factory=time.monotonic)
+    token_at: float | None = None  # when its last token came
 
 
 @dataclass(slots=True)
@@ -49,6 +52,9 @@ class Totals:
     tokens: int = 0
     restarts: int = 0
     stalls: int = 0
+    prefill: Rate = field(default_factory=Rate)  # tokens of prompts computed, as they are
+    decode: Rate = field(default_factory=Rate)  # tokens of answers, as they come
+    times: Times = field(default_factory=Times)
 
 
 class EngineProcess:
@@ -72,6 +78,7 @@ class EngineProcess:
         self._connection: Connection | None = None
         self._beat: Any = None
         self._stalled_at = ""
+        self._told = time.monotonic()  # when the engine last told of a step
         self._changed = asyncio.Event()
 
     @property
@@ -85,6 +92,35 @@ class EngineProcess:
     def held_tokens(self) -> int:
         """Tokens in the slots of running requests."""
         return sum((live.last.done if live.last else 0) + live.tokens for live in self._live.values())
+
+    def requests(self) -> list[dict[str, Any]]:
+        """The requests without their last event, oldest first: stage, tokens so far, and seconds since they came."""
+        now = time.monotonic()
+        return [
+            {
+                "id": id_,
+                "stage": "decode" if live.tokens else "prefill" if live.admitted else "queue",
+                "prompt_tokens": len(live.request.prompt),
+                "prompt_done": live.last.done if live.last else 0,
+                "cached_tokens": live.last.cached if live.last else 0,
+                "tokens": live.tokens,
+                "max_tokens": live.request.sampling.max_tokens,
+                "age_s": round(now - live.since, 1),
+            }
+            for id_, live in self._live.items()
+        ]
+
+    def at(self) -> dict[str, int] | None:
+        """The layer that was begun last, of how many so far, and its step's positions; None while nothing runs."""
+        if self._beat is None or not self.running:
+            return None
+        count, layer, start, n = self._beat
+        return {"layer": layer, "start": start, "tokens": n, "layers_begun": count}
+
+    def pulse(self) -> tuple[object, ...]:
+        """Changes with every step forward: of loading, of a layer, of a prompt, of an answer."""
+        t = self.totals
+        return (self.state, self.loading, tuple(self._beat or ()), t.restarts, t.prefill.total, t.decode.total, t.requests.total())
 
     async def run(self) -> None:
         """Keeps a worker running until cancelled, or until it cannot be started; then `error` says why."""
@@ -215,19 +251,30 @@ class EngineProcess:
             return
         match message:
             case Prefill():
+                computed = message.done - (live.last.done if live.last else message.done)
                 live.admitted, live.last = True, message
+                self.totals.prefill.add(computed, self._since_told())
             case Token():
                 live.tokens += 1
+                self.totals.decode.add(1, self._since_told())
+                if live.token_at is not None:
+                    self.totals.times.between_tokens.observe(self._told - live.token_at)
+                live.token_at = self._told
             case Finish():
                 del self._live[message.request]
                 self._count(message)
         live.events.put_nowait(message)
+
+    def _since_told(self) -> float:
+        before, self._told = self._told, time.monotonic()
+        return self._told - before
 
     def _count(self, finish: Finish) -> None:
         self.totals.requests[finish.reason] += 1
         self.totals.prompt_tokens += finish.prompt_tokens
         self.totals.cached_tokens += finish.cached_tokens
         self.totals.tokens += finish.tokens
+        self.totals.times.finished(finish)
 
     def _fail_all(self, what: str, why: str, do: str, *, all_: bool) -> None:
         """Ends the requests that had begun, or all; those that wait are given to the next worker."""

@@ -34,7 +34,7 @@ class Sampler:
         if greedy and best is not None and logits is logits_V:
             token = best
         else:
-            token = int(logits.argmax()) if greedy else self._drawn(logits.float().cpu() / s.temperature)
+            token = int(logits.argmax()) if greedy else self._drawn(logits.float().cpu())
         if s.presence_penalty or s.frequency_penalty:
             self._counts[token] = self._counts.get(token, 0) + 1
         return token
@@ -54,7 +54,9 @@ class Sampler:
         return logits if allowed_V is None else logits.masked_fill_(~allowed_V, float("-inf"))
 
     def _drawn(self, logits: Tensor) -> int:
+        """A token by chance. The largest logit is subtracted first: divided by a temperature near 0 it would be infinite."""
         s = self.sampling
+        logits = (logits - logits.max()) / max(s.temperature, 1e-30)  # below about 1e-38 it is 0 in fp32
         if s.top_k and s.top_k < logits.numel():
             kept, index = logits.topk(s.top_k)
         else:

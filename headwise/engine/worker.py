@@ -63,6 +63,9 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
     from headwise.api import explain_json, plan_json
     from headwise.engine.measure import allocated_bytes
 
+    def cache_bytes(kind: str) -> int:
+        return allocated_bytes([c for i, c in llm.runner.caches.items() if llm.spec.layers[i].kind == kind])
+
     return {
         **explain_json(llm.spec, llm.choices),
         "device": llm.where,
@@ -70,6 +73,9 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
         "checks": [asdict(c) for c in llm.checks],
         "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.kv_sliding_bytes // llm.plan.workload.slots},
         "measured": {
+            "weights_bytes": allocated_bytes([s.weights for s in llm.runner.stages]),
+            "kv_global_bytes": cache_bytes("global"),
+            "kv_sliding_bytes": cache_bytes("sliding"),
             "kv_bytes": allocated_bytes(llm.runner.caches),
             "total_bytes": llm.runner.allocated_bytes,
             "devices": [{"device": str(s.device), "allocated_bytes": s.allocated_bytes} for s in llm.runner.stages],

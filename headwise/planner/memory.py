@@ -175,6 +175,10 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
             raise UsageError(
                 f"--{name} {value} makes no sense", why=f"it must lie from 1 to {most}", do=f"--{name} {min(4096, most)}"
             )
+    if w.pool is not None and w.pool < w.context:
+        raise UsageError(
+            f"--pool {w.pool} makes no sense", why=f"one sequence may have {w.context} tokens", do=f"--pool {w.context} at least"
+        )
     if limit and w.context > spec.max_context:
         raise PlanError(
             f"{w.context} tokens are more than {spec.name} can attend to",

@@ -24,12 +24,15 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headwise.engine.process import EngineProcess
-from headwise.server import anthropic, chat, metrics, ollama, responses
+from headwise.server import anthropic, chat, metrics, ollama, openapi, page, responses
 from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
 from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
+from headwise.server.ready import Probe
+from headwise.server.state import health, state
 from headwise.server.stream import line
 
 BODY_BYTES = 32 * 1024 * 1024
+BODY_S = 30.0  # without a byte of a body that is not complete
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _OPEN = ("/health", "/ready", "/metrics", "/")  # without an API key
 
@@ -87,23 +90,29 @@ def create_app(
     for path in ("/chat/completions", "/completions", "/responses", "/messages"):  # a base URL without /v1
         routes.append(Route(path, rooms.answer(PROTOCOLS[f"/v1{path}"]), methods=["POST"]))
     routes += [
-        Route("/", lambda _: PlainTextResponse("headwise is running"), methods=["GET", "HEAD"]),
+        Route("/", _root, methods=["GET", "HEAD"]),
         Route("/health", rooms.health),
         Route("/ready", rooms.ready),
         Route("/metrics", rooms.metrics),
         Route("/v1/models", rooms.models),
         Route("/v1/models/{name:path}", rooms.one_model),
         Route("/v1/attention", rooms.attention),
+        Route("/v1/state", rooms.state),
         Route("/v1/messages/count_tokens", rooms.count_tokens, methods=["POST"]),
         Route("/tokenize", rooms.tokenize, methods=["POST"]),
         Route("/detokenize", rooms.detokenize, methods=["POST"]),
-        Route("/api/version", lambda _: JSONResponse(ollama.version()), methods=["GET", "HEAD"]),
-        Route("/api/tags", lambda _: JSONResponse(ollama.tags(model)), methods=["GET", "HEAD"]),
+        Route("/api/version", lambda _: JSONResponse(ollama.version()), methods=["GET", "HEAD"], name="Ollama's version"),
+        Route("/api/tags", lambda _: JSONResponse(ollama.tags(model)), methods=["GET", "HEAD"], name="Ollama's list of models"),
         Route("/api/ps", rooms.ps),
         Route("/api/show", rooms.show, methods=["POST"]),
         Route("/api/pull", rooms.pull, methods=["POST"]),
         *(Route(f"/api/{verb}", rooms.not_here, methods=["POST", "DELETE"]) for verb in ("create", "copy", "delete", "push")),
     ]
+    streams = {"/api/pull": ollama.MEDIA_TYPE} | {path: p.media_type for path, p in PROTOCOLS.items()}
+    for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+        routes.append(Route(path, rooms.no_embeddings, methods=["POST"]))
+    described = openapi.describe(routes, (model.name, *model.aliases), streams)
+    routes.append(Route("/openapi.json", lambda _: JSONResponse(described)))
     handlers = {Refusal: _refused, HTTPException: _http_error}
     return _Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), api_key, body_bytes, hosts)  # type: ignore[arg-type]
 
@@ -115,6 +124,13 @@ def loopback_hosts(host: str) -> frozenset[str] | None:
     except ValueError:
         local = host == "localhost"
     return frozenset(_LOCAL | {host}) if local else None
+
+
+def _root(request: Request) -> Response:
+    """The page for browsers; a word for clients that only look whether somebody is here."""
+    if "text/html" in request.headers.get("accept", ""):
+        return Response(page.html(), media_type=page.MEDIA_TYPE, headers=page.headers())
+    return PlainTextResponse("headwise is running", headers={"Vary": "Accept"})
 
 
 def _error_of(path: str) -> Callable[[Refusal], dict[str, Any]]:
@@ -151,9 +167,11 @@ class _Rooms:
 
     def __init__(self, model: Served, engine: EngineProcess) -> None:
         self.model, self.engine = model, engine
+        self.probe = Probe(engine, model.context, model.source.spec.vocab_size)
 
     def answer(self, protocol: Protocol) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
+            """An answer, whole or as it comes."""
             body = await _body(request)
             if protocol.media_type == ollama.MEDIA_TYPE and ollama.is_load(body):
                 self.model.require(str(body.get("model") or ""))
@@ -202,26 +220,23 @@ class _Rooms:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def health(self, _: Request) -> Response:
-        state = self.engine.state
-        body: dict[str, Any] = {
-            "status": "ok" if state == "ready" else "loading" if state == "loading" else "error",
-            "model": self.model.name,
-        }
-        if self.engine.error is not None:
-            body["error"] = {"what": self.engine.error.what, "why": self.engine.error.why, "do": self.engine.error.do}
-        if state == "loading" and self.engine.loading is not None:
-            what, done, of = self.engine.loading
-            body["loading"] = {"what": what, "done": done, "of": of}
-        return JSONResponse(body, 200 if state == "ready" else 503)
+        """200 when the model is loaded and its engine runs."""
+        return JSONResponse(health(self.engine, self.model), 200 if self.engine.state == "ready" else 503)
+
+    async def state(self, _: Request) -> Response:
+        """Requests with their progress, and tokens of each of the last seconds."""
+        return JSONResponse({"models": [state(self.engine, self.model)]}, headers={"Cache-Control": "no-store"})
 
     async def ready(self, _: Request) -> Response:
-        """Loaded, and every self-check of every backend in use passed."""
-        checks = self.engine.facts.get("checks") or []
-        fine = self.engine.state == "ready" and all(c["ok"] for c in checks)
-        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": self.engine.facts.get("fused")}
+        """Loaded, every self-check of every backend in use passed, and a prompt of production length answered."""
+        checks, probe = self.engine.facts.get("checks") or [], self.probe.look()
+        fine = self.engine.state == "ready" and all(c["ok"] for c in checks) and probe["passed"]
+        fused = self.engine.facts.get("fused")
+        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": fused, "probe": probe}
         return JSONResponse(body, 200 if fine else 503)
 
     async def metrics(self, _: Request) -> Response:
+        """Prometheus's text format."""
         slots = self.engine.settings.get("slots", 1)
         said = metrics.metrics(self.engine, self.model.name, self.model.context, slots)
         return Response(said, media_type=metrics.MEDIA_TYPE)
@@ -237,9 +252,11 @@ class _Rooms:
         }
 
     async def models(self, _: Request) -> Response:
+        """The names that requests may give."""
         return JSONResponse({"object": "list", "data": [self._model(n) for n in (self.model.name, *self.model.aliases)]})
 
     async def one_model(self, request: Request) -> Response:
+        """One of them."""
         name = request.path_params["name"]
         self.model.require(name)
         return JSONResponse(self._model(name))
@@ -251,6 +268,7 @@ class _Rooms:
         return JSONResponse(self.engine.facts)
 
     async def count_tokens(self, request: Request) -> Response:
+        """How many tokens a request's prompt has."""
         ask = anthropic.parse({"max_tokens": 1, **await _body(request)})
         self.model.require(ask.model)
         return JSONResponse({"input_tokens": len(await asyncio.to_thread(prompt_ids, ask, self.model))})
@@ -270,6 +288,7 @@ class _Rooms:
         return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.model.context})
 
     async def detokenize(self, request: Request) -> Response:
+        """The text of token ids."""
         ids = (await _body(request)).get("tokens")
         size = self.model.tokenizer.vocab_size
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < size for i in ids):
@@ -278,15 +297,18 @@ class _Rooms:
         return JSONResponse({"content": said, "prompt": said})
 
     async def ps(self, _: Request) -> Response:
+        """What is loaded, as Ollama tells it."""
         plan = self.engine.facts.get("plan") if self.engine.state == "ready" else None
         return JSONResponse(ollama.ps(self.model, plan["total_bytes"] if plan else None))
 
     async def show(self, request: Request) -> Response:
+        """One model, as Ollama tells it."""
         body = await _body(request)
         self.model.require(str(body.get("model") or body.get("name") or ""))
         return JSONResponse(ollama.show(self.model))
 
     async def pull(self, request: Request) -> Response:
+        """Success for the served model, which is here."""
         body = await _body(request)
         name = str(body.get("model") or body.get("name") or "")
         try:
@@ -297,7 +319,12 @@ class _Rooms:
             return JSONResponse({"status": "success"})
         return Response(line({"status": "success"}), media_type=ollama.MEDIA_TYPE)
 
+    async def no_embeddings(self, _: Request) -> Response:
+        """Refused: no model that runs here was trained to make embeddings."""
+        raise bad(f"{self.model.name} makes no embeddings: it was trained to continue text; ask an embedding model's server")
+
     async def not_here(self, request: Request) -> Response:
+        """Refused."""
         raise bad(f"{request.url.path} is not supported: headwise serves one model as it is on disk")
 
 
@@ -329,11 +356,15 @@ class _Guard:
         except Refusal as refusal:
             await _refused(request, refusal)(scope, receive, send)
             return
-        read, begun = 0, False
+        read, begun, whole = 0, False, False
 
         async def limited() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, whole
+            try:
+                message = await asyncio.wait_for(receive(), None if whole else BODY_S)
+            except TimeoutError:
+                raise Refusal(408, "request_timeout", f"no byte of the body came for {BODY_S:g} seconds") from None
+            whole = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.body_bytes:
                 raise Refusal(413, "request_too_large", f"the body is larger than {self.body_bytes} bytes")

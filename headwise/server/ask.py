@@ -6,6 +6,8 @@ A parser turns a body into an Ask or raises Refusal; a renderer turns Happenings
 from __future__ import annotations
 
 import json
+import math
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -193,7 +195,8 @@ def number(body: Mapping[str, Any], key: str, least: float, most: float, *, whol
     value = body.get(key)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or (whole and value != int(value)):
+    wrong = isinstance(value, bool) or not isinstance(value, int | float) or (isinstance(value, float) and not math.isfinite(value))
+    if wrong or (whole and value != int(value)):
         raise bad(f"{key} must be {'an integer' if whole else 'a number'}, not {json.dumps(value)[:60]}", key)
     if not least <= value <= most:
         raise bad(f"{key} is {value}; it must lie from {least:g} to {most:g}", key)
@@ -280,6 +283,27 @@ def arguments_of(value: Any) -> Any:
             return value
         return parsed if isinstance(parsed, dict) else value
     return value if isinstance(value, Mapping) else {}
+
+
+def custom_input(arguments: str) -> str:
+    """The one text of a call to a custom tool."""
+    said = arguments_of(arguments)
+    return str(said.get("input", "")) if isinstance(said, Mapping) else str(said)
+
+
+def custom_grammar(form: Any) -> str | None:
+    """The Lark grammar of a custom tool's `format`: as it is given, or of its regular expression; None where any text will do."""
+    if not isinstance(form, Mapping):
+        return None
+    inner = form.get("grammar")
+    form = inner if isinstance(inner, Mapping) else form
+    definition = form.get("definition")
+    if not isinstance(definition, str):
+        return None
+    if form.get("syntax") == "regex":
+        body = re.sub(r"(?<!\\)((?:\\\\)*)/", r"\1\/", definition).replace("\n", "\\n")
+        return f"start: /{body}/"
+    return definition if form.get("syntax") == "lark" else None
 
 
 def thinking_of(effort: Any) -> bool | None:

@@ -27,6 +27,8 @@ from headwise.server.ask import (
     bad,
     common_sampling,
     content_text,
+    custom_grammar,
+    custom_input,
     items,
     mapping,
     merged,
@@ -114,9 +116,12 @@ def _options(body: Mapping[str, Any]) -> Mapping[str, Any]:
 def _bias(body: Mapping[str, Any]) -> dict[str, Any]:
     found = body.get("logit_bias") or {}
     try:
-        return {"logit_bias": {int(k): float(v) for k, v in mapping(found, "logit_bias").items()}} if found else {}
-    except (TypeError, ValueError) as fault:
+        biases = {int(k): float(v) for k, v in mapping(found, "logit_bias").items()} if found else {}
+    except (TypeError, ValueError, OverflowError) as fault:
         raise bad("logit_bias must map token ids to numbers", "logit_bias") from fault
+    if not all(-100.0 <= bias <= 100.0 for bias in biases.values()):  # also of what is no number: an infinite logit has no chance
+        raise bad("a bias of logit_bias must lie from -100 to 100", "logit_bias")
+    return {"logit_bias": biases} if biases else {}
 
 
 def _message(m: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,8 +143,9 @@ def _message(m: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _earlier_call(call: Mapping[str, Any]) -> dict[str, Any]:
-    inner = mapping(call.get("function") or call.get("custom") or {}, "tool_calls")
-    arguments = arguments_of(inner.get("arguments", inner.get("input", {})))
+    custom = call.get("custom")
+    inner = mapping(call.get("function") or custom or {}, "tool_calls")
+    arguments = {"input": str(inner.get("input", ""))} if custom else arguments_of(inner.get("arguments"))
     return {
         "id": str(call.get("id", "")),
         "type": "function",
@@ -148,10 +154,11 @@ def _earlier_call(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tool_of(tool: Mapping[str, Any]) -> Tool | None:
-    """A function; other kinds run on OpenAI's servers and are left out."""
-    if tool.get("type", "function") != "function":
+    """A function or a custom tool; other kinds run on OpenAI's servers and are left out."""
+    kind = tool.get("type", "function")
+    if kind not in ("function", "custom"):
         return None
-    f = mapping(tool.get("function", tool), "tools")
+    f = mapping(tool.get(kind, tool), "tools")
     name = f.get("name")
     if not isinstance(name, str) or not name:
         raise bad("a tool has no name", "tools")
@@ -161,13 +168,15 @@ def tool_of(tool: Mapping[str, Any]) -> Tool | None:
         wire=name,
         description=str(f.get("description") or ""),
         parameters=parameters if isinstance(parameters, Mapping) else {},
+        custom=kind == "custom",
+        lark=custom_grammar(f.get("format")) if kind == "custom" else None,
     )
 
 
 def choice_of(value: Any, tools: Iterable[Tool]) -> str:
     """auto, none, required, or the flat name of the tool that is named."""
     if isinstance(value, Mapping):
-        inner = value.get("function") if isinstance(value.get("function"), Mapping) else value
+        inner = next((value[k] for k in ("function", "custom") if isinstance(value.get(k), Mapping)), value)
         name = inner.get("name") if isinstance(inner, Mapping) else None
         found = next((t.name for t in tools if name in (t.name, t.wire)), None)
         if value.get("type") in ("function", "custom", "tool") and found is None:
@@ -250,8 +259,9 @@ class Chat:
                 return [self._chunk(choice, {"reasoning": said, "reasoning_content": said})]
             case ToolCall(choice, id_, name, arguments):
                 index = self.calls[choice] = self.calls.get(choice, -1) + 1
-                head = {"index": index, "id": id_, "type": "function", "function": {"name": name, "arguments": ""}}
-                rest = {"index": index, "function": {"arguments": arguments}}
+                kind, key, said = _said_to(self.ask, name, arguments)
+                head = {"index": index, "id": id_, "type": kind, kind: {"name": name, key: ""}}
+                rest = {"index": index, kind: {key: said}}
                 return [self._chunk(choice, {"tool_calls": [part]}) for part in (head, rest)]
             case Done(choice, reason, usage):
                 self.usages.append(usage)
@@ -280,6 +290,13 @@ class Chat:
         return sse(self._frame() | {"choices": [shown]} | more)
 
 
+def _said_to(ask: Ask, name: str, arguments: str) -> tuple[str, str, str]:
+    """The kind of the tool that is called, the key of what it is given, and that."""
+    tool = ask.tool(name)
+    custom = tool is not None and tool.custom
+    return ("custom", "input", custom_input(arguments)) if custom else ("function", "arguments", arguments)
+
+
 def failure(failed: Failed) -> Refusal:
     return Refusal(503 if failed.retry else 400, "server_error" if failed.retry else "invalid_request_error", failed.message)
 
@@ -292,11 +309,8 @@ def whole(ask: Ask, opening: Opening, happened: Iterable[Happening]) -> dict[str
     dones = [h for h in all_ if isinstance(h, Done)]
     for i in range(ask.n):
         mine = [h for h in all_ if not isinstance(h, Failed) and h.choice == i]
-        calls = [
-            {"id": h.id, "type": "function", "function": {"name": h.name, "arguments": h.arguments}}
-            for h in mine
-            if isinstance(h, ToolCall)
-        ]
+        said_to = ((h, *_said_to(ask, h.name, h.arguments)) for h in mine if isinstance(h, ToolCall))
+        calls = [{"id": h.id, "type": kind, kind: {"name": h.name, key: given}} for h, kind, key, given in said_to]
         said = "".join(h.text for h in mine if isinstance(h, Text))
         thought = "".join(h.text for h in mine if isinstance(h, Thought))
         message: dict[str, Any] = {"role": "assistant", "content": said if said or not calls else None, "refusal": None}

@@ -27,6 +27,8 @@ from headwise.server.ask import (
     bad,
     common_sampling,
     content_text,
+    custom_grammar,
+    custom_input,
     items,
     mapping,
     merged,
@@ -88,8 +90,6 @@ def _tools(found: Iterable[Any], namespace: str | None = None) -> Iterator[Tool]
             yield from _tools(items(tool, "tools"), name)
         if kind not in ("function", "custom") or not isinstance(name, str) or not name:
             continue
-        form = tool.get("format")
-        lark = form.get("definition") if isinstance(form, Mapping) and form.get("syntax") == "lark" else None
         parameters = tool.get("parameters")
         yield Tool(
             name=f"{namespace}.{name}" if namespace else name,
@@ -98,7 +98,7 @@ def _tools(found: Iterable[Any], namespace: str | None = None) -> Iterator[Tool]
             description=str(tool.get("description") or ""),
             parameters=parameters if isinstance(parameters, Mapping) else {},
             custom=kind == "custom",
-            lark=lark if kind == "custom" and isinstance(lark, str) else None,
+            lark=custom_grammar(tool.get("format")) if kind == "custom" else None,
         )
 
 
@@ -295,8 +295,7 @@ class Responses:
     def _call(self, call: ToolCall) -> list[bytes]:
         tool = self.ask.tool(call.name)
         if tool is not None and tool.custom:
-            said = arguments_of(call.arguments)
-            said = str(said.get("input", "")) if isinstance(said, Mapping) else str(said)
+            said = custom_input(call.arguments)
             self.item = {"id": new_id("ctc_"), "type": "custom_tool_call", "call_id": call.id, "name": tool.wire, "input": said}
             key, events = "input", "response.custom_tool_call_input"
         else:

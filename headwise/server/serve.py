@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 from headwise.engine.process import STALL_S, EngineProcess
 from headwise.errors import UsageError
 from headwise.server.answer import Served, served
+from headwise.server.notify import notify, report
 from headwise.spec.read import Source
 from headwise.text.tokenizer import read_tokenizer
 
@@ -59,6 +61,7 @@ def serve(
         import uvicorn
 
         from headwise.server.app import create_app, loopback_hosts
+        from headwise.server.slow import TimedProtocol
     except ImportError as error:
         raise UsageError(
             "the server cannot start", why=f"{error.name} is not installed", do="pip install 'headwise[serve]'"
@@ -75,8 +78,16 @@ def serve(
         hosts=loopback_hosts(options.host),
         on_failed=lambda: setattr(server, "should_exit", True),
     )
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            notify(os.environ, "STOPPING=1")  # after `serve` is too late: uvicorn raises the signal again
+            await super().shutdown(sockets)
+
+    server = Server(
+        uvicorn.Config(
+            app, http=TimedProtocol, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=5
+        )
     )
 
     async def run() -> None:
@@ -84,9 +95,10 @@ def serve(
             if await engine.until_settled() == "ready":
                 on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
 
-        announcing = asyncio.create_task(announce())
+        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(engine, (host, port), os.environ))]
         await server.serve(sockets=[listening])
-        announcing.cancel()
+        for task in tasks:
+            task.cancel()
 
     asyncio.run(run())
     if engine.error is not None:

@@ -15,12 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "headwise").rglob("*.py"))
 ROOMS = (
-    "errors hardware spec planner text kernels cache attention weights api doctor advice model engine bench integrations server cli"
+    "errors hardware spec planner text kernels cache attention weights api doctor advice model engine bench integrations server "
+    "options cli"
 ).split()
 TORCH_FREE = (
     "__init__", "__main__", "errors", "hardware.", "spec.", "planner.", "text.", "attention.capability", "attention.choose",
     "attention.engines", "attention.render", "attention.docs", "kernels.configs", "weights.names", "weights.listing", "api",
-    "doctor.", "advice.", "engine.request", "engine.schedule", "engine.process", "engine.worker", "server.", "cli",
+    "doctor.", "advice.", "engine.request", "engine.schedule", "engine.process", "engine.rates", "engine.worker", "server.",
+    "options", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "triton", "transformers"}
 
@@ -108,7 +110,8 @@ def test_importing_a_torch_free_module_imports_no_torch() -> None:
         f"headwise.{name_of(p)}" for p in FILES if name_of(p).startswith(TORCH_FREE) and p.stem not in ("__init__", "__main__")
     ]
     if importlib.util.find_spec("starlette") is None:  # the extra `serve`
-        names.remove("headwise.server.app")
+        for name in ("app", "openapi", "slow"):
+            names.remove(f"headwise.server.{name}")
     code = f"import importlib, sys\nfor n in {names}: importlib.import_module(n)\nprint({HEAVY} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 

@@ -30,6 +30,7 @@ def live() -> Iterator[Live]:
     from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app, loopback_hosts
     from headwise.server.serve import Options, _socket, model_of
+    from headwise.server.slow import TimedProtocol
     from headwise.spec.read import open_model
 
     settings = {"context": 4096, "slots": 2, "device": "cpu"}
@@ -37,7 +38,7 @@ def live() -> Iterator[Live]:
     engine = EngineProcess(None, settings)
     listening = _socket("127.0.0.1", 0)
     app = create_app(model, engine, body_bytes=300_000, hosts=loopback_hosts("127.0.0.1"))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, log_level="error"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listening]),), daemon=True)
     thread.start()

@@ -56,6 +56,10 @@ HOSTILE = [
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": "hot"}',
     b'{"messages": [{"role": "user", "content": "x"}], "temperature": 1e999}',
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": -5}',
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "seed": 1e999, "options": {"seed": 1e999}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "top_k": NaN, "options": {"top_k": -Infinity}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "temperature": 1e-308, "options": {"temperature": 1e-308}}',
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "logit_bias": {"7": 1e999, "8": "nan", "9": 1e308}}',
     b'{"messages": [{"role": "user", "content": "x"}], "n": 1000000, "options": {"num_predict": "x"}}',
     b'{"messages": [{"role": "user", "content": "x"}], "stop": [1, 2], "logit_bias": {"a": "b"}}',
     b'{"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}, "format": {"type": 5}}',
@@ -68,6 +72,7 @@ HOSTILE = [
 @pytest.mark.parametrize("path", POSTS)
 def test_no_body_is_too_strange(live: Any, path: str) -> None:
     """A 500 is a bug, and a hung request a worse one."""
+    before = live.engine.totals.restarts
     for body in HOSTILE:
         if body[:2] == b'{"':
             body = b'{"stream": false, "max_tokens": 2, "max_output_tokens": 2, "options": {"num_predict": 2}, ' + body[1:]
@@ -75,6 +80,7 @@ def test_no_body_is_too_strange(live: Any, path: str) -> None:
         assert status in (200, 400, 404), (body[:80], status, answer)
         if status != 200:
             assert "error" in answer, (body[:80], answer)
+    assert live.engine.totals.restarts == before  # a body that kills the engine ends other people's answers too
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(live: Any) -> None:
@@ -100,9 +106,11 @@ def test_a_page_on_the_web_cannot_use_a_local_model(live: Any, headers: dict[str
 
 def test_an_api_key_is_asked_for(live: Any) -> None:
     testclient = pytest.importorskip("starlette.testclient")
+    from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app
 
-    client = testclient.TestClient(create_app(live.model, live.engine, api_key="sesame"))  # not entered: no second engine
+    engine = EngineProcess(None, {})  # never started
+    client = testclient.TestClient(create_app(live.model, engine, api_key="sesame"))
 
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer nope"}).status_code == 401
@@ -112,15 +120,38 @@ def test_an_api_key_is_asked_for(live: Any) -> None:
     assert client.post("/v1/messages", json=MESSAGES).json()["error"]["type"] == "authentication_error"
 
 
-def test_health_and_ready_are_true(live: Any) -> None:
+def until_ready(live: Any) -> None:
     for _ in range(600):
         if call(live, "/health")[0] == 200:
-            break
+            return
         time.sleep(0.1)
+    raise AssertionError("the engine does not come back")
+
+
+def test_health_and_ready_are_true(live: Any) -> None:
+    until_ready(live)
     assert call(live, "/health") == (200, {"status": "ok", "model": "tiny-hybrid"})
-    assert call(live, "/ready")[1]["ready"] is True
     assert call(live, "/nothing")[0] == 404
     assert call(live, "/v1/chat/completions")[0] == 405
+
+
+def test_ready_waits_for_a_prompt_of_production_length(live: Any) -> None:
+    """A server whose first agent waits for minutes, or fails, was not ready."""
+    until_ready(live)
+    told = []
+    for _ in range(1200):
+        status, body = call(live, "/ready")
+        told.append((status, body["ready"], body["probe"]["done"]))
+        if status == 200:
+            break
+        time.sleep(0.05)
+
+    assert told[-1] == (200, True, 2048)  # half the context
+    assert (body["probe"]["passed"], body["checks"] > 0, body["fused"]) == (True, True, True)
+    assert [done for *_, done in told] == sorted(done for *_, done in told)
+    ended = live.engine.totals.requests.total()
+    assert call(live, "/ready")[0] == 200
+    assert live.engine.totals.requests.total() == ended  # once for an engine
 
 
 def test_the_layer_map_is_told(live: Any) -> None:
@@ -167,7 +198,7 @@ def test_an_empty_input_warms_up(live: Any) -> None:
         ("/v1/responses", RESPONSES, lambda e: e["type"] == "response.created"),
         ("/v1/chat/completions", CHAT, lambda e: e["choices"][0]["delta"]["role"] == "assistant"),
         ("/v1/messages", MESSAGES, lambda e: e["type"] == "message_start"),
-        ("/api/chat", CHAT, lambda e: e["done"] is False),
+        ("/api/chat", {**CHAT, "options": {"num_predict": 4}}, lambda e: e["done"] is False),
         ("/v1/completions", {"prompt": "x = ", "max_tokens": 3}, lambda e: e["choices"][0]["text"] == ""),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import pytest
@@ -188,6 +189,35 @@ def test_openai_responses_calls_tools_of_every_kind(openai_client: Any) -> None:
     assert "path" in json.loads(call.arguments)
     assert (patch.type, patch.name) == ("custom_tool_call", "patch")
     assert patch.input.startswith("*** Begin\n")
+
+
+def test_openai_chat_calls_custom_tools(openai_client: Any) -> None:
+    """A tool that takes a text comes back as `custom`, held to its regular expression, and into the history again."""
+    grammar = {"type": "grammar", "grammar": {"syntax": "regex", "definition": r"[a-z]{1,5}/\d\d\.py"}}
+    tool = {"type": "custom", "custom": {"name": "open", "description": "d", "format": grammar}}
+    asked: list[Any] = [{"role": "user", "content": "go"}]
+    settings: dict[str, Any] = {"model": "tiny-hybrid", "tools": [tool], "max_tokens": 80, "parallel_tool_calls": False,
+                                "tool_choice": {"type": "custom", "custom": {"name": "open"}}}  # fmt: skip
+    message = openai_client.chat.completions.create(messages=asked, **settings).choices[0].message
+    (call,) = message.tool_calls
+    chunks = openai_client.chat.completions.create(messages=asked, stream=True, **settings)
+    streamed = [t for c in chunks for t in c.choices[0].delta.model_dump().get("tool_calls") or ()]
+    asked += [message.model_dump(exclude_none=True), {"role": "tool", "tool_call_id": call.id, "content": "done"}]
+    del settings["tool_choice"], settings["parallel_tool_calls"]
+    after = openai_client.chat.completions.create(messages=asked, **settings | {"max_tokens": 3})
+
+    assert (call.type, call.custom.name) == ("custom", "open")
+    assert re.fullmatch(r"[a-z]{1,5}/\d\d\.py", call.custom.input)
+    assert [t["type"] for t in streamed[:1]] == ["custom"]
+    assert re.fullmatch(r"[a-z]{1,5}/\d\d\.py", streamed[1]["custom"]["input"])
+    assert after.usage.prompt_tokens > 10
+
+
+def test_embeddings_are_refused_with_the_reason(openai_client: Any, live: Any) -> None:
+    """A 404 reads as a wrong address."""
+    openai = pytest.importorskip("openai")
+    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
+        openai_client.embeddings.create(model="tiny-hybrid", input="x")
 
 
 def test_openai_errors_are_openais(openai_client: Any) -> None:
