@@ -133,8 +133,9 @@ BACKENDS: Sequence[Capability] = (
         min_capability=(9, 0),
         max_capability=(9, 0),
         triton=(3, 6),
-        source="headwise/kernels/attend_hopper.py, decode_hopper.py: TMA and wgmma; with fp8, q8_0 and q4_0 prefill is "
-        "attend.py's; Gluon's API changes between versions of triton",
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
+        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes; Gluon's API changes between "
+        "versions of triton",
     ),
     Capability(
         name="headwise-triton",

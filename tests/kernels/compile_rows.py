@@ -51,6 +51,8 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
     """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss."""
     import headwise.kernels.attend_hopper as prefill
     import headwise.kernels.decode_hopper as decode
+    import headwise.kernels.decode_packed as packed
+    from headwise.attention.own_kernels import packed_takes
 
     out = []
 
@@ -64,7 +66,7 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         out.append({"kernel": label, "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes,
                     "wgmma": "wgmma.mma_async" in r.ptx})  # fmt: skip
 
-    decode.merge = lambda *args, **options: None
+    decode.merge = packed.merge = lambda *args, **options: None
     seqs, flat = Sequences(ints(0, 128), ints(512), 128, 512), Slots(ints(0))
 
     def tensors(H: int, E: int, D: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +82,19 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         compiled(prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: prefill.attend_two(q, k, k, o, seqs, s, scale=1.0,
         window=w),
                  f"two tensors, {D}, window {window}")  # fmt: skip
-    lone, scratch = Sequences(ints(0, 1), ints(512), 1, 512), torch.empty(10**6)
-    for D, one, window in ((512, True, None), (256, False, 1024), (128, False, None), (64, False, 128)):
+    scratch = torch.empty(10**6)
+    for D, one, window, T in ((512, True, None, 1), (512, True, None, 2), (512, False, None, 1), (256, False, 1024, 1), (128, False, None, 1),
+                              (64, False, 128, 1)):  # fmt: skip
         for kv in ("bf16", "fp8", "q8_0", "q4_0"):
             E = D + 128 * one
-            q1, o1 = tensors(32, E, D, 1)
+            q1, o1 = tensors(32, E, D, T)
             k, v, slots = cache(E, kv), None if one else cache(D, kv), Slots(ints(0), 1600 if window else 0)
-            compiled(decode, "_decode", lambda q=q1, o=o1, k=k, v=v, s=slots, w=window: decode.attend_decode(
-                q, k, v, o, lone, s, scale=1.0, window=w, n_splits=4, scratch=scratch), f"decode, {D}, {kv}")  # fmt: skip
+            if kv == "bf16" and not one and D == 512 or kv != "bf16" and not packed_takes(D, 8 * T, k):
+                continue  # the portable kernel's
+            module, run = (decode, decode.attend_decode) if kv == "bf16" else (packed, packed.attend_packed)
+            few = Sequences(ints(0, T), ints(512), T, 512)
+            compiled(module, "_decode", lambda r=run, q=q1, o=o1, k=k, v=v, f=few, s=slots, w=window: r(
+                q, k, v, o, f, s, scale=1.0, window=w, n_splits=4, scratch=scratch), f"decode, {D}, {kv}, {8 * T} rows")  # fmt: skip
     return out
 
 
