@@ -102,7 +102,8 @@ def launch(
 
 def packed_takes(D: int, rows: int, k: Stored) -> bool:
     """Whether `decode_packed` has a kernel: a warp's share of a row is whole words, and its sums fit the registers."""
-    return D >= (256 if k.data_SGW.dtype == torch.uint8 else 128) and rows * D <= 16 * 512
+    least = 256 if k.data_SGW.dtype == torch.uint8 else 128
+    return least <= D and rows * D <= 16 * 512
 
 
 def stored(values: Values) -> Stored:

@@ -277,7 +277,9 @@ def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> 
 @remember
 def _arch(device: torch.device) -> Arch:
     """Which rows of the table a device reads; the interpreter's CPU any."""
-    return arch_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
+    if device.type != "cuda":
+        return "ampere"
+    return arch_of(torch.cuda.get_device_capability(device), rocm=torch.version.hip is not None)
 
 
 def merge(

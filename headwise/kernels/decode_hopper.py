@@ -331,8 +331,8 @@ def attend_decode(
     part, stat, mode = shares("attend_decode", q_NHE, scratch, count, B * G * n_splits * rows, n_splits, D)
     _decode[(n_splits, G, B)](
         kd, td, vd, q_NHE, out_NHD, q_NHE if sinks_H is None else sinks_H, part, stat, seqs.lengths_B if count is None else count,
-        seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, scale * LOG2E, n_splits,
-        G, q_NHE.stride(0),
+        seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, scale * LOG2E,
+        n_splits, G, q_NHE.stride(0),
         H=H, GROUP=group, ROWS=rows, D=D, R=R, NS=NS, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
         SINKS=sinks_H is not None, MERGE=mode, MERGED=seqs.max_queries * group, SP=triton.next_power_of_2(n_splits),
         dtype=dtype, num_warps=4, launch_pdl=overlap,

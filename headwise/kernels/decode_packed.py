@@ -465,8 +465,8 @@ def _consume(
     total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, ol))
     values = gl.arange(0, M, gl.SliceLayout(1, ol))
     for t in gl.static_range(D // M):
-        partials(_in_order(accs[t], ROWS, FORMAT), t * M + values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g, G,
-                 n_splits, H, GROUP, ROWS, D, SINKS, MERGE)  # fmt: skip
+        partials(_in_order(accs[t], ROWS, FORMAT), t * M + values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g,
+                 G, n_splits, H, GROUP, ROWS, D, SINKS, MERGE)  # fmt: skip
     finish(out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D, SINKS, MERGE, MERGED,
            SP)  # fmt: skip
 
