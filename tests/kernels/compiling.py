@@ -59,7 +59,8 @@ class Compiled:
 def report(compiled: Any, capability: int | str) -> Report:
     if isinstance(capability, str):
         text = compiled.asm["amdgcn"]
-        registers, private = (int(re.findall(rf"\.{name}: +(\d+)", text)[0]) for name in ("vgpr_count", "private_segment_fixed_size"))
+        names = ("vgpr_count", "private_segment_fixed_size")
+        registers, private = (int(re.findall(rf"\.{name}: +(\d+)", text)[0]) for name in names)
         return Report(registers, private, compiled.metadata.shared, text)
     arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
