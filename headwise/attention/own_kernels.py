@@ -59,11 +59,15 @@ def launch(
         done: int32 zeros, one a sequence and KV head: a decode launch merges its partial results itself.
         overlap: nothing has written keys of earlier steps in the two launches before (`decode_hopper`).
     Raises:
-        ValueError: a softcap with the Hopper kernels, whose row claims none.
+        ValueError: a softcap with the Hopper kernels, whose row claims none; what `kernels.attend.check` refuses.
     """
     hopper = backend == "headwise-hopper"
     if hopper and softcap is not None:
         raise ValueError(f"{backend} has no softcap")
+    if hopper and slots.page not in (0, 64):
+        raise ValueError(f"{backend}: pages of {slots.page} slots, its tiles are of 64")
+    if hopper:  # the portable kernel asks itself
+        portable.check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H)
     D, G, B = out_NHD.shape[-1], k.data_SGW.shape[1], seqs.lengths_B.shape[0]
     native = k.data_SGW.dtype == q_NHE.dtype
     rows = seqs.max_queries * q_NHE.shape[1] // G
