@@ -55,6 +55,21 @@ def attention() -> str:
     return table("| | shape | tokens | KV | who | us | rate | of the card |", rows, above)
 
 
+def mixed() -> str:
+    found = newest("mixed_backends_h200")
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}: tiny-hybrid, bf16, {found['rows'][0]['positions']:,} positions of "
+        f"text it was not trained on; {found['rounds']} rounds."
+    )
+    rows = []
+    for row in found["rows"]:
+        speeds = (f"{row[key]['median']:,.0f}" for key in ("prefill_tok_s", "decode_tok_s"))
+        flipped = (str(row[f"flipped_from_{other}"]) for other in ("f32", "default"))
+        rows.append((row["sliding"], row["global"], *speeds, *flipped))
+    head = "| sliding | global | prefill tok/s | decode tok/s | greedy tokens unlike f32's | unlike the first row's |"
+    return table(head, rows, above)
+
+
 def cpu() -> str:
     found = newest("cpu_decode")
     above = (
@@ -194,6 +209,7 @@ TABLES = {
     "cpu": ("docs/measurements.md", cpu),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
+    "mixed": ("docs/kernels.md", mixed),
     "converter": ("docs/llamacpp.md", converter),
 }
 

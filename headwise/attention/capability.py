@@ -7,7 +7,9 @@ A row claims no more than its adapter's tests run. `fused` means no score matrix
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
 from typing import Literal
 
 from headwise.hardware.gpus import Gpu
@@ -15,7 +17,22 @@ from headwise.spec.kv import KVFormat, k_values
 from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
+PACKAGES = ("flash-attn", "flash-attn-4", "flashinfer-python")  # distributions that rows ask for
 ALL_KV = ("f32", "f16", "bf16", "fp8", "q8_0", "q4_0")
+
+
+@cache
+def installed() -> frozenset[str]:
+    """Those of PACKAGES that this Python has."""
+
+    def here(package: str) -> bool:
+        try:
+            metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return False
+        return True
+
+    return frozenset(p for p in PACKAGES if here(p))
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +43,7 @@ class DeviceKind:
     capability: tuple[int, int] | None = None  # CUDA compute capability
     label: str = "the CPU"
     triton: tuple[int, int] | None = (3, 6)  # the version installed there; PyTorch 2.11's where nothing is known
+    packages: frozenset[str] = field(default_factory=installed)  # here
 
     @classmethod
     def of(cls, gpu: Gpu) -> DeviceKind:
@@ -49,6 +67,7 @@ class Need:
     api: Api
     capability: tuple[int, int] | None  # CUDA compute capability
     triton: tuple[int, int] | None = None
+    packages: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,16 +89,21 @@ class Capability:
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
     softcap: bool = False
+    sinks: bool = True
     min_capability: tuple[int, int] | None = None
     max_capability: tuple[int, int] | None = None
     floats_as_activations: bool = False  # a cache of floats must have the activations' type
     triton: tuple[int, int] | None = None  # the one version it is written for
+    package: str | None = None  # the distribution that must be installed
+    by_name: str | None = None  # runs only when --backend names it, and why
     source: str
 
     def refusal(self, need: Need) -> str | None:
         """Why this backend cannot serve `need`, or None when it can."""
         if need.api not in self.apis:
             return f"runs on {' and '.join(self.apis)}, not on {need.api}"
+        if self.package and self.package not in need.packages:
+            return f"{self.package} is not installed"
         if self.min_capability and (need.capability is None or need.capability < self.min_capability):
             has = ".".join(map(str, need.capability)) if need.capability else "unknown"
             return f"compute capability {has}, needs at least {'.'.join(map(str, self.min_capability))}"
@@ -100,6 +124,8 @@ class Capability:
             return f"window {need.window}: it takes no window"
         if need.softcap is not None and not self.softcap:
             return f"softcap {need.softcap:g}: it has none"
+        if need.sinks and not self.sinks:
+            return "learned sinks: it takes none"
         if need.kv not in self.kv:
             return f"KV type {need.kv} not in {', '.join(self.kv)}"
         if need.dtype not in self.dtypes:
@@ -133,8 +159,9 @@ BACKENDS: Sequence[Capability] = (
         min_capability=(9, 0),
         max_capability=(9, 0),
         triton=(3, 6),
-        source="headwise/kernels/attend_hopper.py, decode_hopper.py: TMA and wgmma; with fp8, q8_0 and q4_0 prefill is "
-        "attend.py's; Gluon's API changes between versions of triton",
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
+        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes; Gluon's API changes between "
+        "versions of triton",
     ),
     Capability(
         name="headwise-triton",
@@ -180,6 +207,96 @@ BACKENDS: Sequence[Capability] = (
         source="PyTorch 2.11 aten/native/cpu/FlashAttentionKernel.cpp: any head size, additive mask, grouped heads",
     ),
     Capability(
+        name="headwise-triton-rocm",
+        module="headwise.attention.own_kernels",
+        verdict="fused",
+        apis=("rocm",),
+        head_dims=(64, 128),
+        reads="slots",
+        one_tensor=(),
+        kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
+        dtypes=("f16", "bf16"),
+        softcap=True,
+        by_name="compiled for gfx1100, never run on a card",
+        source="headwise/kernels/attend.py; tests/kernels/test_compile.py: 64 KB of LDS, no spills; larger heads spill",
+    ),
+    Capability(
+        name="torch-cudnn",
+        module="headwise.attention.torch_fused",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=range(8, 257, 8),
+        dtypes=("f16", "bf16"),
+        windowed=False,
+        min_capability=(9, 0),
+        max_capability=(9, 0),
+        by_name="663 TFLOP/s where headwise-hopper has 704 (causal 256, one H200)",
+        source="PyTorch 2.11 _scaled_dot_product_cudnn_attention, called at 8, 128, 136 and 256 on an H200",
+    ),
+    Capability(
+        name="flash-attn",
+        module="headwise.attention.optional",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=range(8, 257, 8),
+        one_tensor=(),
+        kv=("f16", "bf16"),
+        dtypes=("f16", "bf16"),
+        softcap=True,
+        min_capability=(8, 0),
+        floats_as_activations=True,
+        package="flash-attn",
+        by_name="not measured here; flash-attn-2 is PyTorch's copy of it, without windows",
+        source="flash-attention 2.8 README: head dimensions up to 256, Ampere or newer, sliding window, softcapping",
+    ),
+    Capability(
+        name="flash-attn-4",
+        module="headwise.attention.optional",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=range(8, 257, 8),
+        one_tensor=(),
+        kv=("f16", "bf16"),
+        dtypes=("f16", "bf16"),
+        softcap=True,
+        min_capability=(9, 0),
+        max_capability=(9, 0),
+        floats_as_activations=True,
+        package="flash-attn-4",
+        by_name="a beta, and slow to decode (0.9 TB/s on an H200)",
+        source="flash-attn-4 4.0.0b36 flash_attn/cute/interface.py _validate_head_dims: 8 to 256 in steps of 16 bytes on SM90",
+    ),
+    Capability(
+        name="flashinfer",
+        module="headwise.attention.optional",
+        verdict="fused",
+        apis=("cuda",),
+        head_dims=(64, 128, 256),
+        one_tensor=(),
+        kv=("f16", "bf16"),
+        dtypes=("f16", "bf16"),
+        softcap=True,
+        min_capability=(8, 0),
+        floats_as_activations=True,
+        package="flashinfer-python",
+        by_name="633 TFLOP/s where headwise-hopper has 704 (causal 256, one H200)",
+        source="FlashInfer 0.7.2 single_prefill_with_kv_cache; 64, 128 and 256 are the sizes its wheel has kernels of",
+    ),
+    Capability(
+        name="flex-attention",
+        module="headwise.attention.optional",
+        verdict="fused",
+        apis=("cuda", "cpu"),
+        head_dims=(16, 32, 64, 128, 256),
+        one_tensor=(),
+        kv=("f32", "f16", "bf16"),
+        sinks=False,
+        floats_as_activations=True,
+        by_name="compiles at the first call, and has half of headwise-hopper's rate (window 1024, one H200)",
+        source="torch.nn.attention.flex_attention under torch.compile: no log-sum-exp on a CPU (torch 2.13), so no sinks; out of "
+        "shared memory at 512 on an H200",
+    ),
+    Capability(
         name="reference",
         module="headwise.attention.reference",
         verdict="materialised",
@@ -205,4 +322,5 @@ def need_for(layer: LayerSpec, *, kv: KVFormat, dtype: str, device: DeviceKind) 
         api=device.api,
         capability=device.capability,
         triton=device.triton,
+        packages=device.packages,
     )

@@ -50,7 +50,9 @@ def activation_type(asked: str | None, devices: Collection[DeviceKind]) -> str:
 
 
 def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str | None = None) -> Choice:
-    """The first backend that refuses nothing, or the one named. The last row, the reference, takes everything: it is never fused.
+    """The first backend that refuses nothing, or the one named; some rows run only when named.
+
+    The last row, the reference, takes everything: it is never fused.
 
     Raises:
         BackendError: the forced backend refuses `need`; the words are its row's.
@@ -58,14 +60,17 @@ def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str
     reasons = {backend.name: backend.refusal(need) for backend in backends}
     taking = [backend for backend in backends if reasons[backend.name] is None]
     if forced is not None and reasons[forced] is not None:
-        fused = [backend.name for backend in taking if backend.verdict == "fused"]
+        fused = [backend.name for backend in taking if backend.verdict == "fused" and not backend.by_name]
         do = f"--backend {fused[0]}" if fused else "no fused backend does: --backend reference --allow-fallback"
         raise BackendError(f"{forced} does not take this layer", why=f"{forced}: {reasons[forced]}", do=do)
-    chosen = next((backend for backend in taking if forced in (None, backend.name)), None)
+    chosen = next((b for b in taking if (b.name == forced if forced else not b.by_name)), None)
     if chosen is None:
         raise ValueError(f"no backend takes {need}, not even the reference")
-    for passed in taking[: taking.index(chosen)]:
-        reasons[passed.name] = f"not chosen: {forced} is forced"
+    for i, other in enumerate(taking):
+        if other.by_name and other is not chosen:
+            reasons[other.name] = f"only when named: {other.by_name}"
+        elif i < taking.index(chosen):
+            reasons[other.name] = f"not chosen: {forced} is forced"
     return Choice(chosen, tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None))
 
 

@@ -29,6 +29,12 @@ def markdown() -> str:
             needs.append(f"triton {'.'.join(map(str, b.triton))}")
         if b.floats_as_activations:
             needs.append("floats in the cache of the activations' type")
+        if b.one_tensor is not None and not b.one_tensor:
+            needs.append("a tensor each for K and V")
+        if b.package:
+            needs.append(f"{b.package} installed")
+        if b.by_name:
+            needs.append(f"only when named: {b.by_name}")
         cells = [
             b.name,
             b.verdict,

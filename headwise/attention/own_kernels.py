@@ -62,21 +62,27 @@ def launch(
         done: int32 zeros, one a sequence and KV head: a decode launch merges its partial results itself.
         overlap: nothing has written keys of earlier steps in the two launches before (`decode_hopper`).
     Raises:
-        ValueError: a softcap with the Hopper kernels, whose row claims none.
+        ValueError: a softcap with the Hopper kernels, whose row claims none; what `kernels.attend.check` refuses.
     """
     hopper = backend == "headwise-hopper"
     if hopper and softcap is not None:
         raise ValueError(f"{backend} has no softcap")
+    if hopper and slots.page not in (0, 64):
+        raise ValueError(f"{backend}: pages of {slots.page} slots, its tiles are of 64")
+    if hopper:  # the portable kernel asks itself
+        portable.check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H)
     D, G, B = out_NHD.shape[-1], k.data_SGW.shape[1], seqs.lengths_B.shape[0]
     native = k.data_SGW.dtype == q_NHE.dtype
     rows = seqs.max_queries * q_NHE.shape[1] // G
     keys = seqs.max_length if window is None else min(seqs.max_length, window + seqs.max_queries - 1)
     few = rows <= FEW_ROWS
-    pair = v is not None and D == 512  # decoded by the portable kernel: two tiles of both do not fit shared memory
-    merged = hopper and rows <= MERGED_ROWS and done is not None  # by the launch itself
-    share = 2.0 if pair or not hopper else 0.75 if merged else 1.0
-    global_only = D == 512 and (window is not None or sinks_H is not None)  # the prefill kernels of 512 have neither
-    by_portable = not hopper or not (native or few) or (pair and few) or (global_only and not few)
+    pair = v is not None and D == 512
+    if few:  # of floats, two tiles of both do not fit shared memory
+        by_portable = not hopper or (pair if native else not packed_takes(D, rows, k))
+    else:  # the prefill kernels of 512 have no window and no sinks
+        by_portable = not hopper or not native or (D == 512 and (window is not None or sinks_H is not None))
+    merged = not by_portable and rows <= MERGED_ROWS and done is not None  # by the launch itself
+    share = 2.0 if by_portable or not native else 0.75 if merged else 1.0
     tile = portable.tile_rows(q_NHE, k, v, D, rows) if by_portable else max(16, 1 << (rows - 1).bit_length())
     n_splits = splits(keys, tile, G * B, D, q_NHE.device, partial, share) if few else 1
     if by_portable:
@@ -85,10 +91,11 @@ def launch(
             n_splits=n_splits, scratch=partial,
         )  # fmt: skip
         return
-    from headwise.kernels import attend_hopper, decode_hopper  # Gluon's modules exist in triton 3.6 only
+    from headwise.kernels import attend_hopper, decode_hopper, decode_packed  # Gluon's modules exist in triton 3.6 only
 
     if few:
-        decode_hopper.attend_decode(
+        decode = decode_hopper.attend_decode if native else decode_packed.attend_packed
+        decode(
             q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H, n_splits=n_splits, scratch=partial,
             count=done if merged else None, overlap=overlap,
         )  # fmt: skip
@@ -98,6 +105,12 @@ def launch(
         attend_hopper.attend_pair512(q_NHE, k, v, out_NHD, seqs, slots, scale=scale)
     else:
         attend_hopper.attend_two(q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H)
+
+
+def packed_takes(D: int, rows: int, k: Stored) -> bool:
+    """Whether `decode_packed` has a kernel: a warp's share of a row is whole words, and its sums fit the registers."""
+    least = 256 if k.data_SGW.dtype == torch.uint8 else 128
+    return least <= D and rows * D <= 16 * 512
 
 
 def stored(values: Values) -> Stored:

@@ -97,10 +97,21 @@ def _flash_cuda(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None
     return out[0], lse[0]
 
 
+def _cudnn(q_HTE: Tensor, k_GSE: Tensor, v_GSE: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Partial:
+    """cuDNN's operator: grouped heads, no mask (its capability row says so)."""
+    if mask is not None:
+        raise ValueError("torch-cudnn takes no mask")
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q_HTE[None], k_GSE[None], v_GSE[None], None, True, 0.0, causal, False, scale=scale
+    )
+    return out[0], lse[0].reshape(q_HTE.shape[:2])
+
+
 OPERATORS: dict[str, Operator] = {
     "torch-flash-cpu": _flash_cpu,
     "torch-efficient": _efficient,
     "flash-attn-2": _flash_cuda,
+    "torch-cudnn": _cudnn,
 }
 
 

@@ -88,7 +88,12 @@ def _require_cuda() -> None:
 def device_kind(device: torch.device) -> DeviceKind:
     if device.type == "cpu":
         return CPU
-    return DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device), _triton_version())
+    return DeviceKind(
+        "cuda" if torch.version.hip is None else "rocm",  # PyTorch calls both cuda
+        torch.cuda.get_device_capability(device),
+        torch.cuda.get_device_name(device),
+        _triton_version(),
+    )
 
 
 def _triton_version() -> tuple[int, int] | None:

@@ -14,6 +14,7 @@ Source    FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023); packed 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache as remember
 
 import torch
@@ -233,7 +234,7 @@ def attend(
     """
     _, H, E = q_NHE.shape
     D, G = out_NHD.shape[-1], k.data_SGW.shape[1]
-    _check(q_NHE, k, v, out_NHD, slots, window, D)
+    check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H)
     group = H // G
     config = config or _config(q_NHE, k, v, D, seqs.max_queries * group)
     pack = group if n_splits > 1 else config.pack(group)
@@ -277,7 +278,9 @@ def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> 
 @remember
 def _arch(device: torch.device) -> Arch:
     """Which rows of the table a device reads; the interpreter's CPU any."""
-    return arch_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
+    if device.type != "cuda":
+        return "ampere"
+    return arch_of(torch.cuda.get_device_capability(device), rocm=torch.version.hip is not None)
 
 
 def merge(
@@ -294,30 +297,74 @@ def merge(
     )  # fmt: skip
 
 
-def _check(q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, slots: Slots, window: int | None, D: int) -> None:
-    """Misuse is refused before launch."""
-    N, H, E = q_NHE.shape
-    _, G, _ = k.data_SGW.shape
-    R = E - D
-    problems = {
-        f"head_dim {D} not in {HEAD_DIMS}": D not in HEAD_DIMS,
-        f"{R} rotated values beside the value: 0 or a power of two of at least 16": R < 0 or (R > 0 and (R < 16 or R & (R - 1))),
-        f"{H} query heads over {G} KV heads": H % G,
-        f"a window of {window} keys (>= 1)": window is not None and window < 1,
-        f"keys of {k.n_values} values for queries of {E}": k.n_values != E,
-        f"queries of {E} values with values of {D}: two tensors have one size": v is not None and R,
-        f"values of {v and v.n_values}, results of {D}": v is not None and v.n_values != D,
-        f"keys in {k.data_SGW.dtype}, values in {v and v.data_SGW.dtype}": v is not None and v.data_SGW.dtype != k.data_SGW.dtype,
-        f"results {tuple(out_NHD.shape)} for queries {tuple(q_NHE.shape)}": out_NHD.shape != (N, H, D),
-        f"query strides {q_NHE.stride()} (a token's heads together), result strides {out_NHD.stride()} (contiguous)": not (
-            q_NHE.stride()[1:] == (E, 1) and out_NHD.is_contiguous()
-        ),
-        f"cache strides {k.data_SGW.stride()} (contiguous)": not (
-            k.data_SGW.is_contiguous() and (v is None or v.data_SGW.is_contiguous())
-        ),
-        f"slot table of {slots.table.dtype} (int32)": slots.table.dtype != torch.int32,
-        f"a ring of {slots.ring} and pages of {slots.page}: one of them": bool(slots.ring and slots.page),
-    }
-    found = [what for what, wrong in problems.items() if wrong]
+def check(
+    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, window: int | None,
+    sinks_H: Tensor | None,
+) -> None:  # fmt: skip
+    """Refuses misuse before a launch. What a table on the device holds is not read, that would wait for it: only its size is.
+
+    Raises:
+        ValueError: everything that is wrong, with both numbers.
+    """
+    found = [*_problems(q_NHE, k, v, out_NHD, window, sinks_H), *_slot_problems(k, seqs, slots)]
     if found:
         raise ValueError("attend: " + "; ".join(found))
+
+
+def _problems(
+    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, window: int | None, sinks_H: Tensor | None
+) -> Iterator[str]:
+    N, H, E = q_NHE.shape
+    S, G, _ = k.data_SGW.shape
+    D = out_NHD.shape[-1]
+    R = E - D
+    if q_NHE.dtype not in TOLERANCE:
+        yield f"queries in {q_NHE.dtype}, not one of {', '.join(map(str, TOLERANCE))}"
+    if D not in HEAD_DIMS:
+        yield f"head_dim {D} not in {HEAD_DIMS}"
+    if R < 0 or (R > 0 and (R < 16 or R & (R - 1))):
+        yield f"{R} rotated values beside the value: 0 or a power of two of at least 16"
+    if H % G:
+        yield f"{H} query heads over {G} KV heads"
+    if window is not None and window < 1:
+        yield f"a window of {window} keys (>= 1)"
+    if k.n_values != E:
+        yield f"keys of {k.n_values} values for queries of {E}"
+    if v is not None and R:
+        yield f"queries of {E} values with values of {D}: two tensors have one size"
+    if v is not None and v.n_values != D:
+        yield f"values of {v.n_values}, results of {D}"
+    if v is not None and v.data_SGW.dtype != k.data_SGW.dtype:
+        yield f"keys in {k.data_SGW.dtype}, values in {v.data_SGW.dtype}"
+    if out_NHD.shape != (N, H, D):
+        yield f"results {tuple(out_NHD.shape)} for queries {tuple(q_NHE.shape)}"
+    if q_NHE.stride()[1:] != (E, 1) or not out_NHD.is_contiguous():
+        yield f"query strides {q_NHE.stride()} (a token's heads together), result strides {out_NHD.stride()} (contiguous)"
+    if sinks_H is not None and sinks_H.shape != (H,):
+        yield f"sinks {tuple(sinks_H.shape)} for {H} heads"
+    for x in (k,) if v is None else (k, v):
+        if not x.data_SGW.is_contiguous():
+            yield f"cache strides {x.data_SGW.stride()} (contiguous)"
+        if x.data_SGW.dtype in (torch.int8, torch.uint8):
+            of, needs = None if x.scales_SGB is None else tuple(x.scales_SGB.shape), (S, G, x.n_values // 32)
+            if of != needs:
+                yield f"scales {of} of blocks in {x.data_SGW.dtype}: {needs}"
+
+
+def _slot_problems(k: Stored, seqs: Sequences, slots: Slots) -> Iterator[str]:
+    S, table, B = k.data_SGW.shape[0], slots.table, seqs.lengths_B.shape[0]
+    for name, x in (("slot table", table), ("starts", seqs.starts_B1), ("lengths", seqs.lengths_B)):
+        if x.dtype != torch.int32:
+            yield f"{name} of {x.dtype} (int32)"
+    if seqs.starts_B1.shape[0] != B + 1 or table.shape[0] != B:
+        yield f"{table.shape[0]} rows of the slot table and {seqs.starts_B1.shape[0]} starts for {B} sequences ({B}, {B + 1})"
+    if slots.ring and slots.page:
+        yield f"a ring of {slots.ring} and pages of {slots.page}: one of them"
+    if slots.ring > S:
+        yield f"a ring of {slots.ring} in a cache of {S} slots"
+    if slots.page and (table.dim() != 2 or table.shape[1] * slots.page < seqs.max_length):
+        yield f"a page table {tuple(table.shape)} with pages of {slots.page} for sequences of up to {seqs.max_length} keys"
+    if table.device.type == "cpu" and table.numel() and table.dtype == torch.int32:
+        what, last = ("page", S // slots.page - 1) if slots.page else ("slot", S - 1)
+        if int(table.min()) < 0 or int(table.max()) > last:
+            yield f"slot table of {int(table.min())} to {int(table.max())}, the cache ends at {what} {last}"

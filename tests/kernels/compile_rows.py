@@ -12,8 +12,8 @@ import headwise.kernels.attend as portable
 from headwise.kernels.configs import TABLE, Config
 from headwise.kernels.stored import Sequences, Slots, Stored
 
-CARDS = {"ampere": (80, 86, 89), "hopper": (90,)}
-SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+CARDS = {"ampere": (80, 86, 89), "hopper": (90,), "rdna3": ("gfx1100",)}
+SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, "gfx1100": 64 * 1024}
 BLOCKS = {"q8_0": (torch.int8, 1), "q4_0": (torch.uint8, 2)}
 
 
@@ -30,7 +30,7 @@ def cache(width: int, kv: str) -> Stored:
     return Stored(torch.empty(1024, 4, width // packed, dtype=kind), torch.empty(1024, 4, width // 32, dtype=torch.float16))
 
 
-def compile_one(kernel: object, capability: int, phase: str, D: int, one: bool, kv: str, config: Config) -> dict[str, object]:
+def compile_one(kernel: object, capability: int | str, phase: str, D: int, one: bool, kv: str, config: Config) -> dict[str, object]:
     compiled = Compiled(kernel, capability)
     portable._attend, portable.merge = compiled, lambda *args, **options: None
     E, T = D + 128 * one, 1 if phase == "decode" else 128
@@ -43,7 +43,7 @@ def compile_one(kernel: object, capability: int, phase: str, D: int, one: bool, 
     r = compiled.reports[0]
     return {
         "card": capability, "phase": phase, "head_dim": D, "one": one, "kv": kv, "config": str(config), "registers": r.registers,
-        "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+        "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability], "wmma": "v_wmma" in r.ptx,
     }  # fmt: skip
 
 
@@ -51,6 +51,8 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
     """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss."""
     import headwise.kernels.attend_hopper as prefill
     import headwise.kernels.decode_hopper as decode
+    import headwise.kernels.decode_packed as packed
+    from headwise.attention.own_kernels import packed_takes
 
     out = []
 
@@ -64,7 +66,7 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         out.append({"kernel": label, "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes,
                     "wgmma": "wgmma.mma_async" in r.ptx})  # fmt: skip
 
-    decode.merge = lambda *args, **options: None
+    decode.merge = packed.merge = lambda *args, **options: None
     seqs, flat = Sequences(ints(0, 128), ints(512), 128, 512), Slots(ints(0))
 
     def tensors(H: int, E: int, D: int, T: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,14 +82,22 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         compiled(prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: prefill.attend_two(q, k, k, o, seqs, s, scale=1.0,
         window=w),
                  f"two tensors, {D}, window {window}")  # fmt: skip
-    lone, scratch = Sequences(ints(0, 1), ints(512), 1, 512), torch.empty(10**6)
-    for D, one, window in ((512, True, None), (256, False, 1024), (128, False, None), (64, False, 128)):
+    scratch = torch.empty(10**6)
+    shapes = (
+        (512, True, None, 1), (512, True, None, 2), (512, False, None, 1), (256, False, 1024, 1), (128, False, None, 1),
+        (64, False, 128, 1),
+    )  # fmt: skip
+    for D, one, window, T in shapes:
         for kv in ("bf16", "fp8", "q8_0", "q4_0"):
             E = D + 128 * one
-            q1, o1 = tensors(32, E, D, 1)
+            q1, o1 = tensors(32, E, D, T)
             k, v, slots = cache(E, kv), None if one else cache(D, kv), Slots(ints(0), 1600 if window else 0)
-            compiled(decode, "_decode", lambda q=q1, o=o1, k=k, v=v, s=slots, w=window: decode.attend_decode(
-                q, k, v, o, lone, s, scale=1.0, window=w, n_splits=4, scratch=scratch), f"decode, {D}, {kv}")  # fmt: skip
+            if (not one and D == 512) if kv == "bf16" else not packed_takes(D, 8 * T, k):
+                continue  # the portable kernel's
+            module, run = (decode, decode.attend_decode) if kv == "bf16" else (packed, packed.attend_packed)
+            few = Sequences(ints(0, T), ints(512), T, 512)
+            compiled(module, "_decode", lambda r=run, q=q1, o=o1, k=k, v=v, f=few, s=slots, w=window: r(
+                q, k, v, o, f, s, scale=1.0, window=w, n_splits=4, scratch=scratch), f"decode, {D}, {kv}, {8 * T}")  # fmt: skip
     return out
 
 

@@ -20,20 +20,20 @@ class Report(NamedTuple):
     registers: int
     spill_bytes: int
     shared_bytes: int
-    ptx: str
+    ptx: str  # of gfx cards the assembly
 
 
 class Card:
     """What triton asks a driver while it compiles."""
 
-    def __init__(self, capability: int) -> None:
-        self.capability, self.target = capability, GPUTarget("cuda", capability, 32)
+    def __init__(self, card: int | str) -> None:
+        self.card, self.target = card, GPUTarget("hip" if isinstance(card, str) else "cuda", card, 32)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
-    def get_current_device(self) -> int:
-        return self.capability  # triton keeps what it compiled by device
+    def get_current_device(self) -> int | str:
+        return self.card  # triton keeps what it compiled by device
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
@@ -43,20 +43,25 @@ class Card:
 
 
 class Compiled:
-    """Stands where a kernel stood: a launch compiles it for `capability` and keeps the report."""
+    """Stands where a kernel stood: a launch compiles it for `card` (a compute capability, or a gfx name) and keeps the report."""
 
-    def __init__(self, kernel: Any, capability: int) -> None:
-        self.kernel, self.capability, self.reports = kernel, capability, []
+    def __init__(self, kernel: Any, card: int | str) -> None:
+        self.kernel, self.card, self.reports = kernel, card, []
 
     def __getitem__(self, grid: object) -> Any:
         def launch(*args: object, **options: object) -> None:
-            driver.set_active(Card(self.capability))
-            self.reports.append(report(self.kernel.warmup(*args, grid=grid, **options), self.capability))
+            driver.set_active(Card(self.card))
+            self.reports.append(report(self.kernel.warmup(*args, grid=grid, **options), self.card))
 
         return launch
 
 
-def report(compiled: Any, capability: int) -> Report:
+def report(compiled: Any, capability: int | str) -> Report:
+    if isinstance(capability, str):
+        text = compiled.asm["amdgcn"]
+        names = ("vgpr_count", "private_segment_fixed_size")
+        registers, private = (int(re.findall(rf"\.{name}: +(\d+)", text)[0]) for name in names)
+        return Report(registers, private, compiled.metadata.shared, text)
     arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
         f.write(compiled.asm["ptx"])

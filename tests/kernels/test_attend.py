@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -117,9 +118,9 @@ def test_the_windows_edge_and_the_rings_wrap(case: Case, results: dict[Case, dic
     assert results[case]["error"] < 1e-5, (case, results[case])
 
 
-def call(**changes: object) -> None:
+def call(attend: Callable[..., object] | None = None, **changes: object) -> None:
     """A call that is refused before it is launched: no interpreter needed."""
-    from headwise.kernels.attend import attend
+    from headwise.kernels import attend as portable
     from headwise.kernels.stored import Sequences, Slots, Stored
 
     def ints(*x: int) -> torch.Tensor:
@@ -134,7 +135,7 @@ def call(**changes: object) -> None:
         "slots": Slots(ints(0)),
         "scale": 1.0,
     }
-    attend(**(a | changes))  # type: ignore[arg-type]
+    (attend or portable.attend)(**(a | changes))
 
 
 def half(*shape: int) -> torch.Tensor:
@@ -157,32 +158,57 @@ def wrong(name: str) -> tuple[dict[str, object], str]:
         "query stride": ({"q_NHE": half(3, 64, 4).transpose(1, 2)}, "query strides"),
         "cache stride": ({"k": Stored(half(2, 32, 64).transpose(0, 1))}, "cache strides"),
         "table": ({"slots": Slots(one.long())}, "slot table of torch.int64"),
+        "dtype": ({"q_NHE": torch.zeros(3, 4, 64, dtype=torch.float64)}, "queries in torch.float64, not one of torch.float32"),
+        "scales": ({"k": Stored(torch.zeros(32, 2, 64, dtype=torch.int8), half(32, 2, 1)),
+                    "v": Stored(torch.zeros(32, 2, 64, dtype=torch.int8), half(32, 2, 2))},
+                   "scales (32, 2, 1) of blocks in torch.int8: (32, 2, 2)"),
+        "short page table": ({"slots": Slots(torch.zeros(1, 2, dtype=torch.int32), page=4)},
+                             "a page table (1, 2) with pages of 4 for sequences of up to 9 keys"),
+        "page out of range": ({"slots": Slots(torch.tensor([[0, 8, 1]], dtype=torch.int32), page=4)},
+                              "slot table of 0 to 8, the cache ends at page 7"),
+        "slot out of range": ({"slots": Slots(one - 1)}, "slot table of -1 to -1, the cache ends at slot 31"),
+        "ring": ({"slots": Slots(one, ring=40)}, "a ring of 40 in a cache of 32 slots"),
+        "rows of the table": ({"slots": Slots(torch.zeros(2, dtype=torch.int32))},
+                              "2 rows of the slot table and 2 starts for 1 sequences"),
+        "sinks": ({"sinks_H": torch.zeros(3)}, "sinks (3,) for 4 heads"),
         "ring and pages": ({"slots": Slots(one, 16, 16)}, "a ring of 16 and pages of 16"),
         "scratch": ({"n_splits": 2, "scratch": torch.zeros(5)}, "2 splits need scratch of"),
     }[name]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "head_dim",
-        "tail",
-        "heads",
-        "window",
-        "key size",
-        "two types",
-        "query stride",
-        "cache stride",
-        "table",
-        "ring and pages",
-        "scratch",
-    ],
-)
+MISUSE = (
+    "head_dim", "tail", "heads", "window", "key size", "two types", "query stride", "cache stride", "table", "dtype", "scales",
+    "short page table", "page out of range", "slot out of range", "ring", "rows of the table", "sinks", "ring and pages", "scratch",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MISUSE)
 def test_misuse_is_refused_before_launch_with_both_numbers(name: str) -> None:
     changes, message = wrong(name)
     with pytest.raises(ValueError, match="attend") as caught:
         call(**changes)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name", [m for m in MISUSE if m not in ("scratch", "short page table", "page out of range", "ring and pages")]
+)
+def test_the_hopper_kernels_are_asked_the_same(name: str) -> None:
+    """They went to the card unasked: a wrong stride read other heads' values."""
+    from headwise.attention.own_kernels import launch
+
+    changes, message = wrong(name)
+    with pytest.raises(ValueError, match="attend") as caught:
+        call(lambda **a: launch("headwise-hopper", **a), **changes)
+    assert message in str(caught.value)
+
+
+def test_the_hopper_kernels_take_pages_of_64_only() -> None:
+    from headwise.attention.own_kernels import launch
+    from headwise.kernels.stored import Slots
+
+    with pytest.raises(ValueError, match="pages of 16 slots, its tiles are of 64"):
+        call(lambda **a: launch("headwise-hopper", **a), slots=Slots(torch.zeros(1, 1, dtype=torch.int32), page=16))
 
 
 def test_no_launch_has_tiles_that_the_compiler_gets_wrong() -> None:

@@ -1,0 +1,118 @@
+"""Attention libraries that a user may have installed, behind one adapter; each is imported when it is first called.
+
+All of them attend queries to the keys before them, aligned at the end, with a window where they are given one. So a step is one
+call over what it sees, in order of position: a view of a global layer, a copy of a ring.
+
+Legend: T queries, S keys, H query heads, G KV heads, D values per head. Layout of every call: tokens x heads x values.
+Source    flash-attention 2.8 and 4.0.0b36 (flash_attn_func), FlashInfer 0.7.2 (single_prefill_with_kv_cache: log2-sum-exp),
+          torch.nn.attention.flex_attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache as remember
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from headwise.cache.storage import LayerCache, Place, Scratch, Span, Values
+
+Call = Callable[[Tensor, Tensor, Tensor, float, int | None, float | None], tuple[Tensor, Tensor | None]]
+"""(q_THD, k_SGD, v_SGD, scale, window, softcap) -> out_THD, logsumexp_HT (None: its row takes no sinks)."""
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    from flash_attn import flash_attn_func  # type: ignore[import-not-found]
+
+    out, lse, _ = flash_attn_func(
+        q[None], k[None], v[None], softmax_scale=scale, causal=True, window_size=(-1 if window is None else window - 1, 0),
+        softcap=softcap or 0.0, return_attn_probs=True,
+    )  # fmt: skip
+    return out[0], lse[0]
+
+
+def _flash_attn_4(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    from flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+    out, lse = flash_attn_func(
+        q[None], k[None], v[None], softmax_scale=scale, causal=window is None,
+        window_size=(None, None) if window is None else (window - 1, 0), softcap=softcap or 0.0, return_lse=True,
+    )  # fmt: skip
+    return out[0], lse[0]
+
+
+def _flashinfer(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None) -> tuple[Tensor, Tensor]:
+    from flashinfer import single_prefill_with_kv_cache  # type: ignore[import-not-found]
+
+    out, lse2_TH = single_prefill_with_kv_cache(
+        q, k, v, causal=True, sm_scale=scale, window_left=-1 if window is None else window - 1, logits_soft_cap=softcap or 0.0,
+        return_lse=True,
+    )  # fmt: skip
+    return out, lse2_TH.t() * log(2)
+
+
+@remember
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+def _flex_attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, None]:
+    S, T = k.shape[0], q.shape[0]
+    if softcap is not None:
+        raise ValueError("flex-attention has no softcap")
+    past, seen = (torch.tensor([n], device=q.device) for n in (S - T, window or S))  # no constants
+
+    def score(s: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        at = i + past[b]
+        return torch.where((j <= at) & (j > at - seen[b]), s, float("-inf"))
+
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return _flex()(q, k, v, score_mod=score, scale=scale, enable_gqa=True)[0].transpose(0, 1), None
+
+
+CALLS: dict[str, Call] = {
+    "flash-attn": _flash_attn,
+    "flash-attn-4": _flash_attn_4,
+    "flashinfer": _flashinfer,
+    "flex-attention": _flex_attention,
+}
+
+
+def attend(
+    backend: str,
+    q_THD: Tensor,
+    cache: LayerCache,
+    span: Span,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks_H: Tensor | None = None,
+    scratch: Scratch,
+    out_THD: Tensor,
+) -> None:
+    """As `torch_fused.attend`, over two tensors in the activations' type."""
+    if cache.v is None:
+        raise ValueError(f"{backend} takes a tensor each for K and V")
+    first = 0 if cache.window is None else max(0, span.start - cache.window + 1)
+    k, v = (_in_order(cache, values, span.place, first, span.stop) for values in (cache.k, cache.v))
+    out, lse_HT = CALLS[backend](q_THD, k, v, scale, cache.window, softcap)
+    out_THD.copy_(out)
+    if sinks_H is not None:  # the sink joins the denominator only
+        if lse_HT is None:
+            raise ValueError(f"{backend} takes no sinks")
+        out_THD.mul_(torch.sigmoid(lse_HT.t() - sinks_H[None, :])[..., None])
+
+
+def _in_order(cache: LayerCache, values: Values, place: Place, start: int, stop: int) -> Tensor:
+    """Positions [start, stop) of a cache, (S, G, D)."""
+    runs = [values.data_SGD[slot : slot + n] for slot, _, n in cache.slots(place, start, stop - start)]
+    return runs[0] if len(runs) == 1 else torch.cat(runs)
