@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 
 # Fastest on an H200 at 26B-A4B's shape, benchmarks/experts.py.
-ALONE = Launch(4, 1024, 4)
+ALONE = {True: Launch(2, 1024, 2), False: Launch(4, 512, 2)}  # by gated
 # by the pairs of a tile; then by gated
 GROUPED = {
     16: {True: Launch(32, 128, 4, 16, 3), False: Launch(64, 128, 4, 16, 3)},
@@ -272,7 +272,7 @@ def pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     N, K = _stacks("pairs", x, stacks, out, ids_TK.numel())
-    c = launch or ALONE
+    c = launch or ALONE[gate is not None]
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
     _pairs[(triton.cdiv(N, c.rows), ids_TK.numel())](

@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.stored import in_turn, overlap
+from headwise.planner.residence import MAX_EXPERTS
 from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
 
 TOLERANCE = 1e-5  # relative error of a weight
-MAX_EXPERTS = 256
 SCORES = (64, 32, 128, 4)  # tokens, experts and values of a tile, warps
 FEW = ROUTER_ROWS  # tokens whose scores are a program each
 
