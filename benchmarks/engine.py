@@ -1,7 +1,7 @@
 """Whole-token speed beside transformers on the same card, in one run: `python benchmarks/engine.py OUT.json [MODEL ...]`.
 
-headwise's rows are `headwise bench engine`'s, in bf16 and two models in q4_k_m too; transformers (sdpa) builds the same random shape
-in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`.
+headwise's rows are `headwise bench engine`'s, in bf16 and two models in q4_k_m too; transformers (sdpa) builds the same random
+shape in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`.
 """
 
 from __future__ import annotations

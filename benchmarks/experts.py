@@ -2,9 +2,10 @@
 
     PYTHONPATH=. python benchmarks/experts.py OUT.json [SECONDS]
 
-Gemma 4 26B-A4B's shape (128 experts of width 704, hidden size 2816, eight a token), bf16 and q4_k with q5_0: every candidate is first
-compared with fp64 (few tokens) or with a product per expert in fp32 (many), then timed as a CUDA graph over several layers' weights in
-rotation, so that the second-level cache is cold. The choice of experts is random. Bytes and operations are those of the chosen experts.
+Gemma 4 26B-A4B's shape (128 experts of width 704, hidden size 2816, eight a token), bf16 and q4_k with q5_0: every candidate is
+first compared with fp64 (few tokens) or with a product per expert in fp32 (many), then timed as a CUDA graph over several layers'
+weights in rotation, so that the second-level cache is cold. Experts are chosen at random; bytes and operations are of those chosen.
+What is not begun after SECONDS (110) is left out.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
@@ -38,12 +40,24 @@ LAYERS = 3  # in rotation
 dtype = torch.bfloat16
 ALONE = [(4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8), (2, 1024, 2), (4, 512, 2), (2, 2048, 4), (8, 1024, 4)]
 INTEGERS = [(32, 1, 4), (64, 2, 4), (16, 1, 4), (64, 1, 4), (16, 1, 2), (32, 2, 2), (8, 1, 1), (8, 1, 2), (16, 1, 1)]
-# pairs of a tile: (gated, not)
+# pairs of a tile: rows, values of K, warps and stages of a launch, gated and not
 GROUPED = {
-    16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((32, 128, 4, 3, 1), (64, 128, 4, 3, 1))],
-    64: [((64, 64, 4, 3), (128, 64, 4, 3)), ((64, 64, 4, 3, 1), (128, 64, 4, 3, 1)), ((128, 64, 4, 2, 1), (256, 64, 4, 2, 1)), ((64, 128, 4, 2, 1), (128, 128, 4, 2, 1))],
-    128: [((128, 64, 8, 4), (256, 64, 8, 4)), ((128, 64, 8, 4, 1), (256, 64, 8, 4, 1)), ((128, 64, 8, 3, 1), (256, 64, 8, 3, 1)), ((128, 128, 8, 2, 1), (256, 128, 8, 2, 1)), ((64, 64, 4, 3, 1), (128, 64, 4, 3, 1)), ((64, 128, 8, 2, 1), (128, 128, 8, 2, 1))],
-}  # fmt: skip
+    16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((64, 64, 4, 4), (64, 64, 4, 5)), ((32, 64, 4, 5), (128, 64, 4, 4))],
+    64: [((64, 64, 4, 3), (128, 64, 4, 3)), ((128, 64, 4, 2), (256, 64, 4, 2)), ((128, 64, 8, 3), (256, 64, 8, 3))],
+    128: [((128, 64, 8, 4), (256, 64, 8, 4)), ((128, 64, 8, 3), (256, 64, 8, 3)), ((64, 64, 4, 3), (128, 64, 4, 3))],
+}
+TOKENS = {
+    1: (16,),
+    2: (16,),
+    4: (16,),
+    16: (16,),
+    64: (16,),
+    128: (16, 64),
+    512: (64, 128),
+    1024: (64, 128),
+    2048: (128,),
+    4096: (128,),
+}
 
 
 def launch(c: tuple[int, int, int, int], pairs: int) -> X.Launch:
@@ -51,7 +65,11 @@ def launch(c: tuple[int, int, int, int], pairs: int) -> X.Launch:
 
 
 def room(*shape: int, kind: torch.dtype = dtype) -> Tensor:
-    return torch.full(shape, float("nan"), dtype=kind, device="cuda") if kind.is_floating_point else torch.zeros(shape, dtype=kind, device="cuda")
+    return (
+        torch.full(shape, float("nan"), dtype=kind, device="cuda")
+        if kind.is_floating_point
+        else torch.zeros(shape, dtype=kind, device="cuda")
+    )
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -75,8 +93,8 @@ def plain(x: Tensor, chosen: R.Chosen, both: Tensor, down: Tensor) -> Tensor:
     return out
 
 
-def microseconds(calls: list[Callable[[], object]], rounds: int = 5) -> float:
-    """Of one call: a graph of all of them, replayed; the smallest of a few medians' worth."""
+def microseconds(calls: Sequence[Callable[[], object]], rounds: int = 5) -> float:
+    """Of one call: a graph of all of them, replayed; the median."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -156,7 +174,11 @@ def main(out: str, seconds: float) -> None:
 
     def report(what: str, T: int, how: str, us: float, wrong: float, **more: float) -> None:
         rows.append({"what": what, "tokens": T, "how": how, "us": us, "error": wrong} | more)
-        print(f"{what:<22} T {T:<5} {how:<44} {us:>9.1f} us  error {wrong:.1e}  " + "  ".join(f"{k} {v:.2f}" for k, v in more.items()), flush=True)
+        print(
+            f"{what:<22} T {T:<5} {how:<44} {us:>9.1f} us  error {wrong:.1e}  "
+            + "  ".join(f"{k} {v:.2f}" for k, v in more.items()),
+            flush=True,
+        )
 
     layers = [Stack() for _ in range(LAYERS)]
     router, norm, scale = torch.randn(E, D, device="cuda"), torch.rand(D, device="cuda") + 0.5, torch.rand(E, device="cuda") + 0.5
@@ -168,20 +190,26 @@ def main(out: str, seconds: float) -> None:
         R.route(x, router, chosen, choice, scores_TE=scores, done=done)
         want = R.reference(x, router, K, choice)
         wrong = float((chosen.ids_TK != want.ids_TK).float().mean()) + error(chosen.weights_TK, want.weights_TK)
-        us = microseconds([lambda: R.route(x, router, chosen, choice, scores_TE=scores, done=done)] * 20)
+        us = microseconds([partial(R.route, x, router, chosen, choice, scores_TE=scores, done=done)] * 20)
         report("router", T, "", us, wrong)
         ints = torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")
-        report("order", T, "", microseconds([lambda: R.order(chosen.ids_TK, E, 64 if T > 100 else 16, ints)] * 20), 0.0)
+        report("order", T, "", microseconds([partial(R.order, chosen.ids_TK, E, 64 if T > 100 else 16, ints)] * 20), 0.0)
         y, into = room(T * K, D).normal_(), room(T, D)
         beside = (x, norm, norm)
-        report("combine", T, "beside", microseconds([lambda: X.combine(y, chosen, into, beside=beside, eps=1e-6)] * 20), 0.0)
+        report("combine", T, "beside", microseconds([partial(X.combine, y, chosen, into, beside=beside, eps=1e-6)] * 20), 0.0)
 
-    def timed_pairs(T: int, c: tuple[int, int]) -> None:
+    def timed_pairs(T: int, c: tuple[int, int, int]) -> None:
         x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in layers]
         gated, y, into = room(T * K, W), room(T * K, D), room(T, D)
-        first = [lambda s=s, k=k: X.pairs(x, k.ids_TK, (s.both[:, :W], s.both[:, W:]), gated, GATE, launch=X.Launch(*c)) for s, k in zip(layers, chosens)]
-        second = [lambda s=s, k=k: X.pairs(gated, k.ids_TK, (s.down,), y, launch=X.Launch(*c)) for s, k in zip(layers, chosens)]
-        first[0](), second[0]()
+        first = [
+            partial(X.pairs, x, k.ids_TK, (s.both[:, :W], s.both[:, W:]), gated, GATE, launch=X.Launch(*c))
+            for s, k in zip(layers, chosens, strict=True)
+        ]
+        second = [
+            partial(X.pairs, gated, k.ids_TK, (s.down,), y, launch=X.Launch(*c)) for s, k in zip(layers, chosens, strict=True)
+        ]
+        first[0]()
+        second[0]()
         wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], layers[0].both, layers[0].down))
         for name, calls, size in (("gate and up", first, 4 * W * D), ("down", second, 2 * W * D)):
             us = microseconds(calls * 6)
@@ -198,16 +226,20 @@ def main(out: str, seconds: float) -> None:
         orders = [R.order(k.ids_TK, E, n, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")) for k in chosens]
         gated, y, into = room(T * K, W), room(T * K, D), room(T, D)
         a, b = launch(c[0], n), launch(c[1], n)
-        first = [lambda s=s, o=o: X.grouped(x, o, (s.both[:, :W], s.both[:, W:]), gated, K, GATE, launch=a) for s, o in zip(layers, orders)]
-        second = [lambda s=s, o=o: X.grouped(gated, o, (s.down,), y, K, launch=b) for s, o in zip(layers, orders)]
-        first[0](), second[0]()
+        first = [
+            partial(X.grouped, x, o, (s.both[:, :W], s.both[:, W:]), gated, K, GATE, launch=a)
+            for s, o in zip(layers, orders, strict=True)
+        ]
+        second = [partial(X.grouped, gated, o, (s.down,), y, K, launch=b) for s, o in zip(layers, orders, strict=True)]
+        first[0]()
+        second[0]()
         wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], layers[0].both, layers[0].down))
         used = statistics.mean(int(k.ids_TK.unique().numel()) for k in chosens)
         for name, calls, size, how in (("gate and up", first, 4 * W * D, c[0]), ("down", second, 2 * W * D, c[1])):
             us = microseconds(calls * (1 if T > 1000 else 3))
             report(f"grouped {n}, {name}", T, str(how), us, wrong, tflops=T * K * size / us / 1e6, tb_s=used * size / us / 1e6)
 
-    for T, tiles in ((1, (16,)), (2, (16,)), (4, (16,)), (64, (16,)), (128, (16, 64)), (512, (64, 128)), (1024, (64, 128)), (4096, (128,))):
+    for T, tiles in TOKENS.items():
         for n in tiles:
             for c in GROUPED[n]:
                 if time.perf_counter() - began > seconds:
@@ -218,34 +250,59 @@ def main(out: str, seconds: float) -> None:
                     print(T, n, c, type(failure).__name__, str(failure)[:150], flush=True)
     del layers[:]
     stacks = [(planes_of("q4_k", 2 * W, D), planes_of("q5_0", D, W)) for _ in range(LAYERS)]
-    for T, configs in ((1, INTEGERS[2:]), (2, INTEGERS), (192, INTEGERS[1:2])):
+    for T, configs in (
+        (1, INTEGERS),
+        (2, INTEGERS[:4]),
+        (4, INTEGERS[:2]),
+        (16, INTEGERS[:2]),
+        (64, INTEGERS[1:2]),
+        (192, INTEGERS[1:2]),
+    ):
         x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in stacks]
-        orders = [R.order(k.ids_TK, E, 16, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")).pairs_P for k in chosens]
+        orders = [
+            R.order(k.ids_TK, E, 16, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")).pairs_P for k in chosens
+        ]
         words = torch.zeros(max(X.pair_words(T * K, W), X.pair_words(T, D)), dtype=torch.int32, device="cuda")
         more = torch.zeros_like(words)
         both, y, into = room(T * K, 2 * W), room(T * K, D), room(T, D)
         integers = quantise(x, words, planes=X.PLANES).words
         for c in configs:
             for listed in (False, True) if T > 1 else (False,):
-                first = [lambda s=s, k=k, o=o: X.integer_pairs(integers, k.ids_TK, s[0][0], both, order=o if listed else None, config=c) for s, k, o in zip(stacks, chosens, orders)]
+                first = [
+                    partial(X.integer_pairs, integers, k.ids_TK, s[0][0], both, order=o if listed else None, config=c)
+                    for s, k, o in zip(stacks, chosens, orders, strict=True)
+                ]
                 first[0]()
                 gated = X.gate_integers(both, chosens[0].ids_TK, GATE, more)
-                second = [lambda s=s, k=k, o=o: X.integer_pairs(gated, k.ids_TK, s[1][0], y, order=o if listed else None, config=c) for s, k, o in zip(stacks, chosens, orders)]
+                second = [
+                    partial(X.integer_pairs, gated, k.ids_TK, s[1][0], y, order=o if listed else None, config=c)
+                    for s, k, o in zip(stacks, chosens, orders, strict=True)
+                ]
                 second[0]()
                 wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], stacks[0][0][1], stacks[0][1][1]))
                 for name, calls, size in (("gate and up", first, 2 * W * D * 4.5 / 8), ("down", second, W * D * 5.5 / 8)):
                     us = microseconds(calls * 6)
                     report(f"integers, {name}", T, f"{c}{' sorted' if listed else ''}", us, wrong, tb_s=T * K * size / us / 1e6)
-        report("quantise", T, "", microseconds([lambda: quantise(x, words, planes=X.PLANES)] * 20), 0.0)
-        report("gate_integers", T, "", microseconds([lambda: X.gate_integers(both, chosens[0].ids_TK, GATE, more)] * 20), 0.0)
+        report("quantise", T, "", microseconds([partial(quantise, x, words, planes=X.PLANES)] * 20), 0.0)
+        report("gate_integers", T, "", microseconds([partial(X.gate_integers, both, chosens[0].ids_TK, GATE, more)] * 20), 0.0)
     for n in (16, 64):
         tile = room(n * 2 * W * D)
         whole = stacks[0][0][0].tall()
-        us = microseconds([lambda: expand(whole, 0, n * 2 * W, tile.view(-1, D))] * 4)
+        us = microseconds([partial(expand, whole, 0, n * 2 * W, tile.view(-1, D))] * 4)
         report(f"expand {n} experts", 0, "q4_k", us, 0.0, tb_s=n * 2 * W * D * (2 + 4.5 / 8) / us / 1e6)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     with open(out, "w") as file:
-        json.dump({"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": commit, "date": time.strftime("%Y-%m-%d"), "rows": rows}, file, indent=1)
+        json.dump(
+            {
+                "gpu": torch.cuda.get_device_name(),
+                "torch": torch.__version__,
+                "commit": commit,
+                "date": time.strftime("%Y-%m-%d"),
+                "rows": rows,
+            },
+            file,
+            indent=1,
+        )
     print(f"{time.perf_counter() - began:.0f} s")
 
 

@@ -1,8 +1,8 @@
 """Products with the experts that tokens chose: down(act(gate(x)) * up(x)) of each pair (token, choice), and their weighted sum.
 
 Few pairs: a program has some rows of one pair's expert and walks along them (`pairs`), or multiplies them as integers where the
-expert is quantised (`integer_pairs`, which is `matvec`'s kernel). Many: pairs sorted by expert (`router.order`) go through the matrix
-unit in tiles of one expert each (`grouped`); quantised experts are expanded before, as many at a time as there is room for.
+expert is quantised (`integer_pairs`, which is `matvec`'s kernel). Many: pairs sorted by expert (`router.order`) go through the
+matrix unit in tiles of one expert each (`grouped`); quantised experts are expanded before, as many at a time as there is room for.
 A pair's result is a row of its own, so that `combine` adds them up in the order of the choice, whatever order they were made in.
 
 Shapes    x_TD; stacks (E, rows, K), rows contiguous, experts any distance apart; P = T * n_active pairs; gated_PW, y_PD.
@@ -54,7 +54,7 @@ class Launch(NamedTuple):
 
 
 # Fastest on an H200 at 26B-A4B's shape, benchmarks/experts.py.
-ALONE = Launch(4, 1024, 4)
+ALONE = {True: Launch(2, 1024, 2), False: Launch(4, 512, 2)}  # by gated
 # by the pairs of a tile; then by gated
 GROUPED = {
     16: {True: Launch(32, 128, 4, 16, 3), False: Launch(64, 128, 4, 16, 3)},
@@ -272,7 +272,7 @@ def pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     N, K = _stacks("pairs", x, stacks, out, ids_TK.numel())
-    c = launch or ALONE
+    c = launch or ALONE[gate is not None]
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
     _pairs[(triton.cdiv(N, c.rows), ids_TK.numel())](
@@ -301,7 +301,7 @@ def integer_pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     P, N, K, t = ids_TK.numel(), w.rows, w.K, LAYOUTS[w.type]
-    many = P * N >= 4 * processors(out_PN.device) * MANY_PROGRAMS[0]
+    many = P * N // MANY_PROGRAMS[0] >= 4 * processors(out_PN.device)
     groups, (rows, each, warps) = K // 32, config or (MANY_PROGRAMS if many else FEW_PROGRAMS)
     if w.low.dim() != 3 or not (w.low.is_contiguous() and w.head.is_contiguous()):
         raise ValueError(f"integer_pairs: planes {tuple(w.low.shape)} of strides {w.low.stride()}, not a stack, contiguous")

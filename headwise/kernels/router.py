@@ -2,7 +2,7 @@
 
 Few tokens: one launch, a program per score; the last of a token chooses. Many: scores on the matrix unit, then a program a token.
 A choice is by rank: an expert's rank is the number of those with a higher score, or an equal one and a lower index, so that ties go
-to the lower index (`torch.topk` leaves that open) and no two experts meet. `order` sorts the pairs (token, choice) by expert, stable.
+to the lower index (`torch.topk` leaves that open) and no two experts meet. `order` sorts pairs (token, choice) by expert, stable.
 
 Shapes    x_TD in any float type, w_ED and all vectors fp32; ids_TK int32, weights_TK fp32. At most 256 experts.
 Accuracy  fp32; on the matrix unit weights are split into three parts of x's type, or both sides of fp32 into TF32.
@@ -21,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.stored import in_turn, overlap
+from headwise.planner.residence import MAX_EXPERTS
 from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
 
 TOLERANCE = 1e-5  # relative error of a weight
-MAX_EXPERTS = 256
 SCORES = (64, 32, 128, 4)  # tokens, experts and values of a tile, warps
 FEW = ROUTER_ROWS  # tokens whose scores are a program each
 
@@ -255,7 +255,9 @@ def order(ids_TK: Tensor, n_experts: int, tile_rows: int, room: Tensor) -> Order
     n_blocks, n_tiles = -(-P // ORDER_BLOCK), P // tile_rows + E
     sizes = (P, E + 1, E + 1, n_tiles, n_blocks * E)
     if E > MAX_EXPERTS or tile_rows < ORDER_TILE or ids_TK.dtype != torch.int32 or not ids_TK.is_contiguous():
-        raise ValueError(f"order: {E} experts (at most {MAX_EXPERTS}), tiles of {tile_rows} (at least {ORDER_TILE}), {ids_TK.dtype} ids (int32)")
+        raise ValueError(
+            f"order: {E} experts (at most {MAX_EXPERTS}), tiles of {tile_rows} (at least {ORDER_TILE}), {ids_TK.dtype} ids (int32)"
+        )
     if room.dtype != torch.int32 or room.numel() < sum(sizes):
         raise ValueError(f"order: {P} pairs of {E} experts need {sum(sizes)} int32 values, got {room.numel()} {room.dtype}")
     pairs, starts, first, experts, counts = room.flatten()[: sum(sizes)].split(sizes)

@@ -53,7 +53,7 @@ def routed(
         X.pairs(h, chosen.ids_TK, (w["experts_gate"], w["experts_up"]), gated, gate)
         X.pairs(gated, chosen.ids_TK, (w["experts_down"],), y)
         return _sum(X, w, y, chosen, out, beside, arena)
-    tile_rows = next((rows for most, rows in TILES if T * K <= most * E), 128)
+    tile_rows = next((rows for most, rows in TILES if most >= T * K // E), 128)
     order = R.order(chosen.ids_TK, E, tile_rows, arena.take("expert.order", arena.size("expert.order"))) if T > 1 else None
     if not floats and T <= EXPERT_ROWS:
         _as_integers(w, h, chosen.ids_TK, gate, y, arena, None if order is None else order.pairs_P)
@@ -70,9 +70,7 @@ def _sum(X: Any, w: Mapping[str, Any], y: Tensor, chosen: Any, out: Tensor, besi
     return X.combine(y, chosen, out, w.get("experts_down_bias"), beside=beside, eps=arena.eps_value)
 
 
-def _as_integers(
-    w: Mapping[str, Any], h: Tensor, ids_TK: Tensor, gate: Any, y: Tensor, arena: Arena, order: Tensor | None
-) -> None:
+def _as_integers(w: Mapping[str, Any], h: Tensor, ids_TK: Tensor, gate: Any, y: Tensor, arena: Arena, order: Tensor | None) -> None:
     from headwise.kernels import experts as X
     from headwise.kernels.matvec import quantise
 

@@ -18,6 +18,7 @@ KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", 
 # Types that our kernels multiply as they are, re-tiled once at load; `kernels.tiled` has a layout of each.
 PLANE_TYPES = frozenset({"q4_k", "q5_k", "q6_k", "q8_0", "q5_0", "q4_0", "mxfp4"})
 ROWS_TOGETHER = 8  # of a re-tiled matrix
+MAX_EXPERTS = 256  # that our router chooses from
 GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("experts_gate", "experts_up")}
 
 
@@ -57,10 +58,10 @@ def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ..
 
 
 def multiplied(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[int]:
-    """Layers whose experts our kernels multiply: all floats, or all of types with planes."""
+    """Layers whose experts our kernels multiply: all floats, or all of types with planes; at most 256 of them."""
     stacks: dict[int, list[TensorSpec]] = {}
     for t in weight_tensors(spec):
-        if t.role == "experts":
+        if t.role == "experts" and t.shape[0] <= MAX_EXPERTS:
             stacks.setdefault(int(t.name.split(".")[1]), []).append(t)
     return frozenset(i for i, of in stacks.items() if any(all(x(resident[t.name], t) for t in of) for x in (_floats, _planes)))
 

@@ -177,8 +177,8 @@ def workspace(
     wide = max(max(x.mlp.width, x.mlp.moe.width if x.mlp.moe else 0) for x in layers)
     add("gate_up", "mlp", C, 2 * wide)
     moes = [x.mlp.moe for x in layers if x.mlp.moe]
+    active = max((m.n_active for m in moes), default=0)
     if moes:
-        active = max(m.n_active for m in moes)
         add("router", "mlp", C, max(m.n_experts for m in moes), kind="f32")
         add("router.weight", "mlp", C, active, kind="f32")
     if moes and plain_experts:

@@ -1,4 +1,4 @@
-"""Compiles the kernels of routed experts for cards that are not here; a JSON line each. A program of its own: it replaces the driver."""
+"""Compiles the kernels of routed experts for cards that are not here; a JSON line each. A program of its own."""
 
 from __future__ import annotations
 

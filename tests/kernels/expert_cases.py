@@ -51,7 +51,7 @@ def chosen_room(T: int, K: int, device: str) -> R.Chosen:
 
 
 def router_case(case: tuple[object, ...], device: str, dtype: torch.dtype) -> dict[str, float]:
-    name, T, D, E, K, over_all, biased, scaled, normed = case
+    _, T, D, E, K, over_all, biased, scaled, normed = case
     assert isinstance(T, int) and isinstance(D, int) and isinstance(E, int) and isinstance(K, int)
     x, w = torch.randn(T, D, device=device).to(dtype), torch.randn(E, D, device=device) * D**-0.5
     w[E // 2] = w[1]  # a tie of every token
@@ -175,7 +175,11 @@ def main(device: str) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     dtypes = (torch.float32, torch.float16, torch.bfloat16) if device == "cuda" else ()
     out: dict[str, dict[str, float]] = {}
-    for name, cases, run in (("router", ROUTERS, router_case), ("product", PRODUCTS, product_case), ("quantised", QUANTISED, quantised_case)):
+    for name, cases, run in (
+        ("router", ROUTERS, router_case),
+        ("product", PRODUCTS, product_case),
+        ("quantised", QUANTISED, quantised_case),
+    ):
         for i, case in enumerate(cases):
             for dtype in dtypes or ((torch.float32, torch.float16)[i % 2],):  # the interpreter is slow
                 out[f"{name} {i} {str(dtype).removeprefix('torch.')}"] = run(case, device, dtype)

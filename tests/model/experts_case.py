@@ -1,6 +1,6 @@
 """Routed experts of a layer on our kernels and in PyTorch. A program of its own: it must start with TRITON_INTERPRET=1.
 
-    python -m model.experts_case     prints a JSON object: case -> relative difference of the two
+python -m model.experts_case     prints a JSON object: case -> relative difference of the two
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from headwise.weights.retile import empty, retile
 
 D, C = 256, 24
 TOKENS = (1, 5, 24)
-GEMMA = MoeSpec(n_experts=7, n_active=3, width=96, selection="softmax_topk", renormalise=True, activation="gelu_tanh", beside_dense=True)
+GEMMA = MoeSpec(
+    n_experts=7, n_active=3, width=96, selection="softmax_topk", renormalise=True, activation="gelu_tanh", beside_dense=True
+)
 QWEN = MoeSpec(n_experts=6, n_active=2, width=64, selection="softmax_topk", renormalise=False, activation="silu")
 GPT_OSS = MoeSpec(
     n_experts=5, n_active=2, width=64, selection="topk_softmax", renormalise=False, activation="swiglu_clamped", bias=True
@@ -69,7 +71,12 @@ def weights(moe: MoeSpec, kinds: tuple[str, str, str]) -> tuple[dict[str, Any], 
     E, W = moe.n_experts, moe.width
     gate, up, down = (stack(k, E, *shape, seed=i) for i, (k, shape) in enumerate(zip(kinds, ((W, D), (W, D), (D, W)), strict=True)))
     plain: dict[str, Any] = {"experts_gate": gate[0], "experts_up": up[0], "experts_down": down[0], "router": torch.randn(E, D)}
-    for name, shape in (("router_bias", (E,)), ("experts_gate_bias", (E, W)), ("experts_up_bias", (E, W)), ("experts_down_bias", (E, D))):
+    for name, shape in (
+        ("router_bias", (E,)),
+        ("experts_gate_bias", (E, W)),
+        ("experts_up_bias", (E, W)),
+        ("experts_down_bias", (E, D)),
+    ):
         if moe.bias:
             plain[name] = torch.randn(shape)
     if moe.beside_dense:

@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from headwise.planner.quantise import weight_types
-from headwise.planner.residence import FLOAT_TYPES, KEPT_TYPES, groups, resident_types, weight_bytes
+from headwise.planner.residence import FLOAT_TYPES, KEPT_TYPES, groups, multiplied, planed, resident_types, weight_bytes
 from headwise.spec import catalogue
 from headwise.spec.ggml import GGML_TYPES, by_name
 from headwise.spec.hf import spec_from_config
@@ -151,6 +151,31 @@ def test_groups_hold_what_a_layer_has() -> None:
         assert sum(key.endswith(".gate_up") for key in found) == len(spec.layers)
     types = dict.fromkeys((t.name for t in weight_tensors(GPT_OSS)), "bf16")
     assert {key.rsplit(".", 1)[-1] for key in groups(GPT_OSS, types)} == {"qkv", "experts_gate_up"}
+
+
+def test_experts_of_a_layer_are_re_tiled_all_or_none() -> None:
+    """Half a layer on kernels needs both forms' buffers and neither's arithmetic; Q5_K_M gives 26B-A4B down projections in Q5_1."""
+    a4b = catalogue.spec("gemma-4-26b-a4b")
+    experts = {t.name for t in weight_tensors(a4b) if t.role == "experts"}
+
+    def types(scheme: str) -> dict[str, str]:
+        return resident_types(a4b, weight_types(a4b, scheme), cpu=False, dtype="bf16")
+
+    assert types("q4_k_m")["layers.0.experts_down"] == "q8_0" and types("q4_k_m")["layers.3.experts_down"] == "q5_0"
+    assert experts <= planed(a4b, types("q4_k_m")) and len(multiplied(a4b, types("q4_k_m"))) == 30
+    assert types("q5_k_m")["layers.3.experts_down"] == "q5_1"
+    whole = multiplied(a4b, types("q5_k_m"))
+    assert 0 in whole and 3 not in whole
+    assert {n for n in planed(a4b, types("q5_k_m")) & experts if n.startswith("layers.3.")} == set()
+    assert len(multiplied(a4b, types("bf16"))) == 30 and not planed(a4b, types("bf16"))
+
+
+def test_a_router_of_more_experts_than_ours_takes_is_left_to_pytorch() -> None:
+    layer = GPT_OSS.layers[0]
+    assert layer.mlp.moe
+    for n, kept in ((256, {0}), (257, set())):
+        one = replace(GPT_OSS, layers=(replace(layer, mlp=replace(layer.mlp, moe=replace(layer.mlp.moe, n_experts=n))),))
+        assert multiplied(one, dict.fromkeys((t.name for t in weight_tensors(one)), "bf16")) == kept
 
 
 def test_a_model_of_no_quantised_weights_needs_what_its_file_needs() -> None:
