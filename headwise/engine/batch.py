@@ -21,7 +21,7 @@ from headwise.kernels.configs import doublings
 from headwise.model.arena import Arena
 from headwise.model.heads import Part, Step, Tail
 from headwise.planner.memory import Plan
-from headwise.planner.workspace import ring_slots, span_words
+from headwise.planner.workspace import launches, ring_slots, span_words
 from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS
 
 QUERY_ROWS = 32  # queries times heads of a group that kernels for few queries take together
@@ -54,8 +54,14 @@ class Run(NamedTuple):
         return self.place.extents is not None and len(self.place.extents) > 1
 
     def part(self, first: int, n: int) -> Run:
-        """Its tokens [first, first + n) as a run of their own."""
-        return Run(self.place, self.start + first, self.ids[first : first + n], 0)
+        """Its tokens [first, first + n) as a run of their own, all wanted."""
+        ids = self.ids[first : first + n]
+        return Run(self.place, self.start + first, ids, len(ids))
+
+    @property
+    def answers(self) -> bool:
+        """Whether it is a token of an answer with its drafts, and no chunk of a prompt."""
+        return self.n <= DRAFT_TOKENS and self.wanted == self.n
 
 
 class Steps:
@@ -71,7 +77,8 @@ class Steps:
         self.rings = ring_slots(spec, n_tokens=w.context, chunk=w.chunk)
         self.kinds = tuple(dict.fromkeys(layer.window for layer in spec.kv_layers))
         self.together = max(1, QUERY_ROWS // max(x.n_heads // x.n_kv_heads for x in spec.layers))
-        self.tail_at = span_words(spec, w.slots, w.chunk)
+        # where the numbers of a whole step begin, and those of the wanted tokens alone: words, and rows of the page table
+        self.whole, self.wanted = (0, 0), (span_words(spec, w.slots, w.chunk), launches(w.slots, w.chunk))
         self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
 
     def fill(self, runs: Sequence[Run]) -> None:
@@ -85,27 +92,27 @@ class Steps:
                 ids_T.copy_(torch.tensor(ids))
         span = self.arena.flat("span")
         if span is not None:
-            self._write(span, runs)
+            self._write(span, runs, *self.whole)
             if _narrows(runs):
-                self._write(span[self.tail_at :], _wanted(runs))
+                self._write(span, _wanted(runs), *self.wanted)
         if not self.fused:
             self._masks(runs)
 
     def step(self, runs: Sequence[Run]) -> Step:
         """The step of what `fill` has written."""
-        whole = self._step(runs, 0)
+        whole = self._step(runs, *self.whole)
         if not _narrows(runs):
             return whole
         rows, end = list[int](), 0
         for r in runs:
             end += r.n
             rows += range(end - r.wanted, end)
-        narrow = self._step(_wanted(runs), self.tail_at)
+        narrow = self._step(_wanted(runs), *self.wanted)
         return replace(whole, tail=Tail(torch.tensor(rows, dtype=torch.int64, device=self.device), narrow))
 
     def key(self, runs: Sequence[Run]) -> Hashable | None:
         """What a recorded step of these runs may be replayed for; None where it cannot be recorded."""
-        if _narrows(runs) or any(r.n > DRAFT_TOKENS for r in runs):
+        if not all(r.answers for r in runs):
             return None
         return tuple(r.n for r in runs), any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
 
@@ -113,19 +120,20 @@ class Steps:
         """Runs that attention takes in one go: few queries each, or many. Operators take each run of a sequence's pages alone."""
         if not self.fused:
             return [[piece] for r in runs for piece in _pieces(r)]
-        return [list(group) for _, group in groupby(runs, lambda r: r.n <= DRAFT_TOKENS)]
+        return [list(group) for _, group in groupby(runs, lambda r: r.answers)]
 
     def _sequences(self, group: Sequence[Run]) -> list[Run]:
         """What kernels take for a sequence: of a few drafts as many as one tile of queries holds."""
-        most = self.together if self.fused and group[0].n <= DRAFT_TOKENS else group[0].n + 2**31
-        return [r.part(i, most) for r in group for i in range(0, r.n, most)]
+        if not self.fused or not group[0].answers:
+            return list(group)
+        return [r.part(i, self.together) for r in group for i in range(0, r.n, self.together)]
 
-    def _step(self, runs: Sequence[Run], at: int) -> Step:
+    def _step(self, runs: Sequence[Run], at: int, row: int) -> Step:
         """Views of what `_write` wrote."""
         T, kinds = sum(r.n for r in runs), len(self.kinds)
         span, pages = self.arena.flat("span"), self.arena.get("pages")
         parts: list[Part] = []
-        first = row = 0
+        first = 0
         if span is None:
             every = [torch.arange(r.start, r.stop, device=self.device) for r in runs]
             positions, by_window = torch.cat(every) if every else torch.empty(0, dtype=torch.int64, device=self.device), {}
@@ -147,14 +155,13 @@ class Steps:
             first += n
         return Step(T, positions, tuple(parts), self.arena, by_window)
 
-    def _write(self, span: Tensor, runs: Sequence[Run]) -> None:
+    def _write(self, span: Tensor, runs: Sequence[Run], at: int, row: int) -> None:
         """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences."""
         positions = [np.arange(r.start, r.stop) for r in runs]
         told = [
             *positions,
             *(self._slots(r.place, window, p) for window in self.kinds for r, p in zip(runs, positions, strict=True)),
         ]
-        row = 0
         for group in self._groups(runs):
             sequences = self._sequences(group)
             told.append(np.cumsum([0, *(r.n for r in sequences)]))
@@ -166,7 +173,7 @@ class Steps:
             row += len(sequences)
         if told:
             numbers = torch.from_numpy(np.concatenate(told).astype(np.int32))
-            span[: numbers.shape[0]].copy_(numbers)
+            span[at : at + numbers.shape[0]].copy_(numbers)
 
     def _slots(self, place: Place, window: int | None, positions: np.ndarray) -> np.ndarray:
         """Where positions lie in the layers of a window."""

@@ -92,7 +92,7 @@ class Stage:
         attends = attend_functions(choices[self.layers.start : self.layers.stop])
         self.decoder = Decoder(self.spec, self.layers, weights, attends, w.chunk, fused() if w.fused else PLAIN)
         self.steps = Steps(plan, self.arena, device, fused=w.fused)
-        for name in ("done", "span"):
+        for name in ("done", "span", "pages"):
             zeros = self.arena.flat(name)
             if zeros is not None:
                 zeros.zero_()

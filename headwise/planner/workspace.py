@@ -139,7 +139,7 @@ def workspace(
             add(f"mask.{window}", "always", C, slots)
     if "slots" in reads:
         add("span", "always", 2 * span_words(spec, slots, C), kind="i32")  # of all tokens, and of those that are wanted
-        add("pages", "always", launches(slots, C), -(-n_tokens // PAGE_TOKENS), kind="i32")
+        add("pages", "always", 2 * launches(slots, C), -(-n_tokens // PAGE_TOKENS), kind="i32")
         add("done", "always", launches(slots, C) * max(x.n_kv_heads for x in layers), kind="i32")
         add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
     if spec.ple:

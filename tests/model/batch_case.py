@@ -88,7 +88,7 @@ def main(folder: Path, family: str, mode: str) -> dict[str, float]:
     out: dict[str, float] = {"dtype": 0.0 if mode == "operators" else 1.0}
     out["a prompt begins"] = step((0, 48, 0))
     out["two prompts"] = step((0, 30, 0), (1, 18, 0))
-    out["a prompt ends beside another"] = step((0, 12, 1), (1, 36, 0))
+    out["a prompt ends beside another"] = step((1, 36, 0), (0, 12, 1))
     out["an answer and the ends of two prompts"] = step((0, 1, 1), (1, 16, 1), (2, 12, 1))
     out["three answers"] = step((0, 1, 1), (1, 1, 1), (2, 1, 1))
     out["drafts"] = step((0, 8, 8))
