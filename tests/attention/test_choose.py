@@ -189,6 +189,19 @@ def test_a_kind_that_the_model_lacks_is_not_forced_in_silence() -> None:
         choose_layers(catalogue.spec("llama-3.2-3b"), kv=BF16, dtype="bf16", device=CPU, forced={"sliding": "reference"})
 
 
+def test_a_rocm_build_of_pytorch_is_not_taken_for_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says cuda and capability 11.0 on a gfx1100: kernels that no AMD card has run would have been chosen."""
+    from headwise.engine.llm import device_kind
+
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (11, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "AMD Radeon RX 7900 XTX")
+    kind = device_kind(torch.device("cuda"))
+
+    assert kind.api == "rocm"
+    assert choose(replace(NEED, api=kind.api, capability=kind.capability, head_dim=128, key_dim=128)).backend.name == "reference"
+
+
 def test_groups_hold_every_layer_once() -> None:
     spec = catalogue.spec("gemma-4-e2b")
     choices = choose_layers(spec, kv=BF16, dtype="bf16", device=CPU)

@@ -1,0 +1,122 @@
+"""Is decode over quantised caches right on this card? Every layout, ragged batches, against the formula in fp64.
+
+    PYTHONPATH=.:tests python benchmarks/decode_check.py [--backend headwise-hopper] [OUT.json]
+
+Head sizes 128 to 512, one tensor and two, groups of 2 to 16 heads; one sequence and batches; contiguous, paged and ring caches with
+and without a window and sinks; partial results merged by the launch and after it. What a cache does not hold is 99, results
+and scratch are NaN before. Half the cases have f16 queries, half bf16.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from kernels.cases import stored
+
+from headwise.attention.own_kernels import launch, partial_scratch
+from headwise.kernels.attend import reference
+from headwise.kernels.stored import Sequences, Slots, Stored
+
+ERROR = 6e-3
+KV = ("fp8", "q8_0", "q4_0")
+HEADS = ((512, 128, 32, 4), (512, 128, 16, 1), (512, 0, 8, 2), (256, 0, 32, 16), (256, 0, 8, 1), (128, 0, 32, 8))  # D, tail, H, G
+STEPS = (((1,), (1,)), ((65,), (1,)), ((3000,), (1,)), ((700, 64, 129, 1), (1, 1, 1, 1)), ((513, 300), (2, 1)))  # keys, queries
+LAYOUTS = (("flat", None), ("pages", None), ("flat", 200), ("ring", 200))
+PAGE = 64
+
+
+class Case(NamedTuple):
+    kv: str
+    heads: tuple[int, int, int, int]
+    step: tuple[tuple[int, ...], tuple[int, ...]]
+    layout: str
+    window: int | None
+    seed: int
+
+
+def relative_error(case: Case, backend: str, device: torch.device) -> float:
+    """||out - reference|| / ||reference||; infinite where a result is not finite."""
+    (D, tail, H, G), (keys, queries) = case.heads, case.step
+    g = torch.Generator(device=device).manual_seed(case.seed)
+    dtype = torch.float16 if case.seed % 2 or device.type == "cpu" else torch.bfloat16
+    E, B = D + tail, len(keys)
+    ring = (case.window or 0) + max(queries) + 8 if case.layout == "ring" else 0
+    room = ring or -(-max(keys) // PAGE) * PAGE
+    n_slots = B * room + 2 * PAGE
+    first = (torch.arange(B, device=device) * room).int()
+    pages = torch.randperm(n_slots // PAGE, generator=g, device=device)[: B * room // PAGE].view(B, -1).int() if not ring else None
+
+    def slots(b: int) -> torch.Tensor:
+        p = torch.arange(keys[b], device=device)
+        if case.layout == "pages" and pages is not None:
+            return pages[b][p // PAGE].long() * PAGE + p % PAGE
+        return first[b].long() + (p % ring if ring else p)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device=device).to(dtype)
+
+    caches, seen = [], []
+    for width in (E,) if tail else (D, D):
+        cache = torch.full((n_slots, G, width), 99.0, device=device, dtype=dtype)
+        for b, n in enumerate(keys):
+            last = max(0, n - ring) if ring else 0  # a ring holds the last positions
+            cache[slots(b)[last:]] = random(n - last, G, width)
+        values, held = stored(cache, case.kv)
+        caches.append(Stored(values.data_SGD, values.scales_SGB))
+        seen.append([held[slots(b)] for b in range(B)])
+    starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=device)
+    seqs = Sequences(starts, torch.tensor(keys, dtype=torch.int32, device=device), max(queries), max(keys))
+    q = random(sum(queries), H, E)
+    out = torch.full((sum(queries), H, D), float("nan"), dtype=dtype, device=device)
+    sinks = torch.randn(H, generator=g, device=device) if case.seed % 3 == 0 else None
+    k, v = caches[0], None if tail else caches[1]
+    partial = partial_scratch(q, k, seqs)
+    done = torch.zeros(B * G, dtype=torch.int32, device=device) if case.seed % 5 == 0 else None
+    where = Slots(pages, page=PAGE) if case.layout == "pages" and pages is not None else Slots(first, ring=ring)
+    scale = 2 * E**-0.5
+    launch(
+        backend, q, k, v, out, seqs, where, scale=scale, window=case.window, sinks_H=sinks, done=done,
+        partial=None if partial is None else partial.fill_(float("nan")),
+    )  # fmt: skip
+    want = reference(q, seen[0], None if tail else seen[1], seqs, scale=scale, D=D, window=case.window, sinks_H=sinks)
+    error = float((out.double() - want).norm() / want.norm())
+    return error if error == error else float("inf")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--backend", default="headwise-hopper")
+    parser.add_argument("out", nargs="?")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    combinations = [
+        c
+        for c in product(KV, HEADS, STEPS, LAYOUTS)
+        if not (c[1][1] and c[3][1])  # one tensor is a global layer's
+    ]
+    rows: dict[tuple[object, ...], list[float]] = {}
+    for seed, (kv, heads, step, (layout, window)) in enumerate(combinations):
+        error = relative_error(Case(kv, heads, step, layout, window, seed), args.backend, device)
+        rows.setdefault((kv, *heads), []).append(error)
+    found = [
+        {"kv": kv, "head_dim": D, "tail": tail, "heads": H, "kv_heads": G, "cases": len(e), "worst": max(e)}
+        for (kv, D, tail, H, G), e in rows.items()
+    ]
+    for row in found:
+        print(row)
+    wrong = sum(e >= ERROR for errors in rows.values() for e in errors)
+    print(f"{len(combinations)} cases, {wrong} wrong")
+    if args.out:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        head = {"gpu": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "backend": args.backend, "wrong": wrong}
+        Path(args.out).write_text(json.dumps(head | {"rows": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
