@@ -74,6 +74,7 @@ class Runner:
         self.slot, self.caches = 0, self.slots[0]
         self.fused = self.device.type == "cuda" and w.fused
         ops = fused() if self.fused else PLAIN
+        self.arena.room = self.arena.room._replace(fused=self.fused)
         self.decoder = Decoder(self.spec, weights, attend_functions(choices), w.chunk, ops)
         self.rings = ring_slots(self.spec, n_tokens=w.context, chunk=w.chunk)
         self.ropes = [(rope, rope.rotated_dims // 2) for rope in ropes(self.spec)]

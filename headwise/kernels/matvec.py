@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from headwise.kernels.stored import in_turn, overlap
+from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 from headwise.kernels.tiled import (
     LAYOUTS,
     Q4_0,
@@ -36,6 +36,7 @@ from headwise.kernels.tiled import (
     Planes,
     four,
     four_words,
+    half_float,
     load_head,
     load_high,
     load_low,
@@ -62,6 +63,7 @@ class Config(NamedTuple):
     units: int = 8  # `_matrix`: groups a step
     stages: int = 3  # `_matrix`
     matrix: bool = False
+    step: int = 0  # `_integers`: groups a thread reads of a row at once; 0: `step_groups`
 
 
 class Integers(NamedTuple):
@@ -70,6 +72,11 @@ class Integers(NamedTuple):
     words: Tensor
     planes: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, K) of the activations."""
+        return self.words.shape[0], self.words.shape[1] * 32
+
 
 def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
     """The product in fp64, of the dequantised values."""
@@ -77,18 +84,14 @@ def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
 
 
 @triton.jit
-def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
-    in_turn(PDL)
+def to_integers(x, to, ok, PLANES: tl.constexpr):
+    """Groups of fp32, (G, 32), as integers and what goes with them, to where `to`, (G, 1), points; only where `ok`, (G, 1)."""
+    G: tl.constexpr = x.shape[0]
     top: tl.constexpr = 32512 if PLANES == 2 else 127
-    words: tl.constexpr = 8 * PLANES + 4
-    g = tl.program_id(0) * G + tl.arange(0, G)
     e = tl.arange(0, 32)
-    ok = (g < groups)[:, None]
-    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + e[None, :], mask=ok, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), 1)
     v = tl.floor(x * (top / tl.maximum(largest, 1e-30))[:, None] + 0.5).to(tl.int32)
     s = largest * (1.0 / top)
-    to = out + (tl.program_id(1) * groups + g)[:, None] * words
     high = (v + 128) >> 8 if PLANES == 2 else v
     for plane in tl.static_range(PLANES):
         b = (high if plane == 0 else v) & 255  # the lower plane is signed: its upper neighbour was rounded
@@ -99,6 +102,16 @@ def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexp
     first = tl.where(tl.arange(0, 2)[None, :] == 0, s[:, None], tl.sum(sums, 1)[:, None])
     tl.store(to + tl.arange(0, 2)[None, :], first.to(tl.int32, bitcast=True), mask=ok)
     tl.store(to + 2 + tl.arange(0, 2)[None, :], sums.to(tl.int32, bitcast=True), mask=ok)
+
+
+@triton.jit
+def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
+    g = tl.program_id(0) * G + tl.arange(0, G)
+    e = tl.arange(0, 32)
+    ok = (g < groups)[:, None]
+    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + e[None, :], mask=ok, other=0.0).to(tl.float32)
+    to_integers(x, out + (tl.program_id(1) * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES)
 
 
 @triton.jit
@@ -160,40 +173,86 @@ def _group(f, upper, lower, half: tl.constexpr, KIND: tl.constexpr, PLANES: tl.c
     return (a * 256 + b if PLANES == 2 else a).to(tl.float32)
 
 
+@triton.jit
+def _fetch(
+    low, high, head, halves, first, groups, N, KIND: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What a thread reads of W in a step, STEP groups from `first` on of EACH rows: all of it is asked for together."""
+    p = tl.arange(0, LANES)
+    r = p % 8
+    w, h, heads = (), (), ()
+    for e in tl.static_range(EACH):
+        eight = tl.minimum((tl.program_id(0) * EACH + e) * (BN // 8) + p % BN // 8, (N - 1) // 8)
+        at = eight.to(tl.int64) * groups + first
+        for g in tl.static_range(STEP):
+            w += (load_low(low, at + g, r, 0, KIND),)
+            if KIND == Q8_0:
+                w += (load_low(low, at + g, r, 1, KIND),)
+            a, b = load_high(high, at + g, r, KIND)
+            if KIND == Q5_K or KIND == Q5_0 or KIND == Q6_K:
+                h += (a,)
+            if KIND == Q6_K:
+                h += (b,)
+        if KIND == Q4_K or KIND == Q5_K:
+            heads += four_words(tl.load(head + (at // BLOCK * 32 + r * 4)[:, None] + tl.arange(0, 4)[None, :]))
+        elif KIND == Q6_K:
+            word = head + at // BLOCK * 36 + r * 4 + (first % BLOCK).to(tl.int32) // 2
+            for i in tl.static_range(STEP // 2):
+                heads += (tl.load(word + i),)
+            heads += (tl.load(halves + at // BLOCK * 72 + 64 + r),)
+        else:
+            for g in tl.static_range(STEP):
+                heads += (load_head(head, halves, at + g, r, KIND)[0],)
+    return w, h, heads
+
+
+@triton.jit
+def _scales_of(heads, e: tl.constexpr, g: tl.constexpr, first, KIND: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """(d, the minimum's, scale of the first half, of the second, minimum) of group g of `_fetch`'s row e."""
+    if KIND == Q4_K or KIND == Q5_K:
+        dd, a, b, c = heads[4 * e], heads[4 * e + 1], heads[4 * e + 2], heads[4 * e + 3]
+        if STEP == BLOCK:
+            scale0, scale1, minimum = scales(b if g >= 4 else a, c, g, KIND)
+        else:
+            group = (first % BLOCK).to(tl.int32) + g
+            scale0, scale1, minimum = scales(tl.where(group >= 4, b, a), c, group, KIND)
+        return half_float(dd), half_float(dd >> 16), scale0, scale1, minimum
+    elif KIND == Q6_K:
+        n: tl.constexpr = STEP // 2 + 1
+        scale0, scale1, minimum = scales(heads[n * e + g // 2], 0, g, KIND)
+        return heads[n * e + STEP // 2].to(tl.float32), 0.0, scale0, scale1, minimum
+    else:
+        return heads[STEP * e + g], 0.0, 1.0, 1.0, 0.0
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _integers(
     x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
     KIND: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
     BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    in_turn(PDL)
+    start_next(PDL)
     K_LANES: tl.constexpr = LANES // BN
     WORDS: tl.constexpr = 8 * PLANES + 4
-    p = tl.arange(0, LANES)
-    r = p % 8
+    TWO: tl.constexpr = 2 if KIND == Q8_0 else 1
+    lane = tl.arange(0, LANES) // BN
     i4 = tl.arange(0, 4)[None, :]
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, groups // STEP)
+    first = tl.maximum(tl.minimum(begin + lane, end - 1), 0) * STEP
+    w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+    wait_turn(PDL)
     y = ()
     for _ in tl.static_range(EACH * ROWS):
         y += (tl.zeros((LANES,), tl.float32),)
     for s0 in range(begin, end, K_LANES):
-        mine = s0 + p // BN
+        mine = s0 + lane
         first = tl.minimum(mine, end - 1) * STEP
-        ats, w0, w1, h0, h1, heads = (), (), (), (), (), ()
-        for e in tl.static_range(EACH):
-            eight = tl.minimum((tl.program_id(0) * EACH + e) * (BN // 8) + p % BN // 8, (N - 1) // 8)
-            ats += (eight.to(tl.int64) * groups + first,)
-        for e in tl.static_range(EACH):  # all of a step is asked for together
-            for g in tl.static_range(STEP):
-                w0 += (load_low(low, ats[e] + g, r, 0, KIND),)
-                if KIND == Q8_0:
-                    w1 += (load_low(low, ats[e] + g, r, 1, KIND),)
-                a, b = load_high(high, ats[e] + g, r, KIND)
-                h0 += (a,)
-                h1 += (b,)
-            if BLOCK == STEP:
-                heads += (load_head(head, halves, ats[e] // BLOCK, r, KIND),)
+        later = tl.minimum(mine + K_LANES, end - 1) * STEP
+        w1, h1, heads1 = w, h, heads
+        if s0 + K_LANES < end:
+            w1, h1, heads1 = _fetch(low, high, head, halves, later, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
         sums, minima = (), ()
         for _ in tl.static_range(EACH * ROWS):
             sums += (tl.zeros((LANES,), tl.float32),)
@@ -210,22 +269,14 @@ def _integers(
                 floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
             sums1, minima1 = (), ()
             for e in tl.static_range(EACH):
-                w = w1[e * STEP + g] if KIND == Q8_0 else w0[e * STEP + g]
-                f = _fields(w0[e * STEP + g], w, h0[e * STEP + g], h1[e * STEP + g], KIND, ASM)
-                if BLOCK == STEP:
-                    d, dmin, a, b, c, last = heads[e]
-                    if KIND == Q6_K:
-                        scale0, scale1, minimum = scales((a, b, c, last)[g // 2], 0, g, KIND)
-                    else:
-                        scale0, scale1, minimum = scales(b if g >= 4 else a, c, g, KIND)
+                a, b = w[TWO * (e * STEP + g)], w[TWO * (e * STEP + g) + TWO - 1]
+                if KIND == Q6_K:
+                    f = _fields(a, b, h[2 * (e * STEP + g)], h[2 * (e * STEP + g) + 1], KIND, ASM)
+                elif KIND == Q5_K or KIND == Q5_0:
+                    f = _fields(a, b, h[e * STEP + g], h[e * STEP + g], KIND, ASM)
                 else:
-                    at = ats[e] + g
-                    d, dmin, word, c = load_scale(head, halves, at // BLOCK, r, (at % BLOCK).to(tl.int32), KIND)
-                    scale0, scale1, minimum = scales(word, c, (at % BLOCK).to(tl.int32), KIND)
-                    if BLOCK > 1:
-                        scale0 *= d
-                        scale1 *= d
-                        minimum *= dmin
+                    f = _fields(a, b, 0, 0, KIND, ASM)
+                d, dmin, scale0, scale1, minimum = _scales_of(heads, e, g, first, KIND, STEP, BLOCK)
                 for t in tl.static_range(ROWS):
                     s, z, z0, z1 = floats[t]
                     old = sums[e * ROWS + t]
@@ -243,14 +294,15 @@ def _integers(
             sums, minima = sums1, minima1
         y1 = ()
         for e in tl.static_range(EACH):
+            d, dmin, scale0, scale1, minimum = _scales_of(heads, e, 0, first, KIND, STEP, BLOCK)
             for t in tl.static_range(ROWS):
                 v = sums[e * ROWS + t]
-                if BLOCK == STEP and BLOCK > 1:
-                    v *= heads[e][0]
+                if BLOCK > 1:
+                    v *= d
                 if KIND == Q4_K or KIND == Q5_K:
-                    v -= minima[e * ROWS + t] * (heads[e][1] if BLOCK == STEP else 1.0)
+                    v -= minima[e * ROWS + t] * dmin
                 y1 += (y[e * ROWS + t] + (tl.where(mine < end, v, 0.0) if K_LANES > 1 else v),)
-        y = y1
+        y, w, h, heads = y1, w1, h1, heads1
     for e in tl.static_range(EACH):
         n = (tl.program_id(0) * EACH + e) * BN + tl.arange(0, BN)
         for t in tl.static_range(ROWS):
@@ -355,6 +407,20 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def integers_in(words: Tensor, T: int, K: int, planes: int = 2) -> Integers:
+    """The room for T rows of K in `words`, int32.
+
+    Raises:
+        ValueError: no whole groups of 32, or too little room.
+    """
+    if planes not in (1, 2) or K % 32 or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
+        raise ValueError(
+            f"quantise: ({T}, {K}) in groups of 32 and {planes} planes (1 or 2) in {words.numel()} {words.dtype}, "
+            f"not {integer_words(T, K, planes)} int32"
+        )
+    return Integers(words.flatten()[: integer_words(T, K, planes)].view(T, K // 32, -1), planes)
+
+
 def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
     """Activations as the integers that `matvec` multiplies, written to `words`: int32, `integer_words` of them.
 
@@ -362,18 +428,11 @@ def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     T, K = x_TK.shape
-    if K % 32 or x_TK.stride(1) != 1 or x_TK.dtype not in TOLERANCE:
-        raise ValueError(
-            f"quantise: {x_TK.dtype} activations ({T}, {K}) of strides {x_TK.stride()}, not floats in groups of 32, last stride 1"
-        )
-    if planes not in (1, 2) or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
-        raise ValueError(
-            f"quantise: {planes} planes (1 or 2) in {words.numel()} {words.dtype}, not {integer_words(T, K, planes)} int32"
-        )
-    groups = K // 32
-    out = words.flatten()[: integer_words(T, K, planes)].view(T, groups, -1)
-    _quantise[(-(-groups // 32), T)](x_TK, out, x_TK.stride(0), groups, PLANES=planes, G=32, num_warps=4, **overlap(x_TK))
-    return Integers(out, planes)
+    if x_TK.stride(1) != 1 or x_TK.dtype not in TOLERANCE:
+        raise ValueError(f"quantise: {x_TK.dtype} activations ({T}, {K}) of strides {x_TK.stride()}, not floats, last stride 1")
+    out = integers_in(words, T, K, planes)
+    _quantise[(-(-(K // 32) // 32), T)](x_TK, out.words, x_TK.stride(0), K // 32, PLANES=planes, G=32, num_warps=4, **overlap(x_TK))
+    return out
 
 
 def matvec(
@@ -390,7 +449,7 @@ def matvec(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     integers = isinstance(x, Integers)
-    T, K = (x.words.shape[0], x.words.shape[1] * 32) if isinstance(x, Integers) else x.shape
+    T, K = x.shape
     N, t, most = w.rows, LAYOUTS[w.type], INTEGER_ROWS if integers else MAX_ROWS
     if not 1 <= T <= most:
         raise ValueError(f"matvec: {T} rows of activations not in 1 to {most}")
@@ -416,7 +475,7 @@ def matvec(
             raise ValueError(f"matvec: {c.splits} splits need {programs} int32 zeros, got {done}")
         part, count = scratch, done
     groups, block, asm = K // 32, t.block // 32, not knobs.runtime.interpret
-    step = c.units if c.matrix else step_groups(w.type, K, T)
+    step = c.units if c.matrix else c.step or step_groups(w.type, K, T)
     lanes = step if c.matrix else 32 * c.warps * c.each // c.rows
     share = -(-(groups if c.matrix else groups // step) // (c.splits * lanes)) * lanes
     arguments = (data, *pointers(w), out_TN, part, count, N, groups, T, data.stride(0), out_TN.stride(0), share, c.splits)
