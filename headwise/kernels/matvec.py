@@ -208,22 +208,101 @@ def _fetch(
 
 
 @triton.jit
-def _scales_of(heads, e: tl.constexpr, g: tl.constexpr, first, KIND: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
-    """(d, the minimum's, scale of the first half, of the second, minimum) of group g of `_fetch`'s row e."""
-    if KIND == Q4_K or KIND == Q5_K:
-        dd, a, b, c = heads[4 * e], heads[4 * e + 1], heads[4 * e + 2], heads[4 * e + 3]
-        if STEP == BLOCK:
-            scale0, scale1, minimum = scales(b if g >= 4 else a, c, g, KIND)
+def _byte(word, g):
+    return ((word >> 8 * g) & 255).to(tl.float32)
+
+
+@triton.jit
+def _scales_of(heads, first, EACH: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row of `_fetch` and group: d, the minimum's, scale of the first half, of the second, minimum; EACH * STEP of them.
+
+    q4_k, q5_k: scales and minima of four groups are taken apart together, as bytes of words.
+    """
+    out = ()
+    for e in tl.static_range(EACH):
+        if KIND == Q4_K or KIND == Q5_K:
+            d, dmin = half_float(heads[4 * e]), half_float(heads[4 * e] >> 16)
+            a, b, c = heads[4 * e + 1], heads[4 * e + 2], heads[4 * e + 3]
+            if STEP < BLOCK:  # one of the two halves, moved so that this step's groups come first
+                at = (first % BLOCK).to(tl.int32)
+                a = tl.where(at >= 4, b, a) >> 8 * (at % 4)
+                c = tl.where(at >= 4, c >> 4, c) >> 8 * (at % 4)
+            for g in tl.static_range(STEP):
+                word = b if g >= 4 else a
+                upper = (c >> 2) if g >= 4 else (c << 2)
+                minima = ((word >> 6) & 0x03030303) | (upper & 0x3C3C3C3C)
+                scale = _byte(word & 0x3F3F3F3F, g % 4)
+                out += ((d, dmin, scale, scale, _byte(minima, g % 4)),)
+        elif KIND == Q6_K:
+            d = heads[(STEP // 2 + 1) * e + STEP // 2].to(tl.float32)
+            for g in tl.static_range(STEP):
+                scale0, scale1, minimum = scales(heads[(STEP // 2 + 1) * e + g // 2], 0, g, KIND)
+                out += ((d, 0.0, scale0, scale1, 0.0),)
         else:
-            group = (first % BLOCK).to(tl.int32) + g
-            scale0, scale1, minimum = scales(tl.where(group >= 4, b, a), c, group, KIND)
-        return half_float(dd), half_float(dd >> 16), scale0, scale1, minimum
-    elif KIND == Q6_K:
-        n: tl.constexpr = STEP // 2 + 1
-        scale0, scale1, minimum = scales(heads[n * e + g // 2], 0, g, KIND)
-        return heads[n * e + STEP // 2].to(tl.float32), 0.0, scale0, scale1, minimum
-    else:
-        return heads[STEP * e + g], 0.0, 1.0, 1.0, 0.0
+            for g in tl.static_range(STEP):
+                out += ((heads[STEP * e + g], 0.0, 1.0, 1.0, 0.0),)
+    return out
+
+
+@triton.jit
+def _step(
+    y, w, h, heads, first, ok, x_ptr, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y, sums of EACH rows of W by ROWS of x, and the products of what `_fetch` gave, where `ok`."""
+    WORDS: tl.constexpr = 8 * PLANES + 4
+    TWO: tl.constexpr = 2 if KIND == Q8_0 else 1
+    i4 = tl.arange(0, 4)[None, :]
+    each = _scales_of(heads, first, EACH, KIND, STEP, BLOCK)
+    sums, minima = (), ()
+    for _ in tl.static_range(EACH * ROWS):
+        sums += (tl.zeros(first.shape, tl.float32),)
+        minima += (tl.zeros(first.shape, tl.float32),)
+    for g in tl.static_range(STEP):
+        upper, lower, floats = (), (), ()
+        for t in tl.static_range(ROWS):
+            x = x_ptr + ((t * (x_stride // 4)) + (first + g) * (WORDS // 4))[:, None] * 4 + i4
+            upper += (four_words(tl.load(x)) + four_words(tl.load(x + 4)),)
+            if PLANES == 2:
+                lower += (four_words(tl.load(x + 8)) + four_words(tl.load(x + 12)),)
+            else:
+                lower += (0,)
+            floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
+        sums1, minima1 = (), ()
+        for e in tl.static_range(EACH):
+            a, b = w[TWO * (e * STEP + g)], w[TWO * (e * STEP + g) + TWO - 1]
+            if KIND == Q6_K:
+                f = _fields(a, b, h[2 * (e * STEP + g)], h[2 * (e * STEP + g) + 1], KIND, ASM)
+            elif KIND == Q5_K or KIND == Q5_0:
+                f = _fields(a, b, h[e * STEP + g], h[e * STEP + g], KIND, ASM)
+            else:
+                f = _fields(a, b, 0, 0, KIND, ASM)
+            d, dmin, scale0, scale1, minimum = each[e * STEP + g]
+            for t in tl.static_range(ROWS):
+                s, z, z0, z1 = floats[t]
+                old = sums[e * ROWS + t]
+                if KIND == Q6_K:
+                    v = _group(f, upper[t], lower[t], 0, KIND, PLANES, ASM) * s - 32.0 * z0
+                    u = _group(f, upper[t], lower[t], 1, KIND, PLANES, ASM) * s - 32.0 * z1
+                    sums1 += (old + v * scale0 + u * scale1,)
+                elif KIND == Q4_K or KIND == Q5_K:
+                    v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                    sums1 += (old + v * ((s * 0.0625 if KIND == Q4_K else s) * scale0),)
+                    minima1 += (minima[e * ROWS + t] + minimum * z,)
+                else:
+                    v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                    sums1 += (old + (v * (s * 0.0625 if KIND == Q4_0 else s) - offset(KIND) * z) * d,)
+        sums, minima = sums1, minima1
+    y1 = ()
+    for e in tl.static_range(EACH):
+        for t in tl.static_range(ROWS):
+            v = sums[e * ROWS + t]
+            if BLOCK > 1:
+                v *= each[e * STEP][0]
+            if KIND == Q4_K or KIND == Q5_K:
+                v -= minima[e * ROWS + t] * each[e * STEP][1]
+            y1 += (y[e * ROWS + t] + tl.where(ok, v, 0.0),)
+    return y1
 
 
 @triton.jit(do_not_specialize=RUNTIME)
@@ -234,75 +313,32 @@ def _integers(
 ):  # fmt: skip
     start_next(PDL)
     K_LANES: tl.constexpr = LANES // BN
-    WORDS: tl.constexpr = 8 * PLANES + 4
-    TWO: tl.constexpr = 2 if KIND == Q8_0 else 1
     lane = tl.arange(0, LANES) // BN
-    i4 = tl.arange(0, 4)[None, :]
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, groups // STEP)
-    first = tl.maximum(tl.minimum(begin + lane, end - 1), 0) * STEP
+    last = tl.maximum(end - 1, 0)
+    first = tl.minimum(begin + lane, last) * STEP
     w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
     wait_turn(PDL)
     y = ()
     for _ in tl.static_range(EACH * ROWS):
         y += (tl.zeros((LANES,), tl.float32),)
-    for s0 in range(begin, end, K_LANES):
-        mine = s0 + lane
-        first = tl.minimum(mine, end - 1) * STEP
-        later = tl.minimum(mine + K_LANES, end - 1) * STEP
+    TURNS: tl.constexpr = 2 if ROWS == 1 else 1  # two: registers take turns, instead of moving
+    for s0 in range(begin, end, TURNS * K_LANES):  # the next step's weights are asked for before this one's are multiplied
+        first = tl.minimum(s0 + lane, last) * STEP
+        second = tl.minimum(s0 + K_LANES + lane, last) * STEP
         w1, h1, heads1 = w, h, heads
         if s0 + K_LANES < end:
-            w1, h1, heads1 = _fetch(low, high, head, halves, later, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
-        sums, minima = (), ()
-        for _ in tl.static_range(EACH * ROWS):
-            sums += (tl.zeros((LANES,), tl.float32),)
-            minima += (tl.zeros((LANES,), tl.float32),)
-        for g in tl.static_range(STEP):
-            upper, lower, floats = (), (), ()
-            for t in tl.static_range(ROWS):
-                x = x_ptr + ((t * (x_stride // 4)) + (first + g) * (WORDS // 4))[:, None] * 4 + i4
-                upper += (four_words(tl.load(x)) + four_words(tl.load(x + 4)),)
-                if PLANES == 2:
-                    lower += (four_words(tl.load(x + 8)) + four_words(tl.load(x + 12)),)
-                else:
-                    lower += (0,)
-                floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
-            sums1, minima1 = (), ()
-            for e in tl.static_range(EACH):
-                a, b = w[TWO * (e * STEP + g)], w[TWO * (e * STEP + g) + TWO - 1]
-                if KIND == Q6_K:
-                    f = _fields(a, b, h[2 * (e * STEP + g)], h[2 * (e * STEP + g) + 1], KIND, ASM)
-                elif KIND == Q5_K or KIND == Q5_0:
-                    f = _fields(a, b, h[e * STEP + g], h[e * STEP + g], KIND, ASM)
-                else:
-                    f = _fields(a, b, 0, 0, KIND, ASM)
-                d, dmin, scale0, scale1, minimum = _scales_of(heads, e, g, first, KIND, STEP, BLOCK)
-                for t in tl.static_range(ROWS):
-                    s, z, z0, z1 = floats[t]
-                    old = sums[e * ROWS + t]
-                    if KIND == Q6_K:
-                        v = _group(f, upper[t], lower[t], 0, KIND, PLANES, ASM) * s - 32.0 * z0
-                        u = _group(f, upper[t], lower[t], 1, KIND, PLANES, ASM) * s - 32.0 * z1
-                        sums1 += (old + v * scale0 + u * scale1,)
-                    elif KIND == Q4_K or KIND == Q5_K:
-                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
-                        sums1 += (old + v * ((s * 0.0625 if KIND == Q4_K else s) * scale0),)
-                        minima1 += (minima[e * ROWS + t] + minimum * z,)
-                    else:
-                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
-                        sums1 += (old + (v * (s * 0.0625 if KIND == Q4_0 else s) - offset(KIND) * z) * d,)
-            sums, minima = sums1, minima1
-        y1 = ()
-        for e in tl.static_range(EACH):
-            d, dmin, scale0, scale1, minimum = _scales_of(heads, e, 0, first, KIND, STEP, BLOCK)
-            for t in tl.static_range(ROWS):
-                v = sums[e * ROWS + t]
-                if BLOCK > 1:
-                    v *= d
-                if KIND == Q4_K or KIND == Q5_K:
-                    v -= minima[e * ROWS + t] * dmin
-                y1 += (y[e * ROWS + t] + (tl.where(mine < end, v, 0.0) if K_LANES > 1 else v),)
-        y, w, h, heads = y1, w1, h1, heads1
+            w1, h1, heads1 = _fetch(low, high, head, halves, second, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+        y = _step(y, w, h, heads, first, s0 + lane < end, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
+        if TURNS == 1:
+            w, h, heads = w1, h1, heads1
+        elif s0 + K_LANES < end:
+            ok = s0 + K_LANES + lane < end
+            if s0 + 2 * K_LANES < end:
+                third = tl.minimum(s0 + 2 * K_LANES + lane, last) * STEP
+                w, h, heads = _fetch(low, high, head, halves, third, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+            y = _step(y, w1, h1, heads1, second, ok, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
     for e in tl.static_range(EACH):
         n = (tl.program_id(0) * EACH + e) * BN + tl.arange(0, BN)
         for t in tl.static_range(ROWS):
@@ -386,20 +422,21 @@ def integer_words(T: int, K: int, planes: int) -> int:
 
 
 def step_groups(type_name: str, K: int, T: int) -> int:
-    """Groups that a thread of `_integers` reads at once: a block, or up to four blocks of 32; for many rows of x, two groups."""
-    steps = (8, 2) if LAYOUTS[type_name].block > 32 else (4, 2, 1)
-    return next(n for n in steps if K // 32 % n == 0 and (T <= 2 or n <= 2))
+    """Groups that a thread of `_integers` reads of a row at once."""
+    return 2 if LAYOUTS[type_name].block > 32 or K // 32 % 2 == 0 else 1
 
 
 def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Config:
-    """The launch of a shape: about four programs a multiprocessor, more programs a row where rows are few."""
-    matrix = T > INTEGER_ROWS
-    rows, each, warps, least = (32, 1, 2, 32) if matrix else (64, 2, 4, 4 * step_groups(type_name, K, T))
-    programs = -(-N // rows)
-    splits = 1
-    while programs * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= least:
-        splits *= 2
-    return Config(rows, each, warps, splits, matrix=matrix)
+    """The launch of a shape: up to three programs a multiprocessor that share the work evenly, more a row where rows are few."""
+    if T > INTEGER_ROWS:
+        splits = 1
+        while -(-N // 32) * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= 32:
+            splits *= 2
+        return Config(32, 1, 2, splits, matrix=True)
+    rows, each, warps = (128, 4, 4) if T == 1 else (64, 2, 4)
+    turns = K // 32 // step_groups(type_name, K, T) * rows // (32 * warps * each)  # of the loop, one program a row
+    wanted = min(8, (3 if T == 1 else 5) * processors // -(-N // rows), turns // 2)
+    return Config(rows, each, warps, -(-turns // -(-turns // max(1, wanted))))
 
 
 @remember
