@@ -4,8 +4,8 @@
     gated   y_N = act(W_NK x_K) * V_NK x_K         V: the N rows after those of W
     times   y_N = act(W_NK x_K) * m_N
 
-A program takes a few rows and walks along K: it asks for the next tiles before it multiplies with these. Where launches overlap,
-its first tiles are asked for before the launch ahead has ended, so memory is read on through the small launches between products.
+A program sums over K in fp32, for blocks of rows in turn. Asking for the first weights before the launch ahead has ended, or for
+more of them ahead, gains nothing on an H200: the next programs' loads fill the gap as well.
 
 Shapes    x_K, m_N and y_N contiguous; W (N, K), gated (2 N, K), contiguous.
 Accuracy  products and sums in fp32, rounded once.
@@ -24,23 +24,21 @@ from torch import Tensor
 
 from headwise.kernels.matvec import processors
 from headwise.kernels.rows import GATES, activated
-from headwise.kernels.stored import overlap, start_next, wait_turn
+from headwise.kernels.stored import in_turn, overlap
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative error of a result
 
 
 class Config(NamedTuple):
-    """One launch: `rows` rows (gated: half of them of W) by `columns` columns a tile, `tiles` asked for at a time.
-
-    All programs run at once, `programs` a multiprocessor, with as many rows each: with more of them than run at once, the last
-    ones would have the memory to themselves, and too few to read it at its rate.
-    """
+    """One launch: tiles of `rows` rows by `columns` columns, `unroll` of them at once."""
 
     rows: int
     columns: int
     warps: int
-    tiles: int
-    programs: int = 4
+    unroll: int = 1
+
+
+PROGRAMS = 8  # a multiprocessor, at most
 
 
 def reference(x_K: Tensor, w_NK: Tensor) -> Tensor:
@@ -48,55 +46,32 @@ def reference(x_K: Tensor, w_NK: Tensor) -> Tensor:
     return w_NK.double() @ x_K.double()
 
 
-@triton.jit
-def _tiles(row, k0, K, BK: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr):
-    """TILES tiles from column k0 on of the rows that start at `row`, (BN, 1)."""
-    k = tl.arange(0, BK)[None, :]
-    out = ()
-    for i in tl.static_range(TILES):
-        if EVEN:
-            out += (tl.load(row + (k0 + i * BK) + k),)
-        else:
-            out += (tl.load(row + (k0 + i * BK) + k, mask=k0 + i * BK + k < K, other=0.0),)
-    return out
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def _kernel(
-    x_ptr, w_ptr, m_ptr, y_ptr, N, K, blocks, BN: tl.constexpr, BK: tl.constexpr, TILES: tl.constexpr, GATED: tl.constexpr,
-    TIMES: tl.constexpr, GELU: tl.constexpr, EVEN: tl.constexpr, PDL: tl.constexpr,
+    x_ptr, w_ptr, m_ptr, y_ptr, N, K, BN: tl.constexpr, BK: tl.constexpr, GATED: tl.constexpr, TIMES: tl.constexpr,
+    GELU: tl.constexpr, EVEN: tl.constexpr, UNROLL: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    start_next(PDL)
-    i = tl.arange(0, BN)
+    in_turn(PDL)
     k = tl.arange(0, BK)
-    begin = tl.program_id(0) * blocks
-    end = tl.minimum(begin + blocks, tl.cdiv(N, BN))
-    other = N.to(tl.int64) * K  # from a row of W to the one that it is multiplied with
-    row = w_ptr + (tl.minimum(begin * BN + i, N - 1).to(tl.int64) * K)[:, None]
-    w = _tiles(row, 0, K, BK, TILES, EVEN)
-    v = _tiles(row + other, 0, K, BK, TILES, EVEN) if GATED else ()
-    wait_turn(PDL)
-    for block in range(begin, end):
-        n = block * BN + i
+    other = N.to(tl.int64) * K  # from a row to the one that it is multiplied with
+    for block in range(tl.program_id(0), tl.cdiv(N, BN), tl.num_programs(0)):
+        n = block * BN + tl.arange(0, BN)
+        row = w_ptr + (tl.minimum(n, N - 1).to(tl.int64) * K)[:, None] + k[None, :]
         sums = tl.zeros((BN, BK), tl.float32)
         sums2 = tl.zeros((BN, BK), tl.float32)
-        for k0 in range(0, K, BK * TILES):
-            later = k0 + BK * TILES
-            if later >= K:
-                later = 0
-                row = w_ptr + (tl.minimum(n + BN, N - 1).to(tl.int64) * K)[:, None]
-            w1, v1 = w, v
-            if (later > 0) | (block + 1 < end):
-                w1 = _tiles(row, later, K, BK, TILES, EVEN)
-                v1 = _tiles(row + other, later, K, BK, TILES, EVEN) if GATED else ()
-            for j in tl.static_range(TILES):
-                at = k0 + j * BK + k
-                x = tl.load(x_ptr + at) if EVEN else tl.load(x_ptr + at, mask=at < K, other=0.0)
-                x = x.to(tl.float32)[None, :]
-                sums += w[j].to(tl.float32) * x
-                if GATED:
-                    sums2 += v[j].to(tl.float32) * x
-            w, v = w1, v1
+        for k0 in tl.range(0, K, BK, loop_unroll_factor=UNROLL):
+            if EVEN:
+                w = tl.load(row + k0)
+                v = tl.load(row + other + k0) if GATED else w
+                x = tl.load(x_ptr + k0 + k).to(tl.float32)[None, :]
+            else:
+                ok = k0 + k < K
+                w = tl.load(row + k0, mask=ok[None, :], other=0.0)
+                v = tl.load(row + other + k0, mask=ok[None, :], other=0.0) if GATED else w
+                x = tl.load(x_ptr + k0 + k, mask=ok, other=0.0).to(tl.float32)[None, :]
+            sums += w.to(tl.float32) * x
+            if GATED:
+                sums2 += v.to(tl.float32) * x
         y = tl.sum(sums, 1)
         if GATED:
             y = activated(y, GELU) * tl.sum(sums2, 1)
@@ -105,9 +80,9 @@ def _kernel(
         tl.store(y_ptr + n, y.to(y_ptr.dtype.element_ty), mask=n < N)
 
 
-def config_for(N: int, K: int) -> Config:
-    """The launch of a shape."""
-    return Config(4, 1024, 4, 1) if N * K < 2**26 else Config(4, 1024, 4, 2)
+def config_for(N: int, K: int, gated: bool) -> Config:
+    """The launch of a shape: a warp a row where there are many rows, else all warps side by side in each."""
+    return Config(8, 256, 4, 2) if gated or (N >= 8192 and K % 1024) or N > 2**15 else Config(4, 1024, 4)
 
 
 def product(
@@ -130,12 +105,9 @@ def product(
         raise ValueError(f"product: {act}, times {None if times is None else tuple(times.shape)} for ({N},)")
     if any(t.stride(0) != 1 for t in (x_K, y_N) + (() if times is None else (times,))):
         raise ValueError(f"product: strides {x_K.stride()} and {y_N.stride()}, all must be 1")
-    c = config or config_for(N, K)
-    rows = c.rows // 2 if gated else c.rows
-    blocks = -(-N // rows)
-    each = -(-blocks // (c.programs * processors(y_N.device)))
-    _kernel[(-(-blocks // each),)](
-        x_K, w_NK, y_N if times is None else times, y_N, N, K, each, BN=rows, BK=c.columns, TILES=c.tiles, GATED=gated,
-        TIMES=times is not None, GELU=act == "gelu_tanh", EVEN=K % (c.columns * c.tiles) == 0, num_warps=c.warps, **overlap(y_N),
+    c = config or config_for(N, K, gated)
+    _kernel[(min(-(-N // c.rows), PROGRAMS * processors(y_N.device)),)](
+        x_K, w_NK, y_N if times is None else times, y_N, N, K, BN=c.rows, BK=c.columns, GATED=gated, TIMES=times is not None,
+        GELU=act == "gelu_tanh", EVEN=K % c.columns == 0, UNROLL=c.unroll, num_warps=c.warps, **overlap(y_N),
     )  # fmt: skip
     return y_N

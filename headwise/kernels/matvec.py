@@ -423,20 +423,22 @@ def integer_words(T: int, K: int, planes: int) -> int:
 
 def step_groups(type_name: str, K: int, T: int) -> int:
     """Groups that a thread of `_integers` reads of a row at once."""
-    return 2 if LAYOUTS[type_name].block > 32 or K // 32 % 2 == 0 else 1
+    wanted = 4 if T == 2 and LAYOUTS[type_name].low == 16 else 2
+    return next(n for n in (wanted, 2, 1) if K // 32 % n == 0)
 
 
 def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Config:
-    """The launch of a shape: up to three programs a multiprocessor that share the work evenly, more a row where rows are few."""
+    """The launch of a shape: as many programs as run at once, which share the work evenly; more a row where rows are few."""
     if T > INTEGER_ROWS:
         splits = 1
         while -(-N // 32) * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= 32:
             splits *= 2
         return Config(32, 1, 2, splits, matrix=True)
-    rows, each, warps = (128, 4, 4) if T == 1 else (64, 2, 4)
-    turns = K // 32 // step_groups(type_name, K, T) * rows // (32 * warps * each)  # of the loop, one program a row
-    wanted = min(8, (3 if T == 1 else 5) * processors // -(-N // rows), turns // 2)
-    return Config(rows, each, warps, -(-turns // -(-turns // max(1, wanted))))
+    four_each = T == 1 and LAYOUTS[type_name].low + LAYOUTS[type_name].high == 16  # more bytes a group need more registers
+    rows, each, at_once = (128, 4, 3) if four_each else (64, 2, 4)
+    turns = K // 32 // step_groups(type_name, K, T) // 4  # of the loop, were there one program a row
+    wanted = max(1, min(8, at_once * processors // -(-N // rows), turns // 2))
+    return Config(rows, each, 4, -(-turns // -(-turns // wanted)) if turns else 1)
 
 
 @remember

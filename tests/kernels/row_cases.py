@@ -1,4 +1,6 @@
-"""Heads, norms, residuals, gates and products of one row against PyTorch. A program of its own: it must start with TRITON_INTERPRET=1, or on a GPU.
+"""Heads, norms, residuals, gates and products of one row against PyTorch.
+
+A program of its own: it must start with TRITON_INTERPRET=1, or on a GPU.
 
 python -m kernels.row_cases [cpu|cuda]     prints a JSON object: case -> largest relative error (or mismatch of integers)
 """
@@ -162,8 +164,8 @@ def product_cases(device: str, dtype: torch.dtype) -> dict[str, float]:
     """One row by N rows of K, plain, gated and times a vector, over launches of one block and of several a program."""
     out: dict[str, float] = {}
     for N, columns, config in (
-        (1, 96, P.Config(4, 128, 1, 1)), (37, 776, P.Config(8, 256, 2, 2, 2)), (33, 512, P.Config(2, 256, 1, 2, 100)),
-        (100, 257, P.Config(4, 128, 4, 1, 3)), (64, 1024, P.Config(4, 512, 2, 1)),
+        (1, 96, P.Config(4, 128, 1)), (37, 776, P.Config(8, 256, 2, 2)), (33, 512, P.Config(2, 256, 1, 2)),
+        (100, 257, P.Config(4, 128, 4)), (64, 1024, P.Config(4, 512, 2)),
     ):  # fmt: skip
         x, m = (torch.randn(n, dtype=dtype, device=device) for n in (columns, N))
         w = (torch.randn(2 * N, columns, device=device) * columns**-0.5).to(dtype)
