@@ -64,6 +64,7 @@ class Config(NamedTuple):
     stages: int = 3  # `_matrix`
     matrix: bool = False
     step: int = 0  # `_integers`: groups a thread reads of a row at once; 0: `step_groups`
+    ahead: bool = True  # `_integers`: a step's weights are asked for before the step before is multiplied
 
 
 class Integers(NamedTuple):
@@ -309,7 +310,7 @@ def _step(
 def _integers(
     x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
     KIND: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
-    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     start_next(PDL)
     K_LANES: tl.constexpr = LANES // BN
@@ -317,28 +318,33 @@ def _integers(
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, groups // STEP)
     last = tl.maximum(end - 1, 0)
-    first = tl.minimum(begin + lane, last) * STEP
-    w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+    if AHEAD:
+        first = tl.minimum(begin + lane, last) * STEP
+        w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
     wait_turn(PDL)
     y = ()
     for _ in tl.static_range(EACH * ROWS):
         y += (tl.zeros((LANES,), tl.float32),)
-    TURNS: tl.constexpr = 2 if ROWS == 1 else 1  # two: registers take turns, instead of moving
-    for s0 in range(begin, end, TURNS * K_LANES):  # the next step's weights are asked for before this one's are multiplied
+    TURNS: tl.constexpr = 2 if AHEAD and ROWS == 1 else 1  # two: registers take turns, instead of moving
+    for s0 in range(begin, end, TURNS * K_LANES):
         first = tl.minimum(s0 + lane, last) * STEP
-        second = tl.minimum(s0 + K_LANES + lane, last) * STEP
-        w1, h1, heads1 = w, h, heads
-        if s0 + K_LANES < end:
-            w1, h1, heads1 = _fetch(low, high, head, halves, second, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+        if AHEAD:
+            second = tl.minimum(s0 + K_LANES + lane, last) * STEP
+            w1, h1, heads1 = w, h, heads
+            if s0 + K_LANES < end:
+                w1, h1, heads1 = _fetch(low, high, head, halves, second, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+        else:
+            w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
         y = _step(y, w, h, heads, first, s0 + lane < end, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
-        if TURNS == 1:
+        if TURNS == 2:
+            if s0 + K_LANES < end:
+                ok = s0 + K_LANES + lane < end
+                if s0 + 2 * K_LANES < end:
+                    third = tl.minimum(s0 + 2 * K_LANES + lane, last) * STEP
+                    w, h, heads = _fetch(low, high, head, halves, third, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+                y = _step(y, w1, h1, heads1, second, ok, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
+        elif AHEAD:
             w, h, heads = w1, h1, heads1
-        elif s0 + K_LANES < end:
-            ok = s0 + K_LANES + lane < end
-            if s0 + 2 * K_LANES < end:
-                third = tl.minimum(s0 + 2 * K_LANES + lane, last) * STEP
-                w, h, heads = _fetch(low, high, head, halves, third, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
-            y = _step(y, w1, h1, heads1, second, ok, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
     for e in tl.static_range(EACH):
         n = (tl.program_id(0) * EACH + e) * BN + tl.arange(0, BN)
         for t in tl.static_range(ROWS):
@@ -428,17 +434,23 @@ def step_groups(type_name: str, K: int, T: int) -> int:
 
 
 def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Config:
-    """The launch of a shape: as many programs as run at once, which share the work evenly; more a row where rows are few."""
-    if T > INTEGER_ROWS:
+    """The launch of a shape, more programs a row of W where rows are few.
+
+    One and two rows of x: as many programs as run at once, which share the work evenly. More: about four a multiprocessor, and
+    registers for the sums instead of weights asked for ahead.
+    """
+    if T > 2:
+        matrix = T > INTEGER_ROWS
+        rows, each, warps, least = (32, 1, 2, 32) if matrix else (64, 2, 4, 4 * step_groups(type_name, K, T))
         splits = 1
-        while -(-N // 32) * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= 32:
+        while -(-N // rows) * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= least:
             splits *= 2
-        return Config(32, 1, 2, splits, matrix=True)
+        return Config(rows, each, warps, splits, matrix=matrix, ahead=False)
     four_each = T == 1 and LAYOUTS[type_name].low + LAYOUTS[type_name].high == 16  # more bytes a group need more registers
     rows, each, at_once = (128, 4, 3) if four_each else (64, 2, 4)
-    turns = K // 32 // step_groups(type_name, K, T) // 4  # of the loop, were there one program a row
+    turns = max(1, K // 32 // step_groups(type_name, K, T) // 4)  # of the loop, were there one program a row
     wanted = max(1, min(8, at_once * processors // -(-N // rows), turns // 2))
-    return Config(rows, each, 4, -(-turns // -(-turns // wanted)) if turns else 1)
+    return Config(rows, each, 4, -(-turns // -(-turns // wanted)))
 
 
 @remember
@@ -452,10 +464,11 @@ def integers_in(words: Tensor, T: int, K: int, planes: int = 2) -> Integers:
     Raises:
         ValueError: no whole groups of 32, or too little room.
     """
-    if planes not in (1, 2) or K % 32 or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
+    if K % 32:
+        raise ValueError(f"quantise: ({T}, {K}) activations, not in whole groups of 32")
+    if planes not in (1, 2) or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
         raise ValueError(
-            f"quantise: ({T}, {K}) in groups of 32 and {planes} planes (1 or 2) in {words.numel()} {words.dtype}, "
-            f"not {integer_words(T, K, planes)} int32"
+            f"quantise: {planes} planes (1 or 2) in {words.numel()} {words.dtype}, not {integer_words(T, K, planes)} int32"
         )
     return Integers(words.flatten()[: integer_words(T, K, planes)].view(T, K // 32, -1), planes)
 
@@ -515,6 +528,8 @@ def matvec(
         part, count = scratch, done
     groups, block, asm = K // 32, t.block // 32, not knobs.runtime.interpret
     step = c.units if c.matrix else c.step or step_groups(w.type, K, T)
+    if not c.matrix and (groups % step or (block > 1 and block % step)):
+        raise ValueError(f"matvec: steps of {step} groups do not divide {groups} groups in blocks of {block}")
     lanes = step if c.matrix else 32 * c.warps * c.each // c.rows
     share = -(-(groups if c.matrix else groups // step) // (c.splits * lanes)) * lanes
     arguments = (data, *pointers(w), out_TN, part, count, N, groups, T, data.stride(0), out_TN.stride(0), share, c.splits)
@@ -526,6 +541,6 @@ def matvec(
     else:
         _integers[(programs, c.splits)](
             *arguments, KIND=t.kind, ROWS=T, BN=c.rows // c.each, EACH=c.each, LANES=32 * c.warps,
-            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, num_warps=c.warps, **overlap(out_TN),
+            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, AHEAD=c.ahead, num_warps=c.warps, **overlap(out_TN),
         )  # fmt: skip
     return out_TN

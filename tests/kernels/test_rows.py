@@ -70,7 +70,7 @@ def test_misuse_is_refused_before_a_launch() -> None:
         branch(x.t(), None, x.t(), None, x, 1e-6)
     with pytest.raises(ValueError, match="gate: relu"):
         gate(x, x, "relu")
-    with pytest.raises(ValueError, match=r"groups of 32.*in 40 torch.int32, not 160"):
+    with pytest.raises(ValueError, match=r"2 planes .* in 40 torch.int32, not 160"):
         gate(torch.zeros(2, 128), torch.zeros(2, 128), "silu", torch.zeros(40, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"one type, \(8, 100\), contiguous"):
         product(x[0], torch.zeros(4, 100), torch.zeros(4), act="silu")
