@@ -4,8 +4,8 @@ Up to eight rows are multiplied as integers (`_integers`): `quantise` turns x, o
 of a scale per group of 32, in two planes of 8 bits (16 bits: finer than bf16 within a group) or one; four fields of W and four of
 x meet in one instruction. A thread has a row of W, or a few, and walks along a share of the groups; for one or two rows of x it
 asks for a step's weights before it multiplies the step before, and for the first before the launch ahead ends. More rows go to
-the matrix unit (`_matrix`), 8 or 16 a tile. The keys of the sum, K, are shared out between the lanes of a program, and where N is small
-between several programs; each leaves a partial sum and the last to finish adds them up, in the order of K.
+the matrix unit (`_matrix`), 8 or 16 a tile. The keys of the sum, K, are shared out between the lanes of a program, and where N is
+small between several programs; each leaves a partial sum and the last to finish adds them up, in the order of K.
 
 Shapes    x_TK in bf16, f16 or fp32, rows `x_stride` apart; W in planes (`tiled.Planes`); out_TN, rows `out_stride` apart.
 Accuracy  `_integers`: the integers exactly, their scaled sums in fp32; of x an error of 2**-16 (one plane: 2**-8) of the largest
