@@ -82,6 +82,7 @@ class Stage:
         w, own = plan.workload, plan.stages[index]
         self.spec, self.layers, self.weights, self.device, self.stream = plan.spec, own.layers, weights, device, stream
         self.arena = Arena(own.buffers, device)
+        self.arena.room = self.arena.room._replace(fused=w.fused)
         self.caches = {
             layer.index: LayerCache(
                 layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device, rings=w.slots, pool_tokens=w.pool_tokens

@@ -23,7 +23,7 @@ from torch import Tensor
 from triton import knobs
 
 from headwise.kernels.configs import Arch, arch_of
-from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, store_integers
+from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, to_integers
 from headwise.kernels.router import Chosen, Order
 from headwise.kernels.stored import in_turn, overlap
 from headwise.kernels.tiled import LAYOUTS, Q4_K, Q5_K, Q6_K, Q8_0, Planes, pointers
@@ -161,7 +161,7 @@ def _integer_pairs(
     out += p.to(tl.int64) * out_stride
     _integers(
         x, low, high, head, halves, out, out, out, N, groups, 1, 0, 0, share, 1,
-        KIND, 1, BN, EACH, LANES, STEP, BLOCK, PLANES, ASM, False,
+        KIND, 1, BN, EACH, LANES, STEP, BLOCK, PLANES, ASM, True, False,
     )  # fmt: skip
 
 
@@ -182,7 +182,7 @@ def _gate_integers(
         e = tl.load(ids + p)
         a += tl.load(bias_a + e * W + n, mask=ok, other=0)
         u += tl.load(bias_b + e * W + n, mask=ok, other=0)
-    store_integers(_gated(a, u, ACT), out + (p * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES, G)
+    to_integers(_gated(a, u, ACT), out + (p * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES)
 
 
 @triton.jit(do_not_specialize=["first_expert", "n_experts"])

@@ -2,9 +2,10 @@
 
 Up to eight rows are multiplied as integers (`_integers`): `quantise` turns x, once for all matrices that read it, into integers
 of a scale per group of 32, in two planes of 8 bits (16 bits: finer than bf16 within a group) or one; four fields of W and four of
-x meet in one instruction. A thread has a row of W, or a few, and walks along a share of the groups. More rows go to the matrix
-unit (`_matrix`), 8 or 16 a tile. The keys of the sum, K, are shared out between the lanes of a program, and where N is small
-between several programs; each leaves a partial sum and the last to finish adds them up, in the order of K.
+x meet in one instruction. A thread has a row of W, or a few, and walks along a share of the groups; for one or two rows of x it
+asks for a step's weights before it multiplies the step before, and for the first before the launch ahead ends. More rows go to
+the matrix unit (`_matrix`), 8 or 16 a tile. The keys of the sum, K, are shared out between the lanes of a program, and where N is
+small between several programs; each leaves a partial sum and the last to finish adds them up, in the order of K.
 
 Shapes    x_TK in bf16, f16 or fp32, rows `x_stride` apart; W in planes (`tiled.Planes`); out_TN, rows `out_stride` apart.
 Accuracy  `_integers`: the integers exactly, their scaled sums in fp32; of x an error of 2**-16 (one plane: 2**-8) of the largest
@@ -24,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from headwise.kernels.stored import in_turn, overlap
+from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 from headwise.kernels.tiled import (
     LAYOUTS,
     Q4_0,
@@ -36,6 +37,7 @@ from headwise.kernels.tiled import (
     Planes,
     four,
     four_words,
+    half_float,
     load_head,
     load_high,
     load_low,
@@ -62,6 +64,8 @@ class Config(NamedTuple):
     units: int = 8  # `_matrix`: groups a step
     stages: int = 3  # `_matrix`
     matrix: bool = False
+    step: int = 0  # `_integers`: groups a thread reads of a row at once; 0: `step_groups`
+    ahead: bool = True  # `_integers`: a step's weights are asked for before the step before is multiplied
 
 
 class Integers(NamedTuple):
@@ -70,6 +74,11 @@ class Integers(NamedTuple):
     words: Tensor
     planes: int
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(T, K) of the activations."""
+        return self.words.shape[0], self.words.shape[1] * 32
+
 
 def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
     """The product in fp64, of the dequantised values."""
@@ -77,8 +86,9 @@ def reference(x_TK: Tensor, dense_NK: Tensor) -> Tensor:
 
 
 @triton.jit
-def store_integers(x, to, ok, PLANES: tl.constexpr, G: tl.constexpr):
-    """Groups of 32 floats (G, 32) as integers, their scale and sums, `8 * PLANES + 4` words each, at `to` (G, 1)."""
+def to_integers(x, to, ok, PLANES: tl.constexpr):
+    """Groups of fp32, (G, 32), as integers and what goes with them, to where `to`, (G, 1), points; only where `ok`, (G, 1)."""
+    G: tl.constexpr = x.shape[0]
     top: tl.constexpr = 32512 if PLANES == 2 else 127
     e = tl.arange(0, 32)
     largest = tl.max(tl.abs(x), 1)
@@ -100,9 +110,10 @@ def store_integers(x, to, ok, PLANES: tl.constexpr, G: tl.constexpr):
 def _quantise(x_ptr, out, x_stride, groups, PLANES: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr):
     in_turn(PDL)
     g = tl.program_id(0) * G + tl.arange(0, G)
+    e = tl.arange(0, 32)
     ok = (g < groups)[:, None]
-    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + tl.arange(0, 32)[None, :], mask=ok, other=0.0)
-    store_integers(x.to(tl.float32), out + (tl.program_id(1) * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES, G)
+    x = tl.load(x_ptr + tl.program_id(1) * x_stride + g[:, None] * 32 + e[None, :], mask=ok, other=0.0).to(tl.float32)
+    to_integers(x, out + (tl.program_id(1) * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES)
 
 
 @triton.jit
@@ -164,97 +175,177 @@ def _group(f, upper, lower, half: tl.constexpr, KIND: tl.constexpr, PLANES: tl.c
     return (a * 256 + b if PLANES == 2 else a).to(tl.float32)
 
 
+@triton.jit
+def _fetch(
+    low, high, head, halves, first, groups, N, KIND: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr,
+    STEP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """What a thread reads of W in a step, STEP groups from `first` on of EACH rows: all of it is asked for together."""
+    p = tl.arange(0, LANES)
+    r = p % 8
+    w, h, heads = (), (), ()
+    for e in tl.static_range(EACH):
+        eight = tl.minimum((tl.program_id(0) * EACH + e) * (BN // 8) + p % BN // 8, (N - 1) // 8)
+        at = eight.to(tl.int64) * groups + first
+        for g in tl.static_range(STEP):
+            w += (load_low(low, at + g, r, 0, KIND),)
+            if KIND == Q8_0:
+                w += (load_low(low, at + g, r, 1, KIND),)
+            a, b = load_high(high, at + g, r, KIND)
+            if KIND == Q5_K or KIND == Q5_0 or KIND == Q6_K:
+                h += (a,)
+            if KIND == Q6_K:
+                h += (b,)
+        if KIND == Q4_K or KIND == Q5_K:
+            heads += four_words(tl.load(head + (at // BLOCK * 32 + r * 4)[:, None] + tl.arange(0, 4)[None, :]))
+        elif KIND == Q6_K:
+            word = head + at // BLOCK * 36 + r * 4 + (first % BLOCK).to(tl.int32) // 2
+            for i in tl.static_range(STEP // 2):
+                heads += (tl.load(word + i),)
+            heads += (tl.load(halves + at // BLOCK * 72 + 64 + r),)
+        else:
+            for g in tl.static_range(STEP):
+                heads += (load_head(head, halves, at + g, r, KIND)[0],)
+    return w, h, heads
+
+
+@triton.jit
+def _byte(word, g):
+    return ((word >> 8 * g) & 255).to(tl.float32)
+
+
+@triton.jit
+def _scales_of(heads, first, EACH: tl.constexpr, KIND: tl.constexpr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    """Of each row of `_fetch` and group: d, the minimum's, scale of the first half, of the second, minimum; EACH * STEP of them.
+
+    q4_k, q5_k: scales and minima of four groups are taken apart together, as bytes of words.
+    """
+    out = ()
+    for e in tl.static_range(EACH):
+        if KIND == Q4_K or KIND == Q5_K:
+            d, dmin = half_float(heads[4 * e]), half_float(heads[4 * e] >> 16)
+            a, b, c = heads[4 * e + 1], heads[4 * e + 2], heads[4 * e + 3]
+            if STEP < BLOCK:  # one of the two halves, moved so that this step's groups come first
+                at = (first % BLOCK).to(tl.int32)
+                a = tl.where(at >= 4, b, a) >> 8 * (at % 4)
+                c = tl.where(at >= 4, c >> 4, c) >> 8 * (at % 4)
+            for g in tl.static_range(STEP):
+                word = b if g >= 4 else a
+                upper = (c >> 2) if g >= 4 else (c << 2)
+                minima = ((word >> 6) & 0x03030303) | (upper & 0x3C3C3C3C)
+                scale = _byte(word & 0x3F3F3F3F, g % 4)
+                out += ((d, dmin, scale, scale, _byte(minima, g % 4)),)
+        elif KIND == Q6_K:
+            d = heads[(STEP // 2 + 1) * e + STEP // 2].to(tl.float32)
+            for g in tl.static_range(STEP):
+                scale0, scale1, minimum = scales(heads[(STEP // 2 + 1) * e + g // 2], 0, g, KIND)
+                out += ((d, 0.0, scale0, scale1, 0.0),)
+        else:
+            for g in tl.static_range(STEP):
+                out += ((heads[STEP * e + g], 0.0, 1.0, 1.0, 0.0),)
+    return out
+
+
+@triton.jit
+def _step(
+    y, w, h, heads, first, ok, x_ptr, x_stride, KIND: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y, sums of EACH rows of W by ROWS of x, and the products of what `_fetch` gave, where `ok`."""
+    WORDS: tl.constexpr = 8 * PLANES + 4
+    TWO: tl.constexpr = 2 if KIND == Q8_0 else 1
+    i4 = tl.arange(0, 4)[None, :]
+    each = _scales_of(heads, first, EACH, KIND, STEP, BLOCK)
+    sums, minima = (), ()
+    for _ in tl.static_range(EACH * ROWS):
+        sums += (tl.zeros(first.shape, tl.float32),)
+        minima += (tl.zeros(first.shape, tl.float32),)
+    for g in tl.static_range(STEP):
+        upper, lower, floats = (), (), ()
+        for t in tl.static_range(ROWS):
+            x = x_ptr + ((t * (x_stride // 4)) + (first + g) * (WORDS // 4))[:, None] * 4 + i4
+            upper += (four_words(tl.load(x)) + four_words(tl.load(x + 4)),)
+            if PLANES == 2:
+                lower += (four_words(tl.load(x + 8)) + four_words(tl.load(x + 12)),)
+            else:
+                lower += (0,)
+            floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
+        sums1, minima1 = (), ()
+        for e in tl.static_range(EACH):
+            a, b = w[TWO * (e * STEP + g)], w[TWO * (e * STEP + g) + TWO - 1]
+            if KIND == Q6_K:
+                f = _fields(a, b, h[2 * (e * STEP + g)], h[2 * (e * STEP + g) + 1], KIND, ASM)
+            elif KIND == Q5_K or KIND == Q5_0:
+                f = _fields(a, b, h[e * STEP + g], h[e * STEP + g], KIND, ASM)
+            else:
+                f = _fields(a, b, 0, 0, KIND, ASM)
+            d, dmin, scale0, scale1, minimum = each[e * STEP + g]
+            for t in tl.static_range(ROWS):
+                s, z, z0, z1 = floats[t]
+                old = sums[e * ROWS + t]
+                if KIND == Q6_K:
+                    v = _group(f, upper[t], lower[t], 0, KIND, PLANES, ASM) * s - 32.0 * z0
+                    u = _group(f, upper[t], lower[t], 1, KIND, PLANES, ASM) * s - 32.0 * z1
+                    sums1 += (old + v * scale0 + u * scale1,)
+                elif KIND == Q4_K or KIND == Q5_K:
+                    v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                    sums1 += (old + v * ((s * 0.0625 if KIND == Q4_K else s) * scale0),)
+                    minima1 += (minima[e * ROWS + t] + minimum * z,)
+                else:
+                    v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
+                    sums1 += (old + (v * (s * 0.0625 if KIND == Q4_0 else s) - offset(KIND) * z) * d,)
+        sums, minima = sums1, minima1
+    y1 = ()
+    for e in tl.static_range(EACH):
+        for t in tl.static_range(ROWS):
+            v = sums[e * ROWS + t]
+            if BLOCK > 1:
+                v *= each[e * STEP][0]
+            if KIND == Q4_K or KIND == Q5_K:
+                v -= minima[e * ROWS + t] * each[e * STEP][1]
+            y1 += (y[e * ROWS + t] + tl.where(ok, v, 0.0),)
+    return y1
+
+
 @triton.jit(do_not_specialize=RUNTIME)
 def _integers(
     x_ptr, low, high, head, halves, out, part, done, N, groups, T, x_stride, out_stride, share, splits,
     KIND: tl.constexpr, ROWS: tl.constexpr, BN: tl.constexpr, EACH: tl.constexpr, LANES: tl.constexpr, STEP: tl.constexpr,
-    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, PLANES: tl.constexpr, ASM: tl.constexpr, AHEAD: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    in_turn(PDL)
+    start_next(PDL)
     K_LANES: tl.constexpr = LANES // BN
-    WORDS: tl.constexpr = 8 * PLANES + 4
-    p = tl.arange(0, LANES)
-    r = p % 8
-    i4 = tl.arange(0, 4)[None, :]
+    lane = tl.arange(0, LANES) // BN
     begin = tl.program_id(1) * share
     end = tl.minimum(begin + share, groups // STEP)
+    last = tl.maximum(end - 1, 0)
+    if AHEAD:
+        first = tl.minimum(begin + lane, last) * STEP
+        w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+    wait_turn(PDL)
     y = ()
     for _ in tl.static_range(EACH * ROWS):
         y += (tl.zeros((LANES,), tl.float32),)
-    for s0 in range(begin, end, K_LANES):
-        mine = s0 + p // BN
-        first = tl.minimum(mine, end - 1) * STEP
-        ats, w0, w1, h0, h1, heads = (), (), (), (), (), ()
-        for e in tl.static_range(EACH):
-            eight = tl.minimum((tl.program_id(0) * EACH + e) * (BN // 8) + p % BN // 8, (N - 1) // 8)
-            ats += (eight.to(tl.int64) * groups + first,)
-        for e in tl.static_range(EACH):  # all of a step is asked for together
-            for g in tl.static_range(STEP):
-                w0 += (load_low(low, ats[e] + g, r, 0, KIND),)
-                if KIND == Q8_0:
-                    w1 += (load_low(low, ats[e] + g, r, 1, KIND),)
-                a, b = load_high(high, ats[e] + g, r, KIND)
-                h0 += (a,)
-                h1 += (b,)
-            if BLOCK == STEP:
-                heads += (load_head(head, halves, ats[e] // BLOCK, r, KIND),)
-        sums, minima = (), ()
-        for _ in tl.static_range(EACH * ROWS):
-            sums += (tl.zeros((LANES,), tl.float32),)
-            minima += (tl.zeros((LANES,), tl.float32),)
-        for g in tl.static_range(STEP):
-            upper, lower, floats = (), (), ()
-            for t in tl.static_range(ROWS):
-                x = x_ptr + ((t * (x_stride // 4)) + (first + g) * (WORDS // 4))[:, None] * 4 + i4
-                upper += (four_words(tl.load(x)) + four_words(tl.load(x + 4)),)
-                if PLANES == 2:
-                    lower += (four_words(tl.load(x + 8)) + four_words(tl.load(x + 12)),)
-                else:
-                    lower += (0,)
-                floats += (four_words(tl.load(x + 8 * PLANES).to(tl.float32, bitcast=True)),)
-            sums1, minima1 = (), ()
-            for e in tl.static_range(EACH):
-                w = w1[e * STEP + g] if KIND == Q8_0 else w0[e * STEP + g]
-                f = _fields(w0[e * STEP + g], w, h0[e * STEP + g], h1[e * STEP + g], KIND, ASM)
-                if BLOCK == STEP:
-                    d, dmin, a, b, c, last = heads[e]
-                    if KIND == Q6_K:
-                        scale0, scale1, minimum = scales((a, b, c, last)[g // 2], 0, g, KIND)
-                    else:
-                        scale0, scale1, minimum = scales(b if g >= 4 else a, c, g, KIND)
-                else:
-                    at = ats[e] + g
-                    d, dmin, word, c = load_scale(head, halves, at // BLOCK, r, (at % BLOCK).to(tl.int32), KIND)
-                    scale0, scale1, minimum = scales(word, c, (at % BLOCK).to(tl.int32), KIND)
-                    if BLOCK > 1:
-                        scale0 *= d
-                        scale1 *= d
-                        minimum *= dmin
-                for t in tl.static_range(ROWS):
-                    s, z, z0, z1 = floats[t]
-                    old = sums[e * ROWS + t]
-                    if KIND == Q6_K:
-                        v = _group(f, upper[t], lower[t], 0, KIND, PLANES, ASM) * s - 32.0 * z0
-                        u = _group(f, upper[t], lower[t], 1, KIND, PLANES, ASM) * s - 32.0 * z1
-                        sums1 += (old + v * scale0 + u * scale1,)
-                    elif KIND == Q4_K or KIND == Q5_K:
-                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
-                        sums1 += (old + v * ((s * 0.0625 if KIND == Q4_K else s) * scale0),)
-                        minima1 += (minima[e * ROWS + t] + minimum * z,)
-                    else:
-                        v = _group(f, upper[t], lower[t], 2, KIND, PLANES, ASM)
-                        sums1 += (old + (v * (s * 0.0625 if KIND == Q4_0 else s) - offset(KIND) * z) * d,)
-            sums, minima = sums1, minima1
-        y1 = ()
-        for e in tl.static_range(EACH):
-            for t in tl.static_range(ROWS):
-                v = sums[e * ROWS + t]
-                if BLOCK == STEP and BLOCK > 1:
-                    v *= heads[e][0]
-                if KIND == Q4_K or KIND == Q5_K:
-                    v -= minima[e * ROWS + t] * (heads[e][1] if BLOCK == STEP else 1.0)
-                y1 += (y[e * ROWS + t] + (tl.where(mine < end, v, 0.0) if K_LANES > 1 else v),)
-        y = y1
+    TURNS: tl.constexpr = 2 if AHEAD and ROWS == 1 else 1  # two: registers take turns, instead of moving
+    for s0 in range(begin, end, TURNS * K_LANES):
+        first = tl.minimum(s0 + lane, last) * STEP
+        if AHEAD:
+            second = tl.minimum(s0 + K_LANES + lane, last) * STEP
+            w1, h1, heads1 = w, h, heads
+            if s0 + K_LANES < end:
+                w1, h1, heads1 = _fetch(low, high, head, halves, second, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+        else:
+            w, h, heads = _fetch(low, high, head, halves, first, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+        y = _step(y, w, h, heads, first, s0 + lane < end, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
+        if TURNS == 2:
+            if s0 + K_LANES < end:
+                ok = s0 + K_LANES + lane < end
+                if s0 + 2 * K_LANES < end:
+                    third = tl.minimum(s0 + 2 * K_LANES + lane, last) * STEP
+                    w, h, heads = _fetch(low, high, head, halves, third, groups, N, KIND, BN, EACH, LANES, STEP, BLOCK)
+                y = _step(y, w1, h1, heads1, second, ok, x_ptr, x_stride, KIND, ROWS, EACH, STEP, BLOCK, PLANES, ASM)
+        elif AHEAD:
+            w, h, heads = w1, h1, heads1
     for e in tl.static_range(EACH):
         n = (tl.program_id(0) * EACH + e) * BN + tl.arange(0, BN)
         for t in tl.static_range(ROWS):
@@ -338,25 +429,49 @@ def integer_words(T: int, K: int, planes: int) -> int:
 
 
 def step_groups(type_name: str, K: int, T: int) -> int:
-    """Groups that a thread of `_integers` reads at once: a block, or up to four blocks of 32; for many rows of x, two groups."""
-    steps = (8, 2) if LAYOUTS[type_name].block > 32 else (4, 2, 1)
-    return next(n for n in steps if K // 32 % n == 0 and (T <= 2 or n <= 2))
+    """Groups that a thread of `_integers` reads of a row at once."""
+    wanted = 4 if T == 2 and LAYOUTS[type_name].low == 16 else 2
+    return next(n for n in (wanted, 2, 1) if K // 32 % n == 0)
 
 
 def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Config:
-    """The launch of a shape: about four programs a multiprocessor, more programs a row where rows are few."""
-    matrix = T > INTEGER_ROWS
-    rows, each, warps, least = (32, 1, 2, 32) if matrix else (64, 2, 4, 4 * step_groups(type_name, K, T))
-    programs = -(-N // rows)
-    splits = 1
-    while programs * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= least:
-        splits *= 2
-    return Config(rows, each, warps, splits, matrix=matrix)
+    """The launch of a shape, more programs a row of W where rows are few.
+
+    One and two rows of x: as many programs as run at once, which share the work evenly. More: about four a multiprocessor, and
+    registers for the sums instead of weights asked for ahead.
+    """
+    if T > 2:
+        matrix = T > INTEGER_ROWS
+        rows, each, warps, least = (32, 1, 2, 32) if matrix else (64, 2, 4, 4 * step_groups(type_name, K, T))
+        splits = 1
+        while -(-N // rows) * splits < 4 * processors and splits < 8 and K // 32 // (2 * splits) >= least:
+            splits *= 2
+        return Config(rows, each, warps, splits, matrix=matrix, ahead=False)
+    four_each = T == 1 and LAYOUTS[type_name].low + LAYOUTS[type_name].high == 16  # more bytes a group need more registers
+    rows, each, at_once = (128, 4, 3) if four_each else (64, 2, 4)
+    turns = max(1, K // 32 // step_groups(type_name, K, T) // 4)  # of the loop, were there one program a row
+    wanted = max(1, min(8, at_once * processors // -(-N // rows), turns // 2))
+    return Config(rows, each, 4, -(-turns // -(-turns // wanted)))
 
 
 @remember
 def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def integers_in(words: Tensor, T: int, K: int, planes: int = 2) -> Integers:
+    """The room for T rows of K in `words`, int32.
+
+    Raises:
+        ValueError: no whole groups of 32, or too little room.
+    """
+    if K % 32:
+        raise ValueError(f"quantise: ({T}, {K}) activations, not in whole groups of 32")
+    if planes not in (1, 2) or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
+        raise ValueError(
+            f"quantise: {planes} planes (1 or 2) in {words.numel()} {words.dtype}, not {integer_words(T, K, planes)} int32"
+        )
+    return Integers(words.flatten()[: integer_words(T, K, planes)].view(T, K // 32, -1), planes)
 
 
 def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
@@ -366,18 +481,11 @@ def quantise(x_TK: Tensor, words: Tensor, *, planes: int = 2) -> Integers:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     T, K = x_TK.shape
-    if K % 32 or x_TK.stride(1) != 1 or x_TK.dtype not in TOLERANCE:
-        raise ValueError(
-            f"quantise: {x_TK.dtype} activations ({T}, {K}) of strides {x_TK.stride()}, not floats in groups of 32, last stride 1"
-        )
-    if planes not in (1, 2) or words.dtype != torch.int32 or words.numel() < integer_words(T, K, planes):
-        raise ValueError(
-            f"quantise: {planes} planes (1 or 2) in {words.numel()} {words.dtype}, not {integer_words(T, K, planes)} int32"
-        )
-    groups = K // 32
-    out = words.flatten()[: integer_words(T, K, planes)].view(T, groups, -1)
-    _quantise[(-(-groups // 32), T)](x_TK, out, x_TK.stride(0), groups, PLANES=planes, G=32, num_warps=4, **overlap(x_TK))
-    return Integers(out, planes)
+    if x_TK.stride(1) != 1 or x_TK.dtype not in TOLERANCE:
+        raise ValueError(f"quantise: {x_TK.dtype} activations ({T}, {K}) of strides {x_TK.stride()}, not floats, last stride 1")
+    out = integers_in(words, T, K, planes)
+    _quantise[(-(-(K // 32) // 32), T)](x_TK, out.words, x_TK.stride(0), K // 32, PLANES=planes, G=32, num_warps=4, **overlap(x_TK))
+    return out
 
 
 def matvec(
@@ -394,7 +502,7 @@ def matvec(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     integers = isinstance(x, Integers)
-    T, K = (x.words.shape[0], x.words.shape[1] * 32) if isinstance(x, Integers) else x.shape
+    T, K = x.shape
     N, t, most = w.rows, LAYOUTS[w.type], INTEGER_ROWS if integers else MAX_ROWS
     if not 1 <= T <= most:
         raise ValueError(f"matvec: {T} rows of activations not in 1 to {most}")
@@ -420,7 +528,9 @@ def matvec(
             raise ValueError(f"matvec: {c.splits} splits need {programs} int32 zeros, got {done}")
         part, count = scratch, done
     groups, block, asm = K // 32, t.block // 32, not knobs.runtime.interpret
-    step = c.units if c.matrix else step_groups(w.type, K, T)
+    step = c.units if c.matrix else c.step or step_groups(w.type, K, T)
+    if not c.matrix and (groups % step or (block > 1 and block % step)):
+        raise ValueError(f"matvec: steps of {step} groups do not divide {groups} groups in blocks of {block}")
     lanes = step if c.matrix else 32 * c.warps * c.each // c.rows
     share = -(-(groups if c.matrix else groups // step) // (c.splits * lanes)) * lanes
     arguments = (data, *pointers(w), out_TN, part, count, N, groups, T, data.stride(0), out_TN.stride(0), share, c.splits)
@@ -432,6 +542,6 @@ def matvec(
     else:
         _integers[(programs, c.splits)](
             *arguments, KIND=t.kind, ROWS=T, BN=c.rows // c.each, EACH=c.each, LANES=32 * c.warps,
-            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, num_warps=c.warps, **overlap(out_TN),
+            STEP=step, BLOCK=block, PLANES=x.planes, ASM=asm, AHEAD=c.ahead, num_warps=c.warps, **overlap(out_TN),
         )  # fmt: skip
     return out_TN

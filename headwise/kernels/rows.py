@@ -13,21 +13,35 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.stored import in_turn, overlap
+from headwise.kernels.matvec import Integers, integers_in, to_integers
+from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 
 WIDEST = 32_768
+GATES = ("gelu_tanh", "silu")
+
+
+@triton.jit
+def activated(x, GELU: tl.constexpr):
+    """fp32: gelu, with tanh, or silu."""
+    if GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def _norm(x_ptr, w_ptr, out_ptr, D, eps, WEIGHT: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
-    in_turn(PDL)
-    row = tl.program_id(0).to(tl.int64) * D
+    start_next(PDL)
     i = tl.arange(0, BLOCK)
     ok = i < D
+    if WEIGHT:
+        weight = tl.load(w_ptr + i, mask=ok, other=0).to(tl.float32)
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64) * D
     x = tl.load(x_ptr + row + i, mask=ok, other=0).to(tl.float32)
     y = x * tl.rsqrt(tl.sum(x * x) / D + eps)
     if WEIGHT:
-        y = y * tl.load(w_ptr + i, mask=ok, other=0).to(tl.float32)
+        y = y * weight
     tl.store(out_ptr + row + i, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
@@ -36,38 +50,48 @@ def _branch(
     y_ptr, post_ptr, x_ptr, scale_ptr, next_ptr, h_ptr, D, eps, POST: tl.constexpr, SCALE: tl.constexpr, NEXT: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    in_turn(PDL)
-    row = tl.program_id(0).to(tl.int64) * D
+    start_next(PDL)
     i = tl.arange(0, BLOCK)
     ok = i < D
+    if POST:
+        post = tl.load(post_ptr + i, mask=ok, other=0).to(tl.float32)
+    if SCALE:
+        scale = tl.load(scale_ptr).to(tl.float32)
+    if NEXT:
+        weight = tl.load(next_ptr + i, mask=ok, other=0).to(tl.float32)
+    wait_turn(PDL)
+    row = tl.program_id(0).to(tl.int64) * D
     y = tl.load(y_ptr + row + i, mask=ok, other=0).to(tl.float32)
     x = tl.load(x_ptr + row + i, mask=ok, other=0).to(tl.float32)
     if POST:
-        y = y * tl.rsqrt(tl.sum(y * y) / D + eps) * tl.load(post_ptr + i, mask=ok, other=0).to(tl.float32)
+        y = y * tl.rsqrt(tl.sum(y * y) / D + eps) * post
     x = x + y
     if SCALE:
-        x = x * tl.load(scale_ptr).to(tl.float32)
+        x = x * scale
     kind: tl.constexpr = x_ptr.dtype.element_ty
     tl.store(x_ptr + row + i, x.to(kind), mask=ok)
     if NEXT:
         x = x.to(kind).to(tl.float32)
-        h = x * tl.rsqrt(tl.sum(x * x) / D + eps) * tl.load(next_ptr + i, mask=ok, other=0).to(tl.float32)
+        h = x * tl.rsqrt(tl.sum(x * x) / D + eps) * weight
         tl.store(h_ptr + row + i, h.to(kind), mask=ok)
 
 
 @triton.jit
-def _gate(g_ptr, u_ptr, stride, W, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gate(
+    g_ptr, u_ptr, out_ptr, stride, W, GELU: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
     in_turn(PDL)
     at = tl.program_id(0).to(tl.int64) * stride
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    group = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[:, None]
+    i = group * 32 + tl.arange(0, 32)[None, :]
     ok = i < W
     g = tl.load(g_ptr + at + i, mask=ok, other=0).to(tl.float32)
     u = tl.load(u_ptr + at + i, mask=ok, other=0).to(tl.float32)
-    if GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
-        g = g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g)))
+    y = activated(g, GELU) * u
+    if PLANES > 0:
+        to_integers(y, out_ptr + (tl.program_id(0) * (W // 32) + group) * (8 * PLANES + 4), group < W // 32, PLANES)
     else:
-        g = g / (1.0 + tl.exp(-g))
-    tl.store(g_ptr + at + i, (g * u).to(g_ptr.dtype.element_ty), mask=ok)
+        tl.store(out_ptr + at + i, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
 def norm(x_TD: Tensor, w_D: Tensor | None, out_TD: Tensor, eps: float) -> Tensor:
@@ -92,17 +116,23 @@ def branch(
     return x_TD if next_D is None else h_TD
 
 
-def gate(gate_TW: Tensor, up_TW: Tensor, kind: str) -> Tensor:
-    """gate := act(gate) * up, in place; act is "gelu_tanh" or "silu". Both are halves of one buffer, or two alike."""
+def gate(gate_TW: Tensor, up_TW: Tensor, kind: str, words: Tensor | None = None) -> Tensor | Integers:
+    """gate := act(gate) * up, in place; act is "gelu_tanh" or "silu". Both are halves of one buffer, or two alike.
+
+    Args:
+        words: of `matvec.quantise`: the result becomes integers there instead.
+    """
     T, W = gate_TW.shape
-    if kind not in ("gelu_tanh", "silu") or up_TW.shape != (T, W) or gate_TW.stride() != up_TW.stride() or gate_TW.stride(1) != 1:
+    if kind not in GATES or up_TW.shape != (T, W) or gate_TW.stride() != up_TW.stride() or gate_TW.stride(1) != 1:
         raise ValueError(
             f"gate: {kind}, {tuple(gate_TW.shape)} and {tuple(up_TW.shape)}, strides {gate_TW.stride()}, {up_TW.stride()}"
         )
+    integers = None if words is None else integers_in(words, T, W)
     _gate[(T, triton.cdiv(W, 1024))](
-        gate_TW, up_TW, gate_TW.stride(0), W, GELU=kind == "gelu_tanh", BLOCK=1024, num_warps=4, **overlap(gate_TW)
-    )
-    return gate_TW
+        gate_TW, up_TW, gate_TW if integers is None else integers.words, gate_TW.stride(0), W, GELU=kind == "gelu_tanh",
+        PLANES=0 if integers is None else integers.planes, BLOCK=1024, num_warps=4, **overlap(gate_TW),
+    )  # fmt: skip
+    return integers or gate_TW
 
 
 def _checked(name: str, a: Tensor, b: Tensor) -> int:

@@ -29,8 +29,8 @@ def _overlaps(device: torch.device) -> bool:
 def overlap(x: Tensor) -> dict[str, bool]:
     """Launch options where launches may overlap (programmatic dependent launch, from Hopper on).
 
-    A kernel that is started so lets the next one start at once, and waits itself, before it reads or writes anything, until the
-    launch before has ended. So the next launch's start is hidden, and nothing is seen too early.
+    A kernel that is started so lets the next one start at once, and waits itself, before it reads or writes anything that an
+    earlier launch may touch, until the launch before has ended. Weights nobody writes: they are asked for before that.
     """
     pdl = x.is_cuda and _overlaps(x.device)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
@@ -87,6 +87,20 @@ def in_turn(PDL: tl.constexpr):
     """The first line of a kernel that is launched with `overlap`."""
     if PDL:
         gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def start_next(PDL: tl.constexpr):
+    """The first line of a kernel that has something to do before `wait_turn`: the next launch may start."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def wait_turn(PDL: tl.constexpr):
+    """What earlier launches wrote is there from here on."""
+    if PDL:
         gdc_wait()
 
 

@@ -17,7 +17,7 @@ TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i3
 
 
 class Room(NamedTuple):
-    """Scratch of a product with a quantised weight; None where no weight needs it.
+    """Scratch of a product with a quantised weight, None where no weight needs it; and whether one row of floats takes our kernel.
 
     Args:
         tile: rows of the weight as floats.
@@ -28,6 +28,7 @@ class Room(NamedTuple):
     words: Tensor | None = None
     partial: Tensor | None = None
     done: Tensor | None = None
+    fused: bool = False
 
 
 class Arena:
@@ -46,8 +47,9 @@ class Arena:
         self._shaped = {b.name: self._flat[b.name].view(b.shape) for b in buffers if not b.reserved}
         self._views: dict[tuple[str, tuple[int, ...]], Tensor] = {}
         self._kept: dict[object, Any] = {}
-        self.room = Room(*(self._flat.get(n) for n in ("weight.tile", "quant.words", "quant.partial", "quant.done")))
-        for counters in (self.room.done, self._flat.get("router.done")):
+        tile, words, partial, done = (self._flat.get(n) for n in ("weight.tile", "quant.words", "quant.partial", "quant.done"))
+        self.room = Room(tile, words, partial, done)
+        for counters in (done, self._flat.get("router.done")):
             if counters is not None:
                 counters.zero_()
         self.eps = self._flat["eps"]

@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.cache.storage import LayerCache, Scratch
 from headwise.model.arena import Arena
 from headwise.model.heads import HeadShape, HeadViews, LayerWeights, Step, Tail, head_views
-from headwise.model.linear import linear, linears, rows
+from headwise.model.linear import acted, linear, linears, rows
 from headwise.model.mlp import dense, experts_beside_dense, routed_experts
 from headwise.model.ops import PLAIN, Ops
 from headwise.planner.workspace import ropes
@@ -203,6 +203,8 @@ class Decoder:
 
     def _ple(self, w: LayerWeights, step: Step, x: Tensor, ple_TP: Tensor) -> Tensor:
         arena = step.arena
-        gate = linear(x, w["ple_gate"], arena.take("ple.gate", step.n, ple_TP.shape[-1]), arena.room)
-        self.ops.gate("gelu_tanh", gate, ple_TP)
+        gate = arena.take("ple.gate", step.n, ple_TP.shape[-1])
+        if not acted(x, w["ple_gate"], "gelu_tanh", gate, arena.room, ple_TP):
+            linear(x, w["ple_gate"], gate, arena.room)
+            self.ops.gate("gelu_tanh", gate, ple_TP, None)
         return linear(gate, w["ple_proj"], arena.take("y", *x.shape), arena.room)

@@ -1,7 +1,8 @@
 """Products with a weight, and rows of a table, into a given buffer; the weight may stay quantised.
 
-A weight is a tensor of floats; the file's blocks (BlockTensor), expanded by PyTorch a tile at a time; or planes
-(`kernels.tiled`), which our kernels multiply as they are where rows are few, and expand a tile at a time where they are many.
+A weight is a tensor of floats, which one row meets in a kernel of ours where those are used (`kernels.floats`); the file's blocks
+(BlockTensor), expanded by PyTorch a tile at a time; or planes (`kernels.tiled`), which our kernels multiply as they are where rows
+are few, and expand a tile at a time where they are many.
 
 Legend: T tokens, N rows and K columns of the weight.
 """
@@ -10,47 +11,82 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from headwise.model.arena import Room
+from headwise.spec.layers import Activation
 from headwise.weights.blocks import BlockTensor, Weight, dequantise
+
+if TYPE_CHECKING:
+    from headwise.kernels.matvec import Integers
+
+Activations: TypeAlias = "Tensor | Integers"
 
 TILE_ROWS = 128  # a product into 780 columns takes four times as long as one into 768, on an H200 with cuBLAS 13
 INTEGER_ROWS, MATRIX_ROWS = 8, 16  # rows that planes meet as integers, and as floats on the matrix unit
 
 
-def linear(x_TK: Tensor, weight: Weight, out_TN: Tensor, room: Room) -> Tensor:
+def linear(x_TK: Activations, weight: Weight, out_TN: Tensor, room: Room) -> Tensor:
     """out = x @ weight.T."""
     if isinstance(weight, Tensor):
-        if x_TK.shape[0] == 1:  # a matrix-vector product reads the weight as it lies; a product of one row packs it first
-            torch.mv(weight, _row(x_TK), out=_row(out_TN))
-            return out_TN
-        return torch.mm(x_TK, weight.t(), out=out_TN)
+        x = _floats(x_TK)
+        if x.shape[0] > 1:
+            return torch.mm(x, weight.t(), out=out_TN)
+        if not _acted(x, weight, None, out_TN, room, None):
+            torch.mv(weight, _row(x), out=_row(out_TN))  # reads the weight as it lies; a product of one row packs it first
+        return out_TN
     if isinstance(weight, BlockTensor):
+        x_TK = _floats(x_TK)
         n_rows, columns = weight.shape
         return _by_tiles(x_TK, n_rows, columns, out_TN, room, partial(_dequantised, weight))
     linears(x_TK, [(weight, out_TN)], room)
     return out_TN
 
 
-def linears(x_TK: Tensor, products: Sequence[tuple[Weight, Tensor]], room: Room) -> None:
+def linears(x_TK: Activations, products: Sequence[tuple[Weight, Tensor]], room: Room) -> None:
     """Several products of the same activations, each into its buffer: they become integers once."""
-    integers = None
+    integers = None if isinstance(x_TK, Tensor) else x_TK
     for weight, out_TN in products:
         if isinstance(weight, Tensor | BlockTensor):
             linear(x_TK, weight, out_TN, room)
         elif x_TK.shape[0] > MATRIX_ROWS:
-            _by_tiles(
-                x_TK, weight.rows, weight.K, out_TN, room, lambda start, stop, part, w=weight: _expanded(w, start, stop, part)
-            )
+            x = _floats(x_TK)
+            _by_tiles(x, weight.rows, weight.K, out_TN, room, lambda start, stop, part, w=weight: _expanded(w, start, stop, part))
         else:
             integers = _few_rows(x_TK, weight, out_TN, room, integers)
 
 
-def _few_rows(x_TK: Tensor, planes: Any, out_TN: Tensor, room: Room, integers: Any) -> Any:
+def acted(x_TK: Tensor, weight: Weight, act: Activation, out_TN: Tensor, room: Room, times_TN: Tensor | None = None) -> bool:
+    """out = act(x @ weight.T) * times; no `times`: act of the product's first half by its second. False: no launch does it."""
+    if x_TK.shape[0] > 1 or not isinstance(weight, Tensor) or act == "swiglu_clamped":
+        return False
+    return _acted(x_TK, weight, act, out_TN, room, times_TN)
+
+
+def _acted(x_1K: Tensor, weight: Tensor, act: Activation | None, out_1N: Tensor, room: Room, times_1N: Tensor | None) -> bool:
+    if not room.fused:
+        return False
+    from headwise.kernels.floats import product
+
+    product(_row(x_1K), weight, _row(out_1N), act=act, times=None if times_1N is None else _row(times_1N))
+    return True
+
+
+def integer_room(weight: Weight, T: int, room: Room) -> Tensor | None:
+    """Where T rows of activations become integers, if that is what `weight` multiplies."""
+    return None if isinstance(weight, Tensor | BlockTensor) or T > INTEGER_ROWS else room.words
+
+
+def _floats(x_TK: Activations) -> Tensor:
+    if not isinstance(x_TK, Tensor):
+        raise ValueError(f"linear: {tuple(x_TK.shape)} activations as integers, by a weight of floats")
+    return x_TK
+
+
+def _few_rows(x_TK: Activations, planes: Any, out_TN: Tensor, room: Room, integers: Integers | None) -> Integers | None:
     from headwise.kernels import matvec as K
 
     T, k = x_TK.shape
@@ -61,10 +97,9 @@ def _few_rows(x_TK: Tensor, planes: Any, out_TN: Tensor, room: Room, integers: A
         K.partial_floats(T, planes.rows, config.splits) > room.partial.numel() or -(-planes.rows // config.rows) > room.done.numel()
     ):
         config = config._replace(splits=config.splits // 2)
-    x: Any = x_TK
     if T <= INTEGER_ROWS:
-        x = integers = integers or K.quantise(x_TK, room.words)
-    K.matvec(x, planes, out_TN, scratch=room.partial, done=room.done, config=config)
+        integers = integers or K.quantise(_floats(x_TK), room.words)
+    K.matvec(integers or _floats(x_TK), planes, out_TN, scratch=room.partial, done=room.done, config=config)
     return integers
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headwise.model.arena import Arena
 from headwise.model.experts import multiplied, routed
-from headwise.model.linear import linear, linears
+from headwise.model.linear import acted, integer_room, linear, linears
 from headwise.model.ops import Ops
 from headwise.spec.layers import MlpSpec, MoeSpec
 
@@ -23,6 +23,8 @@ def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Are
     T, W = h.shape[0], mlp.width
     both = arena.take("gate_up", T, 2 * W)
     gate, up = arena.keep(("gate_up", T, W), lambda: both.split(W, dim=-1))
+    if "gate_up" in w and not mlp.bias and acted(h, w["gate_up"], mlp.activation, gate, arena.room):
+        return linear(gate, w["down"], out, arena.room)
     if "gate_up" in w:
         linear(h, w["gate_up"], both, arena.room)
     else:
@@ -30,7 +32,8 @@ def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Are
     if mlp.bias:
         gate.add_(w["gate_bias"])
         up.add_(w["up_bias"])
-    linear(ops.gate(mlp.activation, gate, up), w["down"], out, arena.room)
+    gated = ops.gate(mlp.activation, gate, up, integer_room(w["down"], T, arena.room))
+    linear(gated, w["down"], out, arena.room)
     return out.add_(w["down_bias"]) if mlp.bias else out
 
 
@@ -63,7 +66,7 @@ def routed_experts(moe: MoeSpec, w: Mapping[str, Any], routed_by: Tensor, h: Ten
         if moe.bias:
             gate.add_(w["experts_gate_bias"][e])
             up.add_(w["experts_up_bias"][e])
-        y = linear(ops.gate(moe.activation, gate, up), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), room)
+        y = linear(ops.gate(moe.activation, gate, up, None), w["experts_down"][e], arena.take("expert.out", n, h.shape[1]), room)
         if moe.bias:
             y.add_(w["experts_down_bias"][e])
         out.index_add_(0, token, y.mul_(weight[token, slot, None]))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from headwise.model.arena import Arena
 from headwise.model.heads import fused_heads, plain_heads
+from headwise.model.linear import Activations
 from headwise.model.norm import rms_norm
 from headwise.spec.layers import Activation
 
@@ -26,7 +27,7 @@ class Ops(NamedTuple):
     branch: Callable[..., Tensor]
     heads: Callable[..., Tensor]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
-    gate: Callable[[Activation, Tensor, Tensor], Tensor]
+    gate: Callable[[Activation, Tensor, Tensor, Tensor | None], Activations]
 
 
 def plain_branch(
@@ -41,8 +42,12 @@ def plain_branch(
     return x if next_norm is None else rms_norm(x, next_norm, h, arena)
 
 
-def plain_gate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
-    """gate := act(gate) * up, in place; the clamped form is gpt-oss's gate * sigmoid(alpha * gate) * (up + 1)."""
+def plain_gate(kind: Activation, gate: Tensor, up: Tensor, words: Tensor | None = None) -> Activations:
+    """gate := act(gate) * up, in place; the clamped form is gpt-oss's gate * sigmoid(alpha * gate) * (up + 1).
+
+    Args:
+        words: where the result may become the integers that are multiplied next.
+    """
     if kind == "swiglu_clamped":
         gate.clamp_(max=SWIGLU_LIMIT)
         up.clamp_(-SWIGLU_LIMIT, SWIGLU_LIMIT).add_(1.0)
@@ -87,9 +92,9 @@ def fused() -> Ops:
     ) -> Tensor:
         return rows.branch(y, post_norm, x, next_norm, h, arena.eps_value, scale)
 
-    def gate(kind: Activation, gate: Tensor, up: Tensor) -> Tensor:
+    def gate(kind: Activation, gate: Tensor, up: Tensor, words: Tensor | None = None) -> Activations:
         if kind == "swiglu_clamped" or gate.stride() != up.stride():
             return plain_gate(kind, gate, up)
-        return rows.gate(gate, up, kind)
+        return rows.gate(gate, up, kind, words)
 
     return Ops(norm, branch, fused_heads, rope_tables, gate)

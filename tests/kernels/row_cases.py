@@ -1,4 +1,6 @@
-"""Heads, norms, residuals and gates against PyTorch. A program of its own: it must start with TRITON_INTERPRET=1, or on a GPU.
+"""Heads, norms, residuals, gates and products of one row against PyTorch.
+
+A program of its own: it must start with TRITON_INTERPRET=1, or on a GPU.
 
 python -m kernels.row_cases [cpu|cuda]     prints a JSON object: case -> largest relative error (or mismatch of integers)
 """
@@ -15,7 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from headwise.cache.storage import Values
+from headwise.kernels import floats as P
 from headwise.kernels import heads as K
+from headwise.kernels import matvec as M
 from headwise.kernels import rows as R
 from headwise.kernels.stored import Stored
 from headwise.spec.kv import KV_FORMATS
@@ -144,12 +148,43 @@ def row_cases(device: str, dtype: torch.dtype) -> dict[str, float]:
     return out
 
 
+def integer_gate(T: int, W: int, device: str) -> float:
+    """The gate's integers, as fp32 again."""
+    g, u = (torch.randn(T, 2 * W, device=device) * 3).split(W, -1)
+    found = R.gate(g, u, "silu", torch.full((M.integer_words(T, W, 2) + 3,), -1, dtype=torch.int32, device=device))
+    assert isinstance(found, M.Integers)
+    assert found.shape == (T, W)
+    whole = found.words[..., :16].contiguous().view(torch.int8).view(T, -1, 2, 2, 4, 4).double()  # plane, half, word i, byte b
+    v = (whole * torch.tensor([256.0, 1.0], device=device).view(-1, 1, 1, 1)).sum(2).transpose(-1, -2).flatten(-3)
+    scale = found.words[..., 16:17].contiguous().view(torch.float32)
+    return relative((v * scale).flatten(1), F.silu(g.double()) * u.double())
+
+
+def product_cases(device: str, dtype: torch.dtype) -> dict[str, float]:
+    """One row by N rows of K, plain, gated and times a vector, over launches of one block and of several a program."""
+    out: dict[str, float] = {}
+    for N, columns, config in (
+        (1, 96, P.Config(4, 128, 1)), (37, 776, P.Config(8, 256, 2, 2)), (33, 512, P.Config(2, 256, 1, 2)),
+        (100, 257, P.Config(4, 128, 4)), (64, 1024, P.Config(4, 512, 2)),
+    ):  # fmt: skip
+        x, m = (torch.randn(n, dtype=dtype, device=device) for n in (columns, N))
+        w = (torch.randn(2 * N, columns, device=device) * columns**-0.5).to(dtype)
+        y = w.double() @ x.double()
+        nan = torch.full((N,), float("nan"), dtype=dtype, device=device)
+        out[f"{N}x{columns}"] = relative(P.product(x, w[:N], nan.clone(), config=config), P.reference(x, w[:N]))
+        out[f"{N}x{columns} gated"] = relative(P.product(x, w, nan.clone(), act="silu", config=config), F.silu(y[:N]) * y[N:])
+        times = F.gelu(y[:N], approximate="tanh") * m.double()
+        out[f"{N}x{columns} times"] = relative(P.product(x, w[:N], nan.clone(), act="gelu_tanh", times=m, config=config), times)
+    return out
+
+
 def main(device: str) -> dict[str, dict[str, float]]:
     torch.manual_seed(0)
     dtypes = {"f32": torch.float32, "f16": torch.float16} | ({"bf16": torch.bfloat16} if device == "cuda" else {})
-    out: dict[str, dict[str, float]] = {}
+    out: dict[str, dict[str, float]] = {"integers": {f"gate {T}x{W}": integer_gate(T, W, device) for T, W in ((1, 96), (3, 2112))}}
     for name, dtype in dtypes.items():
         out[f"rows {name}"] = row_cases(device, dtype)
+        out[f"products {name}"] = product_cases(device, dtype)
         for case in HEADS:
             out[f"{case[0]} {name}"] = heads_case(case, device, dtype)
     return out

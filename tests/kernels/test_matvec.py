@@ -21,6 +21,8 @@ INTEGERS = [  # T (0: 3 to 8 by type), N, groups, planes, config: rows, each, wa
     (2, 37, 24, 1, {"rows": 32, "each": 2, "warps": 1, "splits": 2}),
     (0, 13, 24, 2, {"rows": 16, "each": 1, "warps": 1, "splits": 3}),
     (1, 33, 32, 2, {"rows": 32, "each": 1, "warps": 2, "splits": 4}),
+    (1, 70, 40, 2, {"rows": 64, "each": 4, "warps": 1, "splits": 2, "step": 4}),
+    (2, 19, 24, 2, {"rows": 16, "each": 2, "warps": 1, "ahead": False}),
 ]
 MATRIX = [
     (3, 17, 24, 2, {"rows": 16, "each": 1, "warps": 2, "units": 8, "matrix": True}),
@@ -122,12 +124,14 @@ def wrong(name: str) -> tuple[dict[str, Any], str]:
         "planes": ({"w": empty("q4_k", (8, 512), "cpu")._replace(K=256, low=torch.zeros(1, 2048, dtype=torch.uint8)[:, ::2])},
                    "planes of strides (2048, 2)"),
         "unit": ({"config": Config(16, 1, 4)}, "Tensor with a launch without the matrix unit"),
+        "step": ({"x": Integers(torch.zeros(1, 8, 20, dtype=torch.int32), 2), "config": Config(16, 1, 4, step=3)},
+                 "steps of 3 groups do not divide 8 groups in blocks of 8"),
         "scratch": ({"config": two, "scratch": torch.zeros(5)}, "2 splits need scratch of 16 fp32 values"),
         "done": ({"config": two, "scratch": torch.zeros(16)}, "2 splits need 1 int32 zeros, got None"),
     }[name]  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["rows", "integers", "K", "N", "stride", "dtype", "planes", "unit", "scratch", "done"])
+@pytest.mark.parametrize("name", ["rows", "integers", "K", "N", "stride", "dtype", "planes", "unit", "step", "scratch", "done"])
 def test_misuse_is_refused_before_launch_with_both_numbers(name: str) -> None:
     from headwise.kernels.matvec import Config, matvec
     from headwise.weights.retile import empty
@@ -144,10 +148,12 @@ def test_quantise_refuses_what_it_cannot_group() -> None:
     from headwise.kernels.matvec import quantise
 
     room = torch.zeros(5, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"\(1, 40\) of strides \(40, 1\)"):
+    with pytest.raises(ValueError, match=r"\(1, 40\) activations, not in whole groups of 32"):
         quantise(torch.zeros(1, 40), room)
     with pytest.raises(ValueError, match=r"2 planes .* in 5 torch\.int32, not 20 int32"):
         quantise(torch.zeros(1, 32), room)
+    with pytest.raises(ValueError, match=r"\(2, 64\) of strides \(1, 2\)"):
+        quantise(torch.zeros(64, 2).t(), torch.zeros(80, dtype=torch.int32))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernels.row_cases import HEADS
 
+from headwise.kernels.floats import product
 from headwise.kernels.heads import heads
 from headwise.kernels.rows import branch, gate, norm
 from headwise.kernels.stored import Stored
@@ -47,6 +48,20 @@ def test_norms_residuals_and_gates(dtype: str, results: dict[str, dict[str, floa
         assert error < BOUND[dtype], name
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_a_product_of_one_row_is_the_product(dtype: str, results: dict[str, dict[str, float]]) -> None:
+    """Rows and columns past the end, a gate that meets another row's up, tiles of the next rows taken for these."""
+    assert len(results[f"products {dtype}"]) == 15
+    for name, error in results[f"products {dtype}"].items():
+        assert error < BOUND[dtype], name
+
+
+def test_a_gate_leaves_the_integers_of_its_result(results: dict[str, dict[str, float]]) -> None:
+    """A group that takes its neighbour's scale, or a byte another's place."""
+    for name, error in results["integers"].items():
+        assert error < 1e-4, name
+
+
 def test_misuse_is_refused_before_a_launch() -> None:
     x = torch.zeros(2, 100)
     with pytest.raises(ValueError, match="alike, contiguous"):
@@ -55,6 +70,14 @@ def test_misuse_is_refused_before_a_launch() -> None:
         branch(x.t(), None, x.t(), None, x, 1e-6)
     with pytest.raises(ValueError, match="gate: relu"):
         gate(x, x, "relu")
+    with pytest.raises(ValueError, match=r"2 planes .* in 40 torch.int32, not 160"):
+        gate(torch.zeros(2, 128), torch.zeros(2, 128), "silu", torch.zeros(40, dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"one type, \(8, 100\), contiguous"):
+        product(x[0], torch.zeros(4, 100), torch.zeros(4), act="silu")
+    with pytest.raises(ValueError, match="product: relu"):
+        product(x[0], torch.zeros(8, 100), torch.zeros(4), act="relu")
+    with pytest.raises(ValueError, match=r"times \(5,\) for \(4,\)"):
+        product(x[0], torch.zeros(4, 100), torch.zeros(4), act="silu", times=torch.zeros(5))
     at = torch.zeros(1, dtype=torch.int32)
     rest = {"pairs": 0, "cos_TP": None, "sin_TP": None, "q_norm": None, "k_norm": None, "v_norm": False, "eps": 1e-6}
     cache = Stored(torch.zeros(8, 1, 96))
