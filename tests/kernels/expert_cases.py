@@ -156,11 +156,12 @@ def quantised_case(case: tuple[object, ...], device: str, dtype: torch.dtype) ->
     chosen, gate = chosen_of(T, E, K, "any", device), gate_of(str(kind), bool(bias), E, W, device)
     order = R.order(chosen.ids_TK, E, 16, torch.empty(order_values(T, E, K), dtype=torch.int32, device=device))
     pairs = order.pairs_P if ordered else None
+    config = (32, 1, 4) if T == 1 else X.MANY_PROGRAMS  # large ones: the interpreter pays for each program
     words = torch.empty(X.pair_words(T * K, max(D, W)), dtype=torch.int32, device=device)
     both = torch.full((T * K, 2 * W), float("nan"), device=device)
     y = torch.full((T * K, D), float("nan"), device=device)
-    X.integer_pairs(quantise(x, words, planes=X.PLANES).words, chosen.ids_TK, stacks[0], both, order=pairs)
-    X.integer_pairs(X.gate_integers(both, chosen.ids_TK, gate, words), chosen.ids_TK, stacks[1], y, order=pairs)
+    X.integer_pairs(quantise(x, words, planes=X.PLANES).words, chosen.ids_TK, stacks[0], both, order=pairs, config=config)
+    X.integer_pairs(X.gate_integers(both, chosen.ids_TK, gate, words), chosen.ids_TK, stacks[1], y, order=pairs, config=config)
     want = X.reference(x, chosen, dense[0][:, :W], dense[0][:, W:], dense[1], gate)
     tall = stacks[1].tall()
     from headwise.kernels.expand import expand

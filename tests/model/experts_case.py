@@ -13,6 +13,7 @@ import torch
 from kernels.quant_cases import random_blocks
 from torch import Tensor
 
+from headwise.kernels import experts as kernels
 from headwise.model import experts
 from headwise.model.arena import Arena
 from headwise.model.mlp import experts_beside_dense, routed_experts
@@ -100,7 +101,8 @@ def weights(moe: MoeSpec, kinds: tuple[str, str, str]) -> tuple[dict[str, Any], 
 
 
 def main() -> dict[str, float]:
-    experts.EXPERT_ROWS = 8  # of 160: the interpreter is slow
+    experts.EXPERT_ROWS = 8  # of 160; and large programs: the interpreter pays for each
+    kernels.FEW_PROGRAMS = kernels.MANY_PROGRAMS
     torch.manual_seed(0)
     base = catalogue.spec("qwen3-30b-a3b")
     out: dict[str, float] = {}
