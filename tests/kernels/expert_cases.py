@@ -33,10 +33,10 @@ PRODUCTS = [  # T, D, W, E, K, activation, bias, who is chosen
     (11, 36, 24, 130, 3, "gelu_tanh", False, "any"),  # more experts than tokens
 ]
 QUANTISED = [  # type of gate and up, of down, T, D, W, E, K, activation, bias, sorted
-    ("q4_k", "q5_0", 1, 256, 96, 5, 3, "gelu_tanh", False, False),
-    ("q6_k", "q8_0", 3, 512, 64, 4, 2, "silu", False, True),
-    ("mxfp4", "mxfp4", 2, 96, 160, 5, 2, "swiglu_clamped", True, True),
-    ("q5_k", "q4_0", 2, 256, 64, 3, 2, "silu", False, False),
+    ("q4_k", "q5_0", 1, 256, 32, 5, 2, "gelu_tanh", False, False),
+    ("q6_k", "q8_0", 2, 256, 32, 4, 1, "silu", False, True),
+    ("mxfp4", "mxfp4", 2, 96, 64, 5, 2, "swiglu_clamped", True, True),
+    ("q5_k", "q4_0", 1, 256, 64, 3, 1, "silu", False, False),
 ]
 
 
@@ -156,11 +156,12 @@ def quantised_case(case: tuple[object, ...], device: str, dtype: torch.dtype) ->
     chosen, gate = chosen_of(T, E, K, "any", device), gate_of(str(kind), bool(bias), E, W, device)
     order = R.order(chosen.ids_TK, E, 16, torch.empty(order_values(T, E, K), dtype=torch.int32, device=device))
     pairs = order.pairs_P if ordered else None
+    config = (64, 1, 4)  # large ones: the interpreter pays for each program
     words = torch.empty(X.pair_words(T * K, max(D, W)), dtype=torch.int32, device=device)
     both = torch.full((T * K, 2 * W), float("nan"), device=device)
     y = torch.full((T * K, D), float("nan"), device=device)
-    X.integer_pairs(quantise(x, words, planes=X.PLANES).words, chosen.ids_TK, stacks[0], both, order=pairs)
-    X.integer_pairs(X.gate_integers(both, chosen.ids_TK, gate, words), chosen.ids_TK, stacks[1], y, order=pairs)
+    X.integer_pairs(quantise(x, words, planes=X.PLANES).words, chosen.ids_TK, stacks[0], both, order=pairs, config=config)
+    X.integer_pairs(X.gate_integers(both, chosen.ids_TK, gate, words), chosen.ids_TK, stacks[1], y, order=pairs, config=config)
     want = X.reference(x, chosen, dense[0][:, :W], dense[0][:, W:], dense[1], gate)
     tall = stacks[1].tall()
     from headwise.kernels.expand import expand

@@ -20,12 +20,12 @@ def differences() -> dict[str, float]:
     return json.loads(done.stdout)
 
 
-@pytest.mark.parametrize("tokens", [1, 9, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 12])
 @pytest.mark.parametrize(
-    "name", ["gemma", "gemma q4_k", "qwen", "qwen of two types", "gpt-oss", "gpt-oss mxfp4", "qwen without kernels"]
+    "name", ["gemma", "gemma q8_0", "qwen", "qwen of two types", "gpt-oss", "gpt-oss mxfp4", "qwen without kernels"]
 )
 def test_experts_on_our_kernels_are_pytorch_s(name: str, tokens: int, differences: dict[str, float]) -> None:
     """A bias of another expert, a norm left out, a weight of another choice, an expert of the tile before."""
-    limit = 2e-4 if tokens <= 9 else 2e-5  # few tokens meet quantised experts as integers of 16 bits
+    limit = 2e-4 if tokens <= 2 else 2e-5  # few tokens meet quantised experts as integers of 16 bits
 
     assert differences[f"{name} {tokens}"] < limit
