@@ -15,7 +15,6 @@ Source    FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023); packed 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache as remember
 
 import torch
 import triton
@@ -23,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from headwise.kernels.configs import Arch, Config, arch_of, config_for
-from headwise.kernels.stored import FLOAT, Sequences, Slots, Stored, bits, columns, load_values, slot_of
+from headwise.kernels.configs import Config, config_for
+from headwise.kernels.stored import FLOAT, Sequences, Slots, Stored, bits, columns, device_arch, load_values, slot_of
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOG2E = 1.4426950408889634
@@ -266,21 +265,13 @@ def attend(
 
 def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Config:
     quantised = int(k.format.value) != int(FLOAT.value)
-    return config_for(D, one=v is None, blocks=quantised, rows=rows, arch=_arch(q_NHE.device))
+    return config_for(D, one=v is None, blocks=quantised, rows=rows, arch=device_arch(q_NHE.device))
 
 
 def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> int:
     """Rows that a split of `rows` (query, head) pairs has in scratch: whole tiles of the launch that the table gives."""
     tile = _config(q_NHE, k, v, D, rows).rows
     return -(-rows // tile) * tile
-
-
-@remember
-def _arch(device: torch.device) -> Arch:
-    """Which rows of the table a device reads; the interpreter's CPU any."""
-    if device.type != "cuda":
-        return "ampere"
-    return arch_of(torch.cuda.get_device_capability(device), rocm=torch.version.hip is not None)
 
 
 def merge(

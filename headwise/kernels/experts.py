@@ -13,7 +13,6 @@ Source    transformers 5.23 Gemma4TextExperts, Qwen3MoeExperts, GptOssExperts (i
 
 from __future__ import annotations
 
-from functools import cache as remember
 from typing import Any, NamedTuple
 
 import torch
@@ -22,10 +21,10 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
-from headwise.kernels.configs import Arch, arch_of
+from headwise.kernels.configs import Arch
 from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, to_integers
 from headwise.kernels.router import Chosen, Order
-from headwise.kernels.stored import in_turn, overlap
+from headwise.kernels.stored import device_arch, in_turn, overlap
 from headwise.kernels.tiled import LAYOUTS, Q4_K, Q5_K, Q6_K, Q8_0, Planes, pointers
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative error of the weighted sum
@@ -62,7 +61,7 @@ GROUPED = {
     128: {True: Launch(128, 64, 8, 128, 4), False: Launch(256, 64, 8, 128, 4)},
 }
 AMPERE_GATED = Launch(64, 64, 8, 128, 4)  # as many rows as the last would not fit its registers
-SHARED_BYTES = {"hopper": 227 << 10, "ampere": 99 << 10}  # of a program; consumer cards have no more
+SHARED_BYTES = {"hopper": 227 << 10, "ampere": 99 << 10, "rdna3": 64 << 10}  # of a program; consumer cards have no more
 FEW_PROGRAMS = (8, 1, 1)  # rows of a program, rows of a thread, warps: while larger ones would not fill the card
 MANY_PROGRAMS = (64, 2, 4)
 
@@ -93,11 +92,6 @@ def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int) -> 
     c = AMPERE_GATED if (tile_rows, gated, arch) == (128, True, "ampere") else GROUPED[tile_rows][gated]
     stage = (c.pairs + (1 + gated) * c.rows) * c.k * item_bytes
     return c._replace(stages=max(1, min(c.stages, SHARED_BYTES[arch] // stage)))
-
-
-@remember
-def _arch(device: torch.device) -> Arch:
-    return arch_of(torch.cuda.get_device_capability(device)) if device.type == "cuda" else "ampere"
 
 
 @triton.jit
@@ -349,7 +343,7 @@ def grouped(
     P = order.pairs_P.numel()
     N, K = _stacks("grouped", x, stacks, out, P)
     first, n = experts or (0, stacks[0].shape[0])
-    c = launch or grouped_launch(order.tile_rows, gate is not None, _arch(x.device), x.element_size())
+    c = launch or grouped_launch(order.tile_rows, gate is not None, device_arch(x.device), x.element_size())
     if c.pairs != order.tile_rows:
         raise ValueError(f"grouped: a launch of {c.pairs} pairs a tile with an order of {order.tile_rows}")
     some = gate is not None and gate.gate_bias_EW is not None

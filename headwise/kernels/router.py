@@ -20,12 +20,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.stored import in_turn, overlap
+from headwise.kernels.configs import Arch
+from headwise.kernels.stored import device_arch, in_turn, overlap
 from headwise.planner.residence import MAX_EXPERTS
 from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
 
 TOLERANCE = 1e-5  # relative error of a weight
-SCORES = (64, 32, 128, 4)  # tokens, experts and values of a tile, warps
+# tokens, experts and values of a tile, warps; in the larger tile Ampere's registers spill
+SCORES = {"hopper": (64, 32, 128, 4), "ampere": (64, 32, 64, 4), "rdna3": (64, 32, 64, 4)}
 FEW = ROUTER_ROWS  # tokens whose scores are a program each
 
 
@@ -205,12 +207,15 @@ def _order(
             tl.store(experts + tile + k, e, mask=k < tiles)
 
 
-def route(x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_TE: Tensor, done: Tensor) -> Chosen:
+def route(
+    x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_TE: Tensor, done: Tensor, arch: Arch | None = None
+) -> Chosen:
     """The experts of each token into `chosen`.
 
     Args:
         scores_TE: fp32 room for the scores.
         done: int32 zeros, one for each of up to 16 tokens; zeros again afterwards.
+        arch: whose row of `SCORES`; the device's.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
@@ -237,7 +242,7 @@ def route(x_TD: Tensor, w_ED: Tensor, chosen: Chosen, choice: Choice, *, scores_
             BLOCK=triton.next_power_of_2(D), num_warps=4, **flags, **last, **pdl,
         )  # fmt: skip
         return chosen
-    BT, BE, BD, warps = SCORES
+    BT, BE, BD, warps = SCORES[arch or device_arch(x_TD.device)]
     _scores[(triton.cdiv(T, BT), triton.cdiv(E, BE))](
         x_TD, w_ED, norm, bias, scores_TE, T, D, E, choice.eps, choice.factor, BT=BT, BE=BE, BD=BD, num_warps=warps, **flags, **pdl
     )

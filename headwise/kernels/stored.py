@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from headwise.kernels.configs import Arch, arch_of
+
 
 @remember
 def _overlaps(device: torch.device) -> bool:
@@ -34,6 +36,14 @@ def overlap(x: Tensor) -> dict[str, bool]:
     """
     pdl = x.is_cuda and _overlaps(x.device)
     return {"PDL": True, "launch_pdl": True} if pdl else {"PDL": False}
+
+
+@remember
+def device_arch(device: torch.device) -> Arch:
+    """Whose rows of the tables of launches a device reads; the interpreter's CPU any."""
+    if device.type != "cuda":
+        return "ampere"
+    return arch_of(torch.cuda.get_device_capability(device), rocm=torch.version.hip is not None)
 
 
 FLOAT, FP8, Q8_0, Q4_0 = (tl.constexpr(i) for i in range(4))

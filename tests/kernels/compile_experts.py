@@ -29,7 +29,8 @@ def launch_all(capability: int) -> None:
     for T in (1, 300):
         x, gated, y = torch.empty(T, D, dtype=bf16), torch.empty(T * K, W, dtype=bf16), torch.empty(T * K, D, dtype=bf16)
         chosen = router.Chosen(torch.empty(T, K, dtype=i32), torch.empty(T, K))
-        router.route(x, torch.empty(E, D), chosen, choice, scores_TE=torch.empty(T, E), done=torch.empty(16, dtype=i32))
+        router.route(x, torch.empty(E, D), chosen, choice, scores_TE=torch.empty(T, E), done=torch.empty(16, dtype=i32),
+                     arch=arch_of(divmod(capability, 10)))  # fmt: skip
         experts.combine(y, chosen, x, beside=(x, torch.empty(D), torch.empty(D)), eps=1e-6)
         if T == 1:
             experts.pairs(x, chosen.ids_TK, halves, gated, gate)

@@ -96,7 +96,7 @@ def test_misuse_is_refused_before_launch_with_both_numbers() -> None:
         router.route(torch.zeros(1, 32), torch.zeros(8, 32), chosen(1, 9), choice, scores_TE=torch.zeros(1, 8), done=done)
     with pytest.raises(ValueError, match=r"2 tokens into scores \(1, 8\)"):
         router.route(torch.zeros(2, 32), torch.zeros(8, 32), chosen(2, 2), choice, scores_TE=torch.zeros(1, 8), done=done)
-    with pytest.raises(ValueError, match="need 36 int32 values, got 5"):
+    with pytest.raises(ValueError, match="need 38 int32 values, got 5"):
         router.order(torch.zeros(2, 2, dtype=torch.int32), 8, 16, torch.zeros(5, dtype=torch.int32))
     stack, ids = torch.zeros(4, 8, 32), torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"\(2, 16\) by experts of \(8, 32\)"):
