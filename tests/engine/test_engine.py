@@ -32,9 +32,9 @@ def alone() -> LLM:
 class Run:
     """An engine, and all that it said."""
 
-    def __init__(self, llm: LLM) -> None:
+    def __init__(self, llm: LLM, **how: bool) -> None:
         self.events: list[Event] = []
-        self.engine = Engine(llm, self.events.append)
+        self.engine = Engine(llm, self.events.append, **how)
 
     def submit(self, id_: int, prompt: Sequence[int], client: str = "", **more: object) -> None:
         settings = {k: more.pop(k) for k in list(more) if k not in ("grammar", "top_logprobs")}
@@ -230,3 +230,65 @@ def test_logprobs_are_of_the_model_not_of_the_sampler(llm: LLM, alone: LLM) -> N
         row = logprobs[len(prompt) - 1 + i]
         assert event.logprob == pytest.approx(float(row[event.token]), abs=1e-3)
         assert [t for t, _ in event.top] == row.topk(4).indices.tolist()
+
+
+def test_a_deterministic_answer_does_not_depend_on_what_else_ran(llm: LLM, alone: LLM) -> None:
+    """Token for token what `headwise run` says, cold, beside others, and after every kind of prefix hit."""
+    run = Run(llm, deterministic=True)
+    draw = random.Random(11)
+    talks = [[2, *(draw.randrange(40, 6000) for _ in range(n))] for n in (250, 100, 300)]
+    sent: dict[int, list[int]] = {}
+    for i in range(8):
+        which = draw.randrange(3)
+        prompt = sent[i] = [*talks[which], *(draw.randrange(40, 6000) for _ in range(draw.randrange(1, 40)))]
+        run.submit(i, prompt, client=str(which), max_tokens=6)
+        if i % 3 == 2:
+            run.drain()
+            talks[which] = [*prompt, *run.tokens(i)]
+    run.drain()
+
+    for i, prompt in sent.items():
+        assert run.tokens(i) == [t for t in alone.generate(prompt, max_tokens=6).tokens if t not in run.engine.stop], i
+    assert sum(run.finish(i).cached_tokens for i in sent) > 300
+
+
+def test_a_pool_too_small_for_all_loses_no_answer(alone: LLM) -> None:
+    """The youngest gives its pages away in the middle of an answer and goes on where it was."""
+    llm = LLM(context=640, slots=3, pool=704, chunk=CHUNK, device="cpu", check=False)
+    run = Run(llm)
+    draw = random.Random(7)
+    prompts = [[2, *(draw.randrange(40, 6000) for _ in range(n))] for n in (240, 200, 170, 500)]
+    for i, prompt in enumerate(prompts):
+        run.submit(i, prompt, client=str(i), max_tokens=90, logit_bias=NEVER_END)
+    waited = 0
+    while run.engine.busy:
+        run.engine.round()
+        waited += any(w.again is not None for w in run.engine.waiting)
+    pool = run.engine.prefixes.pool
+    held = {page for x in (*run.engine.prefixes.slots.values(), *run.engine.prefixes.kept) for page in x.pages}
+
+    assert waited
+    for i, prompt in enumerate(prompts):
+        assert same(alone, prompt, run.tokens(i)), i
+        assert (run.finish(i).reason, run.finish(i).tokens) == ("length", 90)
+    assert {page for page, users in enumerate(pool.users) if users} == held  # none is lost
+    assert llm.plan.total_bytes == allocated_bytes(llm.runner)
+
+
+def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM) -> None:
+    """Text that repeats itself: fewer steps, the same tokens; with a seed too."""
+    prompt = llm.tokenize("def add(a, b):\n    return a + b\n\n\n" * 8)
+    for how in ({}, {"temperature": 0.7, "seed": 5}):
+        told = {}
+        for speculate in (True, False):
+            run, steps = Run(llm, speculate=speculate), 0
+            run.engine._seconds = {(1, n): 1.0 for n in (1, 2, 4, 8)}  # longer steps cost nothing more
+            run.submit(1, prompt, max_tokens=60, **how)
+            while run.engine.busy:
+                run.engine.round()
+                run.engine._seconds = dict.fromkeys(run.engine._seconds, 1.0)
+                steps += 1
+            told[speculate] = (run.tokens(1), steps)
+
+        assert told[True][0] == told[False][0]
+        assert told[True][1] < 0.8 * told[False][1]
