@@ -26,7 +26,7 @@ from torch import Tensor
 from headwise import LLM, api
 from headwise.attention.capability import DeviceKind
 from headwise.bench.engine import measure, runner_for
-from headwise.engine.devices import Place, device_kind, keep_limit
+from headwise.engine.devices import Seat, device_kind, keep_limit
 from headwise.engine.runner import Runner
 from headwise.planner.memory import Plan
 from headwise.planner.quantise import weight_types
@@ -96,7 +96,7 @@ def answers(runner: Runner, ids: Sequence[int]) -> Tensor:
 
 
 def model(
-    spec: ModelSpec, scheme: str, places: Sequence[Place], kind: DeviceKind, *, kv: str = "bf16", dtype: str = "bf16",
+    spec: ModelSpec, scheme: str, seats: Sequence[Seat], kind: DeviceKind, *, kv: str = "bf16", dtype: str = "bf16",
     context: int = CONTEXT, lengths: Sequence[int] = LENGTHS,
 ) -> list[dict[str, Any]]:  # fmt: skip
     rows = []
@@ -105,16 +105,16 @@ def model(
     ids = torch.randint(3, spec.vocab_size, (max(*lengths, CHECKED + DECODED),), generator=generator).tolist()
     common: dict[str, Any] = {
         "context": context, "chunk": CHUNK, "kv": {"global": fmt, "sliding": fmt}, "dtype": dtype,
-        "stored": weight_types(spec, scheme), "kind": kind, "device": places[0].device,
+        "stored": weight_types(spec, scheme), "kind": kind, "device": seats[0].device,
     }  # fmt: skip
     logits: dict[str, Tensor] = {}
-    for who, some in (("one card", places[1:]), ("two cards", places)):  # one: the larger
+    for who, some in (("one card", seats[1:]), ("two cards", seats)):  # one: the larger
         start = time.perf_counter()
-        runner, choices, p = runner_for(spec, places=some, **common)
+        runner, choices, p = runner_for(spec, seats=some, **common)
         ready = time.perf_counter() - start
         logits[who] = answers(runner, ids)
         speed = []
-        for length in lengths if places[0].device.type == "cuda" else ():
+        for length in lengths if seats[0].device.type == "cuda" else ():
             prefill_s, decode_s = measure(runner, ids[:length], 3)
             speed.append({"tokens": length, "prefill_tok_s": length / prefill_s, "decode_tok_s": 1 / decode_s})
         row = {
@@ -151,7 +151,7 @@ def embedded(cards: Sequence[str]) -> dict[str, Any]:
 
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    places = [Place(torch.device("cuda", i), limit) for i, limit in enumerate(LIMITS)]
+    seats = [Seat(torch.device("cuda", i), limit) for i, limit in enumerate(LIMITS)]
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     out: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
@@ -160,14 +160,14 @@ def main() -> None:
     to, wanted = Path(sys.argv[1]), sys.argv[2:]
     if to.exists():  # other parts of an earlier run
         out = json.loads(to.read_text()) | {"date": out["date"]}
-    for place in places:
-        keep_limit(place)
-    kind = device_kind(places[0].device)
+    for seat in seats:
+        keep_limit(seat)
+    kind = device_kind(seats[0].device)
     (large, q4), (small, floats) = MODELS
     parts: dict[str, Callable[[], object]] = {
-        large: lambda: model(catalogue.spec(large), q4, places, kind),
+        large: lambda: model(catalogue.spec(large), q4, seats, kind),
         "embedded": lambda: embedded(["0", "0:12GiB,1:24GiB"]),
-        small: lambda: model(catalogue.spec(small), floats, places, kind),
+        small: lambda: model(catalogue.spec(small), floats, seats, kind),
         "families": lambda: families(["cuda:0:12GiB", "cuda:1:24GiB"]),
     }
     for name, part in parts.items():

@@ -22,7 +22,7 @@ from torch import Tensor
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, choose_layers
 from headwise.bench.attention import ceilings
-from headwise.engine.devices import Place, card_of, device_kind
+from headwise.engine.devices import Seat, card_of, device_kind
 from headwise.engine.runner import Runner
 from headwise.engine.stage import build_stages
 from headwise.errors import UsageError
@@ -112,13 +112,13 @@ def random_weights(
 def runner_for(
     spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
     kind: DeviceKind, device: torch.device, weights: Mapping[str, Weight] | None = None,
-    places: Sequence[Place] = (), slots: int = 1,
+    seats: Sequence[Seat] = (), slots: int = 1,
 ) -> tuple[Runner, tuple[Choice, ...], Plan]:  # fmt: skip
-    """A runner over random weights, or over `weights`, with what was chosen and planned; on `places`, default on `device`."""
+    """A runner over random weights, or over `weights`, with what was chosen and planned; on `seats`, default on `device`."""
     choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
     reads = frozenset(c.backend.reads for c in choices)
     work = Workload(context=context, slots=slots, chunk=chunk, kv=dict(kv), dtype=dtype, reads=reads)
-    cards = [card_of(place) for place in places or [Place(device)]]
+    cards = [card_of(seat) for seat in seats or [Seat(device)]]
     p = plan(spec, stored, work, [c.target for c in cards])
     if not p.fits:
         raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")
@@ -126,7 +126,7 @@ def runner_for(
     def load(stage: int, device: torch.device) -> Mapping[str, Weight]:
         return random_weights(spec, p, device, stage=stage)[0] if weights is None else weights
 
-    used = [c.place.device for c in cards if any(c.target is t for t in p.targets)]
+    used = [c.seat.device for c in cards if any(c.target is t for t in p.targets)]
     stages = build_stages(p, choices, used, load)
     return Runner(p, stages), choices, p
 

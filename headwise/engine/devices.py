@@ -19,7 +19,7 @@ _NAME = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d{1,3}))?(:(?P<size>\d{1,6}(\.
 _UNITS = {"GiB": 2**30, "MiB": 2**20, None: 2**30}
 
 
-class Place(NamedTuple):
+class Seat(NamedTuple):
     """A device, and the most memory that may be taken there; None: what is free."""
 
     device: torch.device
@@ -27,14 +27,14 @@ class Place(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A place, and what the planner and the backends are told of it."""
+    """A seat, and what the planner and the backends are told of it."""
 
     target: Target
     kind: DeviceKind
-    place: Place
+    seat: Seat
 
 
-def places(asked: str | Sequence[str] | None) -> tuple[list[Place], bool]:
+def seats(asked: str | Sequence[str] | None) -> tuple[list[Seat], bool]:
     """The devices that `asked` allows, and whether all of them are to be used (else as few as hold the model).
 
     Args:
@@ -47,9 +47,9 @@ def places(asked: str | Sequence[str] | None) -> tuple[list[Place], bool]:
         asked = "cpu"
     if asked in (None, "cuda"):
         _require_cuda()
-        return [Place(torch.device("cuda", i)) for i in range(torch.cuda.device_count())], False
+        return [Seat(torch.device("cuda", i)) for i in range(torch.cuda.device_count())], False
     names = [asked] if isinstance(asked, str) else list(asked or ())
-    found = [_place(name) for name in names]
+    found = [_seat(name) for name in names]
     cards = [p.device for p in found if p.device.type == "cuda"]
     if not found or len(set(cards)) < len(cards) or 0 < len(cards) < len(found):
         raise UsageError(
@@ -60,7 +60,7 @@ def places(asked: str | Sequence[str] | None) -> tuple[list[Place], bool]:
     return found, True
 
 
-def _place(name: str) -> Place:
+def _seat(name: str) -> Seat:
     m = _NAME.fullmatch(name)
     if m is None or (m["type"] == "cpu" and m["index"]):
         raise UsageError(
@@ -72,12 +72,12 @@ def _place(name: str) -> Place:
         raise UsageError(f"device {name!r} is not supported", why="headwise runs on CPU and CUDA", do="--device cpu")
     limit = None if m["size"] is None else int(float(m["size"]) * _UNITS[m["unit"]])
     if m["type"] == "cpu":
-        return Place(torch.device("cpu"), limit)
+        return Seat(torch.device("cpu"), limit)
     _require_cuda()
     index = int(m["index"] or 0)
     if index >= (n := torch.cuda.device_count()):
         raise UsageError(f"there is no cuda:{index}", why=f"PyTorch sees {n}, from cuda:0 on", do="--gpu 0")
-    return Place(torch.device("cuda", index), limit)
+    return Seat(torch.device("cuda", index), limit)
 
 
 def _require_cuda() -> None:
@@ -104,28 +104,28 @@ def _triton_version() -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def card_of(place: Place, *, sharing: int = 1) -> Card:
-    """A place as it is now, to plan for.
+def card_of(seat: Seat, *, sharing: int = 1) -> Card:
+    """A seat as it is now, to plan for.
 
     Args:
         sharing: stages that are to lie on the CPU together, each with its part of the memory.
     """
-    if place.device.type == "cpu":
+    if seat.device.type == "cpu":
         total, free = (n // sharing for n in cpu_memory())
         name, margin = "cpu", CPU_MARGIN_BYTES // sharing
     else:
-        free, total = torch.cuda.mem_get_info(place.device)
-        name, margin = f"{torch.cuda.get_device_name(place.device)} ({place.device})", GPU_MARGIN_BYTES
-    total = min(total, place.limit_bytes or total)
+        free, total = torch.cuda.mem_get_info(seat.device)
+        name, margin = f"{torch.cuda.get_device_name(seat.device)} ({seat.device})", GPU_MARGIN_BYTES
+    total = min(total, seat.limit_bytes or total)
     target = Target(name=name, gpu=None, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
-    return Card(target, device_kind(place.device), place)
+    return Card(target, device_kind(seat.device), seat)
 
 
-def keep_limit(place: Place) -> None:
-    """Makes PyTorch refuse more memory of a card than its place allows."""
-    if place.limit_bytes is not None and place.device.type == "cuda":
-        _, total = torch.cuda.mem_get_info(place.device)
-        torch.cuda.set_per_process_memory_fraction(min(1.0, place.limit_bytes / total), place.device)
+def keep_limit(seat: Seat) -> None:
+    """Makes PyTorch refuse more memory of a card than its seat allows."""
+    if seat.limit_bytes is not None and seat.device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(seat.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, seat.limit_bytes / total), seat.device)
 
 
 def on_device(device: torch.device) -> AbstractContextManager[object]:

@@ -17,7 +17,7 @@ from headwise.api import work_on
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
-from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, places
+from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, seats
 from headwise.engine.request import Sampling
 from headwise.engine.runner import Runner
 from headwise.engine.sample import Sampler
@@ -178,7 +178,7 @@ class LLM:
             raise UsageError(
                 f"kv names {sorted(unknown)[0]!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}'
             )
-        allowed, together = places(device)
+        allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             "slots": slots,
@@ -211,7 +211,7 @@ class LLM:
             cards = [every[i] for i in some]
         require_fit(self.plan)
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
-        self.devices = tuple(c.place.device for c in used)
+        self.devices = tuple(c.seat.device for c in used)
         _, by_kind = work_of({c.kind for c in cards})
         self.choices = tuple(by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers)
         self.kv = dict(self.plan.workload.kv)
@@ -223,7 +223,7 @@ class LLM:
         if not load:
             return
         for c in used:
-            keep_limit(c.place)
+            keep_limit(c.seat)
         self.runner = Runner(self.plan, build_stages(self.plan, self.choices, self.devices, partial(self._load, progress)))
         self._tokenizer = tokenizer
         self._timing = _Timing()

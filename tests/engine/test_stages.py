@@ -186,5 +186,5 @@ def test_named_cards_are_all_used_within_their_limits(monkeypatch: pytest.Monkey
 def test_devices_that_make_no_sense_are_refused_in_words(asked: object, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _Cards(monkeypatch, 80, 80)
     with pytest.raises(UsageError, match=words) as caught:
-        devices.places(asked)  # type: ignore[arg-type]
+        devices.seats(asked)  # type: ignore[arg-type]
     assert isinstance(caught.value, HeadwiseError)
