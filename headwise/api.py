@@ -82,6 +82,7 @@ def plan(
     device: str | None = None,
     dtype: str | None = None,
     ignore_keys: Sequence[str] = (),
+    targets: Sequence[Target] | None = None,
 ) -> Plan:
     """What headwise would allocate for a model, to the byte, before anything is loaded.
 
@@ -93,12 +94,13 @@ def plan(
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24"; default the detected cards.
         device: "cpu" plans for this machine's CPU.
         dtype: of the activations: f32, bf16 or f16; default f32 on the CPU, else bf16, or f16 where a card has no bf16.
+        targets: devices with what others hold of them, in place of those that `gpus` and `device` name.
     Raises:
         SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
     """
     model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
     cpu = device == "cpu"
-    targets = targets_for(gpus, device)
+    targets = targets_for(gpus, device) if targets is None else list(targets)
     kinds = {CPU} if cpu else {DeviceKind.of(t.gpu) for t in targets if t.gpu}
     dtype = activation_type(dtype, kinds)
     workload = Workload(

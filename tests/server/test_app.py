@@ -102,7 +102,7 @@ def test_an_api_key_is_asked_for(live: Any) -> None:
     testclient = pytest.importorskip("starlette.testclient")
     from headwise.server.app import create_app
 
-    client = testclient.TestClient(create_app(live.model, live.engine, api_key="sesame"))  # not entered: no second engine
+    client = testclient.TestClient(create_app(live.models, api_key="sesame"))  # not entered: no second engine
 
     assert client.get("/v1/models").status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer nope"}).status_code == 401
@@ -117,7 +117,9 @@ def test_health_and_ready_are_true(live: Any) -> None:
         if call(live, "/health")[0] == 200:
             break
         time.sleep(0.1)
-    assert call(live, "/health") == (200, {"status": "ok", "model": "tiny-hybrid"})
+    status, told = call(live, "/health")
+    assert (status, told["status"], told["model"]) == (200, "ok", "tiny-hybrid")
+    assert told["models"] == [{"model": "tiny-hybrid", "status": "ok", "context": 4096, "requests": 0}]
     assert call(live, "/ready")[1]["ready"] is True
     assert call(live, "/nothing")[0] == 404
     assert call(live, "/v1/chat/completions")[0] == 405
@@ -135,7 +137,7 @@ def test_the_layer_map_is_told(live: Any) -> None:
 
 def test_metrics_count(live: Any) -> None:
     def value(name: str) -> float:
-        (line,) = [x for x in call(live, "/metrics")[1].splitlines() if x.startswith(name)]
+        (line,) = [x for x in call(live, "/metrics")[1].splitlines() if x.startswith(name + "{")]
         return float(line.split()[-1])
 
     before = value("vllm:generation_tokens_total"), value("vllm:prompt_tokens_total")

@@ -45,7 +45,7 @@ def ollama_client(live: Any) -> Any:
 
 
 def test_openai_lists_the_model(openai_client: Any) -> None:
-    assert [m.id for m in openai_client.models.list()] == ["tiny-hybrid", "other-name"]
+    assert [m.id for m in openai_client.models.list()][:2] == ["tiny-hybrid", "other-name"]
     assert openai_client.models.retrieve("tiny-hybrid").id == "tiny-hybrid"
 
 
@@ -247,7 +247,7 @@ def test_anthropic_errors_are_anthropics(anthropic_client: Any) -> None:
 
 
 def test_ollama_talks_lists_and_shows(ollama_client: Any) -> None:
-    (listed,) = ollama_client.list().models
+    listed, *_ = ollama_client.list().models
     shown = ollama_client.show("tiny-hybrid")
     chunks = list(ollama_client.chat("tiny-hybrid:latest", ASKED, stream=True, options={"num_predict": 10, "temperature": 0}))
     whole = ollama_client.chat("tiny-hybrid", ASKED, options={"num_predict": 10, "temperature": 0})
@@ -272,12 +272,11 @@ def test_ollama_calls_a_tool_and_keeps_a_format(ollama_client: Any) -> None:
 
 def test_ollama_is_told_what_is_not_here(ollama_client: Any) -> None:
     ollama = pytest.importorskip("ollama")
-    with pytest.raises(ollama.ResponseError, match="not served here"):
-        ollama_client.pull("llama9")
+    with pytest.raises(ollama.ResponseError, match="not on this machine; the nearest names are tiny-hybrid"):
+        ollama_client.pull("tiny-hibrid")
     with pytest.raises(ollama.ResponseError, match="not supported"):
         ollama_client.copy("a", "b")
     with pytest.raises(ollama.ResponseError, match="not supported"):
         ollama_client.delete("a")
-    with pytest.raises(ollama.ResponseError, match="stays loaded"):
-        ollama_client.generate("tiny-hybrid", keep_alive=0)
-    assert ollama_client.pull("tiny-hybrid").status == "success"
+    with pytest.raises(ollama.ResponseError, match="no embeddings"):
+        ollama_client.embed("tiny-hybrid", "text")
