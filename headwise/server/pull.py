@@ -1,4 +1,4 @@
-"""`POST /api/pull`: a model from the Hub, told in Ollama's lines. A client that goes away ends it; what came is kept.
+"""`POST /api/pull`: a model from the Hub, told in Ollama's lines. A client that goes away ends it; files that came whole are kept.
 
 Source: ollama/ollama fb307609, server/download.go and api/types.go ProgressResponse.
 """
@@ -26,8 +26,11 @@ class _Stopped(Exception):
 
 async def pulling(models: Models, name: str) -> AsyncIterator[bytes]:
     """Lines until `success` or `error`; of a model that is here already, `success` at once."""
+    if not name:
+        yield line({"error": "model must name what to pull"})
+        return
     try:
-        found = await asyncio.to_thread(models.find, name or "")
+        found = await asyncio.to_thread(models.find, name)
     except Refusal as refusal:
         repository = None if models.only else hub_name(name)
         if repository is None:

@@ -31,7 +31,7 @@ def fetch(name: str, *, weights: bool, progress: Progress | None = None) -> Path
         name: `org/name`, or `org/name:TYPE` for one GGUF of the repository.
         weights: download the weights too; a GGUF is one file, so its header needs the download either way.
         progress: told of every file as it comes, in place of huggingface_hub's own bars; what it raises ends the download,
-            and what came is kept: the next one goes on from there.
+            and files that came whole are kept.
     Raises:
         UsageError: `name` names no repository.
         SpecError: no such repository, no access, no network and nothing cached, or no room on disk.
@@ -84,7 +84,7 @@ def fetch(name: str, *, weights: bool, progress: Progress | None = None) -> Path
             raise SpecError(
                 f"no room on disk for {repository}",
                 why=_line(error),
-                do="free some, or set HF_HOME to another disk; what came is kept",
+                do="free some, or set HF_HOME to another disk; files that came whole are kept",
             ) from error
         if isinstance(error, PermissionError):
             raise SpecError(
@@ -94,7 +94,7 @@ def fetch(name: str, *, weights: bool, progress: Progress | None = None) -> Path
             raise SpecError(
                 f"the download of {repository} broke off",
                 why=_line(error),
-                do="run it again: what came is kept; HF_HUB_DISABLE_XET=1 downloads in the plain way",
+                do="run it again: files that came whole are kept; HF_HUB_DISABLE_XET=1 downloads in the plain way",
             ) from error
         raise _offline(repository, error) from error
 

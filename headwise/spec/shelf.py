@@ -49,9 +49,8 @@ class Held:
 
 
 def held(opens: str | None, source: Source, aliases: Iterable[str] = ()) -> Held:
-    """A model that was named at start; the text that named it is another of its names."""
+    """A model that was named at start."""
     n_bytes, changed = _size(source)
-    names: list[str] = [*aliases, *([opens] if opens else [])]
     return Held(
         name=source.name,
         origin="named",
@@ -59,7 +58,7 @@ def held(opens: str | None, source: Source, aliases: Iterable[str] = ()) -> Held
         path=source.path,
         n_bytes=n_bytes,
         changed=changed,
-        aliases=tuple(n for n in dict.fromkeys(names) if n != source.name),
+        aliases=tuple(n for n in dict.fromkeys(aliases) if n != source.name),
     )
 
 
@@ -110,9 +109,15 @@ def shelf(env: Mapping[str, str]) -> list[Held]:
 
 
 def find(models: Sequence[Held], name: str) -> Held | None:
-    """The model of a name, as written or in Ollama's manner: without its tag `latest`, with a scheme, in any case."""
+    """The model of a name, as written or in Ollama's manner: without its tag `latest`, with a scheme, in any case.
+
+    What named a model at start, such as a path, is a name of it too; no other path is.
+    """
     wanted = _key(name)
-    return next((m for m in models if wanted in {_key(n) for n in (m.name, *m.aliases)}), None)
+    for m in models:
+        if wanted in {_key(n) for n in (m.name, *m.aliases)} or (m.origin == "named" and name == m.opens):
+            return m
+    return None
 
 
 def nearest(models: Sequence[Held], name: str) -> list[str]:

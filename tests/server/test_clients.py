@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -268,6 +270,66 @@ def test_ollama_calls_a_tool_and_keeps_a_format(ollama_client: Any) -> None:
     told = [*ASKED, turn, {"role": "tool", "tool_name": "list_files", "content": "a.py"}]
     answer = ollama_client.chat("tiny-hybrid", told, tools=[{"type": "function", "function": TOOL}], options={"num_predict": 5})
     assert answer.eval_count <= 5
+
+
+def test_ollama_unloads_loads_and_asks_for_a_context(ollama_client: Any, live: Any) -> None:
+    ollama = pytest.importorskip("ollama")
+    assert ollama_client.generate("tiny-hybrid", keep_alive=0).done_reason == "unload"
+    for _ in range(200):
+        if not ollama_client.ps().models:
+            break
+        time.sleep(0.05)
+    assert not live.models.loaded
+    few = {"num_predict": 2}
+    assert ollama_client.chat("tiny-hybrid", ASKED, options=few, keep_alive="10m").load_duration > 0
+    (loaded,) = ollama_client.ps().models
+    assert loaded.context_length == 4096
+    left = (loaded.expires_at - datetime.now(UTC)).total_seconds()
+    assert 500 < left < 601
+    ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 1024})
+    assert ollama_client.ps().models[0].context_length == 4096  # the loaded one is enough
+    with pytest.raises(ollama.ResponseError, match=r"the prompt has \d+ tokens and the context is 8"):
+        ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 8})
+    ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 5000}, keep_alive=-1)
+    (loaded,) = ollama_client.ps().models
+    assert (loaded.context_length, loaded.expires_at.year) == (5000, 9999)
+    with pytest.raises(ollama.ResponseError, match="num_ctx 99999999 is more than the 65536 tokens"):
+        ollama_client.generate("tiny-hybrid", "x", options={"num_ctx": 99_999_999})
+    with pytest.raises(ollama.ResponseError, match="no duration"):
+        ollama_client.generate("tiny-hybrid", "x", keep_alive="soon")
+    ollama_client.generate("tiny-hybrid", keep_alive=0)  # the next test finds it with its usual context
+    for _ in range(200):
+        if not ollama_client.ps().models:
+            break
+        time.sleep(0.05)
+    assert ollama_client.generate("tiny-hybrid", keep_alive=-1).done_reason == "load"
+    assert ollama_client.ps().models[0].context_length == 4096
+
+
+def test_ollama_pulls_from_the_hub(ollama_client: Any, live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is another test's; here its progress becomes Ollama's lines, and its error one."""
+    ollama = pytest.importorskip("ollama")
+    from headwise.errors import SpecError
+    from headwise.spec import hub
+
+    asked: list[str] = []
+
+    def fetch(name: str, *, weights: bool, progress: Any) -> None:
+        asked.append(name)
+        for done in (0, 50, 100):
+            progress("a.gguf", done, 100)
+        if name == "org/gone":
+            raise SpecError("it is gone", why="a test", do="nothing")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    told = list(ollama_client.pull("hf.co/org/name:Q4_K_M", stream=True))
+    assert [t.completed for t in told if t.status == "pulling a.gguf"] == [0, 50, 100]
+    assert (told[0].status, told[-1].status, told[1].total) == ("pulling manifest", "success", 100)
+    assert ollama_client.pull("org/name").status == "success"
+    with pytest.raises(ollama.ResponseError, match="it is gone"):
+        ollama_client.pull("org/gone")
+    assert ollama_client.pull("tiny-hybrid:latest").status == "success"
+    assert asked == ["org/name:Q4_K_M", "org/name", "org/gone"]
 
 
 def test_ollama_is_told_what_is_not_here(ollama_client: Any) -> None:
