@@ -86,6 +86,21 @@ def cuda() -> str:
     return table(head, rows, above)
 
 
+def tier0() -> str:
+    found = newest("tier0_cpu")
+    above = (
+        f"{found['date']}, {found['model']} with {found['context']:,} tokens of context, torch {found['torch']}, "
+        f"Codex {found['codex']['version']}, {found['machine']}."
+    )
+    rows = []
+    for way in ("chat", "codex"):
+        for job, row in found[way].items():
+            if isinstance(row, dict):
+                valid = f"{row['valid']} of {row['answers']}"
+                rows.append((way, job, valid, f"{row['median_s']:.2f}", f"{row['least_s']:.2f} to {row['most_s']:.2f}"))
+    return table("| by | job | valid | seconds, median | least to most |", rows, above)
+
+
 def doctor() -> str:
     found = newest("doctor_matrix")
     above = (
@@ -195,6 +210,7 @@ TABLES = {
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
     "converter": ("docs/llamacpp.md", converter),
+    "tier0": ("docs/tier0.md", tier0),
 }
 
 

@@ -342,3 +342,26 @@ def test_ollama_is_told_what_is_not_here(ollama_client: Any) -> None:
         ollama_client.delete("a")
     with pytest.raises(ollama.ResponseError, match="no embeddings"):
         ollama_client.embed("tiny-hybrid", "text")
+
+
+@pytest.mark.parametrize("provider", ["openai", "ollama_chat", "anthropic"])
+def test_litellm_speaks_three_protocols(live: Any, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """litellm is large, and no package that the tests ask for: run where it is installed."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices
+    litellm = pytest.importorskip("litellm")
+    base = live.url + ("/v1" if provider == "openai" else "")
+    settings: dict[str, Any] = {"model": f"{provider}/tiny-hybrid", "api_base": base, "api_key": "none", "messages": ASKED}
+    whole = litellm.completion(**settings, max_tokens=20, temperature=0)
+    chunks = list(litellm.completion(**settings, max_tokens=20, temperature=0, stream=True))
+
+    text = whole.choices[0].message.content
+    assert text
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert whole.usage.prompt_tokens > 5
+    assert whole.usage.completion_tokens == 20
+    if provider == "openai":
+        form = {"type": "json_schema", "json_schema": {"name": "label", "strict": True, "schema": SCHEMA}}
+        answer = litellm.completion(**settings, response_format=form, max_tokens=80)
+        assert json.loads(answer.choices[0].message.content)["label"] in ("bug", "feature", "question")
+        with pytest.raises(litellm.NotFoundError, match="nearest names are"):
+            litellm.completion(**{**settings, "model": "openai/tiny-hybird"})
