@@ -59,8 +59,8 @@ def attention() -> str:
 def mixed() -> str:
     found = newest("mixed_backends_h200")
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}: tiny-hybrid, bf16, {found['rows'][0]['positions']:,} positions of "
-        f"text it was not trained on; {found['rounds']} rounds."
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}: tiny-hybrid, bf16, {found['rows'][0]['positions']:,} "
+        f"positions of text it was not trained on; {found['rounds']} rounds."
     )
     rows = []
     for row in found["rows"]:
@@ -100,6 +100,21 @@ def cuda() -> str:
                      f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.0f}"))  # fmt: skip
     head = "| activations | KV | planned = allocated | peak above it | first start, checked | prefill tok/s | decode tok/s |"
     return table(head, rows, above)
+
+
+def tier0() -> str:
+    found = newest("tier0_cpu")
+    above = (
+        f"{found['date']}, {found['model']} with {found['context']:,} tokens of context, torch {found['torch']}, "
+        f"Codex {found['codex']['version']}, {found['machine']}."
+    )
+    rows = []
+    for way in ("chat", "codex"):
+        for job, row in found[way].items():
+            if isinstance(row, dict):
+                valid = f"{row['valid']} of {row['answers']}"
+                rows.append((way, job, valid, f"{row['median_s']:.2f}", f"{row['least_s']:.2f} to {row['most_s']:.2f}"))
+    return table("| by | job | valid | seconds, median | least to most |", rows, above)
 
 
 def doctor() -> str:
@@ -234,6 +249,7 @@ TABLES = {
     "attention": ("docs/kernels.md", attention),
     "mixed": ("docs/kernels.md", mixed),
     "converter": ("docs/llamacpp.md", converter),
+    "tier0": ("docs/tier0.md", tier0),
 }
 
 

@@ -111,6 +111,7 @@ def plan(
     device: str | None = None,
     dtype: str | None = None,
     ignore_keys: Sequence[str] = (),
+    targets: Sequence[Target] | None = None,
 ) -> Plan:
     """What headwise would allocate for a model, to the byte, before anything is loaded.
 
@@ -124,12 +125,13 @@ def plan(
             as hold it.
         device: "cpu" plans for this machine's CPU.
         dtype: of the activations: f32, bf16 or f16; default f32 on the CPU, else bf16, or f16 where a card has no bf16.
+        targets: the devices, with what others hold of them, in place of what is looked up for `gpus` and `device`.
     Raises:
         SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
     """
     model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
     stored = stored_weights(model, weights)
-    targets = targets_for(gpus, device)
+    targets = targets_for(gpus, device) if targets is None else list(targets)
     kinds = [CPU if device == "cpu" else None if t.gpu is None else DeviceKind.of(t.gpu) for t in targets]
 
     def plan_on(some: Sequence[int]) -> Plan:

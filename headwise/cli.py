@@ -49,6 +49,10 @@ def _parser() -> argparse.ArgumentParser:
     _settings_parser(verbs.add_parser("vllm-args", help="the arguments of vLLM that fit"), "--version", "0.33.0")
     _probe_parser(verbs.add_parser("probe", help="a running server at production-length prompts: speed, slope, slow or stuck"))
     _serve_parser(verbs.add_parser("serve", help="answer OpenAI, Anthropic and Ollama clients"))
+    _list_parser(verbs.add_parser("list", help="the models that this machine has"))
+    _pull_parser(verbs.add_parser("pull", help="download a model from the Hub"))
+    _ps_parser(verbs.add_parser("ps", help="the models that a running server has loaded"))
+    _stop_parser(verbs.add_parser("stop", help="let a running server unload a model"))
     _bench_parser(verbs.add_parser("bench", help="measure the kernels on this card"))
     _config_parser(verbs.add_parser("config", help="every option that can be set once, with its value and who set it"))
     _completion_parser(verbs.add_parser("completion", help="the completion script of a shell"))
@@ -151,6 +155,37 @@ def _probe_parser(p: argparse.ArgumentParser) -> None:
 
 def _serve_parser(p: argparse.ArgumentParser) -> None:
     _common(p, "serve")
+    p.add_argument(
+        "further_models",
+        nargs="*",
+        default=argparse.SUPPRESS,
+        metavar="MODEL",
+        help="further models, loaded when a request names them",
+    )
+
+
+def _list_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _pull_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", metavar="hf:ORG/NAME[:TYPE]", help="a repository; TYPE is one GGUF of it, such as Q4_K_M")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _server(p: argparse.ArgumentParser) -> None:
+    p.add_argument("--url", default="http://127.0.0.1:7433", metavar="URL", help="of the server; default http://127.0.0.1:7433")
+    p.add_argument("--api-key-env", default="HEADWISE_API_KEY", metavar="VAR", help="environment variable that holds its key")
+    p.add_argument("--json", action="store_true", help="one object on standard output")
+
+
+def _ps_parser(p: argparse.ArgumentParser) -> None:
+    _server(p)
+
+
+def _stop_parser(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", help="as the server names it")
+    _server(p)
 
 
 def _bench_parser(p: argparse.ArgumentParser) -> None:
@@ -535,8 +570,11 @@ def _write(name: str, text: str) -> None:
 
 def _serve(args: argparse.Namespace) -> int:
     from headwise.server.serve import Options, serve
+    from headwise.spec.read import open_model
 
-    source = _open(args, weights=True)
+    names = [args.model, *args.further_models]
+    sources = [(name, open_model(name, ignore_keys=args.ignore_key, env=os.environ, weights=True)) for name in names]
+    source = sources[0][1]
     settings = {
         "context": args.context,
         "slots": args.slots,
@@ -556,6 +594,8 @@ def _serve(args: argparse.Namespace) -> int:
         port=args.port,
         api_key=args.api_key or None,
         aliases=tuple(args.alias),
+        keep_alive=args.keep_alive,
+        only=args.only,
         max_tokens=args.max_tokens,
         body_bytes=args.max_body * 1024 * 1024,
         stall_s=args.stall_seconds,
@@ -574,7 +614,60 @@ def _serve(args: argparse.Namespace) -> int:
             soft_wrap=True,
         )
 
-    serve(args.model, source, settings, options, on_ready=ready)
+    serve(sources, settings, options, env=os.environ, on_ready=ready)
+    return 0
+
+
+def _list(args: argparse.Namespace) -> int:
+    from headwise.server.shelf_view import shelf_json, shelf_view
+    from headwise.spec.shelf import shelf
+
+    found = shelf(os.environ)
+    if args.json:
+        print(json.dumps(shelf_json(found)))
+    else:
+        _stdout().print(shelf_view(found))
+    return 0
+
+
+def _pull(args: argparse.Namespace) -> int:
+    from headwise.spec.hub import fetch
+    from headwise.spec.shelf import hub_name
+
+    name = hub_name(args.model)
+    if name is None:
+        raise UsageError(
+            f"{args.model} names no repository of the Hub",
+            why="headwise pulls from there; what Ollama has pulled is found in its store",
+            do="headwise pull hf:ORG/NAME, or hf:ORG/NAME:TYPE for one GGUF; or ollama pull NAME",
+        )
+    with _progress() as progress:
+        path = fetch(name, weights=True, progress=progress)
+    print(json.dumps({"model": f"hf:{name}", "path": str(path)}) if args.json else f"hf:{name} is at {path}")
+    return 0
+
+
+def _ps(args: argparse.Namespace) -> int:
+    from headwise.server.remote import loaded
+    from headwise.server.shelf_view import ps_view
+
+    found = loaded(args.url, os.environ.get(args.api_key_env))
+    if args.json:
+        print(json.dumps({"models": found}))
+    else:
+        _stdout().print(ps_view(found))
+    return 0
+
+
+def _stop(args: argparse.Namespace) -> int:
+    from headwise.server.remote import unload
+
+    said = unload(args.url, os.environ.get(args.api_key_env), args.model)
+    print(
+        json.dumps(said)
+        if args.json
+        else f"{said['model']}: " + ("it goes when its requests have ended" if said["requests"] else "unloaded")
+    )
     return 0
 
 
@@ -715,6 +808,10 @@ _VERBS: dict[str, Callable[[argparse.Namespace], int]] = {
     "verify": _verify,
     "probe": _probe,
     "serve": _serve,
+    "list": _list,
+    "pull": _pull,
+    "ps": _ps,
+    "stop": _stop,
     "bench": _bench,
     "doctor": _doctor,
     "codex-config": _codex_config,

@@ -63,8 +63,10 @@ class Option:
 _LOADING = ("run", "serve", "verify")
 _KV = ("run", "serve", "plan", "explain", "verify")
 MODEL = Option("model", "text", ("run", "serve"), "a directory, a .gguf file, ollama:NAME, hf:ORG/NAME")
+FURTHER_MODELS = Option("further_models", "list", ("serve",), "further models, loaded when a request names them", default=[])
+POSITIONAL = (MODEL, FURTHER_MODELS)  # on the command line they have no flag
 OPTIONS = (
-    MODEL,
+    *POSITIONAL,
     Option("kv", "text", _KV, "KV type of all layers", KV_TYPES),
     Option("kv_global", "text", _KV, "KV type of the global layers", "T"),
     Option("kv_sliding", "text", _KV, "KV type of the sliding layers", "T"),
@@ -88,7 +90,9 @@ OPTIONS = (
     Option("host", "text", ("serve",), "default: this machine only", "ADDRESS", "127.0.0.1"),
     Option("port", "whole", ("serve",), "default 7433; 0 takes a free one", "N", 7433),
     Option("api_key", "text", ("serve",), "what clients must send; default: none", "KEY", secret=True),
-    Option("alias", "list", ("serve",), "a further name of the model; repeat for several", "NAME", default=[]),
+    Option("alias", "list", ("serve",), "a further name of the first model; repeat for several", "NAME", default=[]),
+    Option("keep_alive", "text", ("serve",), "how long an idle model stays; default: for ever if named at start, else 5m", "10m"),
+    Option("only", "switch", ("serve",), "serve none but the models named", default=False),
     Option("max_body", "whole", ("serve",), "largest request", "MIB", 32),
     Option("stall_seconds", "number", ("serve",), "restart an engine that makes no progress", "S", 120.0),
 )  # fmt: skip
@@ -98,7 +102,7 @@ BY_NAME = {option.name: option for option in OPTIONS}
 def add_options(parser: argparse.ArgumentParser, verb: str, *names: str) -> None:
     """The flags of `verb`; those named, or all. What is not given is absent: `fill` knows where else to look."""
     for option in OPTIONS:
-        if verb not in option.verbs or option is MODEL or (names and option.name not in names):
+        if verb not in option.verbs or option in POSITIONAL or (names and option.name not in names):
             continue
         if option.kind == "switch":
             made = parser.add_argument(option.flag, action=argparse.BooleanOptionalAction)
@@ -246,7 +250,7 @@ def settings_json(found: Sequence[Setting]) -> dict[str, object]:
                 "verb": s.verb,
                 "value": "(hidden)" if s.option.secret and s.value else s.value,
                 "source": s.source,
-                "flag": None if s.option is MODEL else s.option.flag,
+                "flag": None if s.option in POSITIONAL else s.option.flag,
                 "variable": s.option.variable,
             }
             for s in found

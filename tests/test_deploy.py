@@ -11,19 +11,27 @@ from pathlib import Path
 
 import pytest
 
-from headwise.engine.process import EngineProcess
+from headwise.engine.process import Totals
 from headwise.options import BY_NAME
 from headwise.server.metrics import metrics
+from headwise.server.models import Models
+from headwise.spec.read import open_model
+from headwise.spec.shelf import held
 
 DEPLOY = Path(__file__).parents[1] / "deploy"
+
+
+def told(totals: dict[str, Totals]) -> str:
+    """What /metrics says of models with these totals."""
+    return metrics(Models([held(None, open_model(None, env={}))], {"device": "cpu"}, {}, totals=totals))
 
 
 def exported() -> set[str]:
     """The names of all samples that /metrics has, read by Prometheus's own parser."""
     parser = pytest.importorskip("prometheus_client.parser")
-    engine = EngineProcess(None, {})
-    engine.totals.requests["stop"] += 1
-    families = list(parser.text_string_to_metric_families(metrics(engine, 'a "model"\n', 4096, 2)))
+    totals = Totals()
+    totals.requests["stop"] += 1
+    families = list(parser.text_string_to_metric_families(told({'a "model"\n': totals})))
     assert {f.type for f in families} == {"gauge", "counter", "histogram"}
     return {sample.name for family in families for sample in family.samples}
 
@@ -46,15 +54,13 @@ def test_every_query_of_the_dashboard_names_a_metric_that_is_exported() -> None:
 
 def test_a_histogram_counts_as_prometheus_reads_it() -> None:
     parser = pytest.importorskip("prometheus_client.parser")
-    engine = EngineProcess(None, {})
+    totals = Totals()
     for seconds in (0.3, 0.31, 1e6):
-        engine.totals.times.queue.observe(seconds)
-    (family,) = [
-        f
-        for f in parser.text_string_to_metric_families(metrics(engine, "m", 4096, 2))
-        if f.name == "vllm:request_queue_time_seconds"
-    ]
-    found = {s.labels.get("le", s.name.rsplit("_", 1)[1]): s.value for s in family.samples}
+        totals.times.queue.observe(seconds)
+    families = parser.text_string_to_metric_families(told({"m": totals, "other": Totals()}))
+    (family,) = [f for f in families if f.name == "vllm:request_queue_time_seconds"]
+    mine = [s for s in family.samples if s.labels["model_name"] == "m"]
+    found = {s.labels.get("le", s.name.rsplit("_", 1)[1]): s.value for s in mine}
 
     assert [found[k] for k in ("0.3", "0.5", "7680.0", "+Inf", "count")] == [1, 2, 2, 3, 3]
     assert found["sum"] == pytest.approx(1e6 + 0.61)
@@ -97,7 +103,7 @@ def test_only_answers_are_timed() -> None:
     """Times of requests that failed would make a broken server look fast."""
     from headwise.engine.request import Finish
 
-    times = EngineProcess(None, {}).totals.times
+    times = Totals().times
     times.finished(Finish(request=1, reason="error", prefill_s=0.001))
     times.finished(Finish(request=2, reason="length", queue_s=1.0, prefill_s=2.0, decode_s=4.0))
 

@@ -65,6 +65,15 @@ def test_the_xdg_directory_goes_before_the_home(tmp_path: Path) -> None:
     assert resolved("plan", [], env, tmp_path)["slots"] == 5
 
 
+def test_further_models_are_named_once_or_at_each_start(tmp_path: Path) -> None:
+    env = {"HEADWISE_MODEL": "a", "HEADWISE_FURTHER_MODELS": "b, c", "HEADWISE_KEEP_ALIVE": "10m", "HEADWISE_ONLY": "yes"}
+    found = resolved("serve", [], env, tmp_path)
+
+    assert (found["model"], found["further_models"], found["keep_alive"], found["only"]) == ("a", ["b", "c"], "10m", True)
+    assert resolved("serve", ["x", "y"], env, tmp_path)["further_models"] == ["y"]
+    assert resolved("serve", ["x"], {}, tmp_path)["further_models"] == []
+
+
 def test_lists_are_replaced_and_switches_turned_off_by_flags(tmp_path: Path) -> None:
     """A flag that could only add, or only turn on, would not win."""
     env = {"HEADWISE_ALIAS": "a, b", "HEADWISE_ALLOW_FALLBACK": "on"}

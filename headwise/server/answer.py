@@ -48,10 +48,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
-    """The one model that is served, without its weights.
+    """A model as a request meets it, without its weights.
 
     Args:
-        context: tokens of prompt and answer that memory is planned for.
+        context: tokens of prompt and answer that the request may have.
         max_tokens: of answers whose request sets no limit; None: all that the context holds.
         suggested: sampling settings that the model's files suggest.
     """
@@ -61,7 +61,6 @@ class Served:
     tokenizer: Tokenizer
     context: int
     dialect: Dialect
-    aliases: tuple[str, ...] = ()
     max_tokens: int | None = None
     suggested: Mapping[str, float] = field(default_factory=dict[str, float])
 
@@ -70,16 +69,8 @@ class Served:
         """Whether the template has a switch for thinking."""
         return any(word in (self.tokenizer.chat_template or "") for word in ("enable_thinking", "reasoning_effort", "<think>"))
 
-    def require(self, name: str | None) -> None:
-        """Refuses another model's name; no name means this model."""
-        known = {self.name, *self.aliases}
-        if name and name not in known and name.removesuffix(":latest") not in known:
-            raise Refusal(404, "model_not_found", f"the model {name!r} is not served here; {self.name!r} is", param="model")
 
-
-def served(
-    source: Source, tokenizer: Tokenizer, context: int, aliases: tuple[str, ...] = (), max_tokens: int | None = None
-) -> Served:
+def served(source: Source, tokenizer: Tokenizer, context: int, max_tokens: int | None = None) -> Served:
     """What the server knows of a model before, and while, its weights are loaded."""
     return Served(
         name=source.name,
@@ -87,7 +78,6 @@ def served(
         tokenizer=tokenizer,
         context=context,
         dialect=dialect_of(tokenizer.chat_template),
-        aliases=aliases,
         max_tokens=max_tokens,
         suggested=suggested(source),
     )
@@ -147,8 +137,7 @@ def prompt_ids(ask: Ask, model: Served) -> list[int]:
 
 
 def prepare(ask: Ask, model: Served) -> Prepared:
-    """Raises Refusal: another model, a prompt that cannot be made or is too long, a grammar that is none."""
-    model.require(ask.model)
+    """Raises Refusal: a prompt that cannot be made or is too long, a grammar that is none."""
     ids = prompt_ids(ask, model)
     if not ids:
         raise bad("the prompt is empty", "prompt")

@@ -23,13 +23,11 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from headwise.engine.process import EngineProcess
-from headwise.server import anthropic, chat, metrics, ollama, openapi, page, responses
+from headwise.server import anthropic, chat, metrics, ollama, openapi, page, pull, responses
 from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
 from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
-from headwise.server.ready import Probe
-from headwise.server.state import health, state
-from headwise.server.stream import line
+from headwise.server.models import Models, Place
+from headwise.server.state import health, ready, state
 
 BODY_BYTES = 32 * 1024 * 1024
 BODY_S = 30.0  # without a byte of a body that is not complete
@@ -59,33 +57,25 @@ PROTOCOLS = {
 
 
 def create_app(
-    model: Served,
-    engine: EngineProcess,
+    models: Models,
     *,
     api_key: str | None = None,
     body_bytes: int = BODY_BYTES,
     hosts: frozenset[str] | None = None,
-    on_failed: Callable[[], None] = lambda: None,
 ) -> ASGIApp:
-    """The server's application; it runs the engine for as long as it lives itself.
+    """The server's application; it runs the engines of loaded models for as long as it lives itself.
 
     Args:
         hosts: the only Host headers to answer, without ports; None answers all.
-        on_failed: called when the engine cannot be started.
     """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
-        async def run() -> None:
-            await engine.run()
-            on_failed()
-
-        task = asyncio.create_task(run())
+        await models.start()
         yield
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+        await models.close()
 
-    rooms = _Rooms(model, engine)
+    rooms = _Rooms(models)
     routes = [Route(path, rooms.answer(p), methods=["POST"]) for path, p in PROTOCOLS.items()]
     for path in ("/chat/completions", "/completions", "/responses", "/messages"):  # a base URL without /v1
         routes.append(Route(path, rooms.answer(PROTOCOLS[f"/v1{path}"]), methods=["POST"]))
@@ -94,7 +84,7 @@ def create_app(
         Route("/health", rooms.health),
         Route("/ready", rooms.ready),
         Route("/metrics", rooms.metrics),
-        Route("/v1/models", rooms.models),
+        Route("/v1/models", rooms.all_models),
         Route("/v1/models/{name:path}", rooms.one_model),
         Route("/v1/attention", rooms.attention),
         Route("/v1/state", rooms.state),
@@ -102,17 +92,15 @@ def create_app(
         Route("/tokenize", rooms.tokenize, methods=["POST"]),
         Route("/detokenize", rooms.detokenize, methods=["POST"]),
         Route("/api/version", lambda _: JSONResponse(ollama.version()), methods=["GET", "HEAD"], name="Ollama's version"),
-        Route("/api/tags", lambda _: JSONResponse(ollama.tags(model)), methods=["GET", "HEAD"], name="Ollama's list of models"),
+        Route("/api/tags", rooms.tags, methods=["GET", "HEAD"]),
         Route("/api/ps", rooms.ps),
         Route("/api/show", rooms.show, methods=["POST"]),
         Route("/api/pull", rooms.pull, methods=["POST"]),
         *(Route(f"/api/{verb}", rooms.not_here, methods=["POST", "DELETE"]) for verb in ("create", "copy", "delete", "push")),
+        Route("/openapi.json", rooms.openapi),
     ]
-    streams = {"/api/pull": ollama.MEDIA_TYPE} | {path: p.media_type for path, p in PROTOCOLS.items()}
-    for path in ("/v1/embeddings", "/api/embed", "/api/embeddings"):
+    for path in ("/v1/embeddings", "/embeddings", "/api/embed", "/api/embeddings"):
         routes.append(Route(path, rooms.no_embeddings, methods=["POST"]))
-    described = openapi.describe(routes, (model.name, *model.aliases), streams)
-    routes.append(Route("/openapi.json", lambda _: JSONResponse(described)))
     handlers = {Refusal: _refused, HTTPException: _http_error}
     return _Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), api_key, body_bytes, hosts)  # type: ignore[arg-type]
 
@@ -163,49 +151,65 @@ async def _body(request: Request) -> Mapping[str, Any]:
 
 
 class _Rooms:
-    """The handlers, around the one model and its engine."""
+    """The handlers, around the models."""
 
-    def __init__(self, model: Served, engine: EngineProcess) -> None:
-        self.model, self.engine = model, engine
-        self.probe = Probe(engine, model.context, model.source.spec.vocab_size)
+    def __init__(self, models: Models) -> None:
+        self.models = models
+
+    async def _model(self, name: object) -> Served:
+        """A model by name, as it would meet a request. Raises Refusal: there is none."""
+        return await asyncio.to_thread(lambda: self.models.served(self.models.find(str(name or ""))))
+
+    async def _place(self, ask: Ask) -> Place:
+        held = await asyncio.to_thread(self.models.find, ask.model)
+        return await self.models.place(held, context=ask.context, keep_s=ask.keep_s)
 
     def answer(self, protocol: Protocol) -> Callable[[Request], Any]:
         async def handle(request: Request) -> Response:
             """An answer, whole or as it comes."""
             body = await _body(request)
             if protocol.media_type == ollama.MEDIA_TYPE and ollama.is_load(body):
-                self.model.require(str(body.get("model") or ""))
-                return JSONResponse(ollama.loaded(body, self.model.name, chat=request.url.path.endswith("chat")))
+                return await self._load(body, chat=request.url.path.endswith("chat"))
             ask = protocol.parse(body)
             if not ask.client:
                 ask = replace(ask, client=_client(request))
-            if self.engine.state == "failed":
-                raise Refusal(503, "server_error", f"the model could not be loaded: {self.engine.error}")
-            prepared = await asyncio.to_thread(prepare, ask, self.model)
-            opening = Opening(self.model.name, prepared.prompt_tokens)
+            place = await self._place(ask)
+            prepared = await asyncio.to_thread(prepare, ask, place.model)
+            opening = Opening(place.model.name, prepared.prompt_tokens)
             if ask.stream:
                 return StreamingResponse(
-                    self._stream(protocol, prepared, opening),
+                    self._stream(protocol, prepared, place, opening),
                     media_type=protocol.media_type,
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 )
-            happened = await self._collected(request, prepared)
+            happened = await self._collected(request, prepared, place)
             return JSONResponse(protocol.whole(ask, opening, happened))
 
         return handle
 
-    async def _stream(self, protocol: Protocol, prepared: Prepared, opening: Opening) -> AsyncIterator[bytes]:
+    async def _load(self, body: Mapping[str, Any], *, chat: bool) -> Response:
+        """Ollama's request without a prompt: loads a model, or lets it go."""
+        ask = ollama.parse_load(body)
+        if ask.keep_s == 0.0:
+            held = await asyncio.to_thread(self.models.find, ask.model)
+            self.models.unload(held)
+            return JSONResponse(ollama.loaded(held.name, "unload", chat=chat))
+        place = await self._place(ask)
+        await place.load()
+        return JSONResponse(ollama.loaded(place.held.name, "load", chat=chat))
+
+    async def _stream(self, protocol: Protocol, prepared: Prepared, place: Place, opening: Opening) -> AsyncIterator[bytes]:
         renderer = protocol.stream(prepared.ask, opening)
         yield b"".join(renderer.start())
-        async with contextlib.aclosing(happenings(prepared, self.model, self.engine)) as stream:
+        async with contextlib.aclosing(happenings(prepared, place.model, place)) as stream:
             async for happening in stream:
                 yield b"".join(renderer.frames(happening))
 
-    async def _collected(self, request: Request, prepared: Prepared) -> list[Happening]:
+    async def _collected(self, request: Request, prepared: Prepared, place: Place) -> list[Happening]:
         """All happenings; a client that goes away cancels them."""
 
         async def collect() -> list[Happening]:
-            async with contextlib.aclosing(happenings(prepared, self.model, self.engine)) as stream:
+            async with contextlib.aclosing(happenings(prepared, place.model, place)) as stream:
                 return [h async for h in stream if not isinstance(h, Waiting)]
 
         work, gone = asyncio.create_task(collect()), asyncio.create_task(_disconnected(request))
@@ -220,112 +224,141 @@ class _Rooms:
             await asyncio.gather(work, gone, return_exceptions=True)
 
     async def health(self, _: Request) -> Response:
-        """200 when the model is loaded and its engine runs."""
-        return JSONResponse(health(self.engine, self.model), 200 if self.engine.state == "ready" else 503)
+        """200 when a model is loaded and its engine runs, or none is loaded and a request would load one."""
+        body = health(self.models)
+        return JSONResponse(body, 200 if body["status"] in ("ok", "idle") else 503)
 
     async def state(self, _: Request) -> Response:
-        """Requests with their progress, and tokens of each of the last seconds."""
-        return JSONResponse({"models": [state(self.engine, self.model)]}, headers={"Cache-Control": "no-store"})
+        """Of each loaded model, requests with their progress, and tokens of each of the last seconds."""
+        return JSONResponse({"models": [state(m) for m in self.models.loaded.values()]}, headers={"Cache-Control": "no-store"})
 
     async def ready(self, _: Request) -> Response:
-        """Loaded, every self-check of every backend in use passed, and a prompt of production length answered."""
-        checks, probe = self.engine.facts.get("checks") or [], self.probe.look()
-        fine = self.engine.state == "ready" and all(c["ok"] for c in checks) and probe["passed"]
-        fused = self.engine.facts.get("fused")
-        body = {"ready": fine, "state": self.engine.state, "checks": len(checks), "fused": fused, "probe": probe}
-        return JSONResponse(body, 200 if fine else 503)
+        """Of each loaded model, every self-check of every backend in use passed, and a prompt of production length was answered.
+
+        Idle is ready: a request loads.
+        """
+        found = [ready(m) for m in self.models.loaded.values() if not m.ending]
+        fine = all(m["ready"] for m in found) and (bool(found) or not self.models.failed)
+        return JSONResponse({"ready": fine, "models": found}, 200 if fine else 503)
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus's text format."""
-        slots = self.engine.settings.get("slots", 1)
-        said = metrics.metrics(self.engine, self.model.name, self.model.context, slots)
-        return Response(said, media_type=metrics.MEDIA_TYPE)
+        return Response(metrics.metrics(self.models), media_type=metrics.MEDIA_TYPE)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        return {
-            "id": name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "headwise",
-            "max_model_len": self.model.context,
-            "meta": {"family": self.model.source.spec.family, "n_ctx_train": self.model.source.spec.max_context},
-        }
+    async def openapi(self, request: Request) -> Response:
+        """This description."""
+        streams = {"/api/pull": ollama.MEDIA_TYPE} | {path: p.media_type for path, p in PROTOCOLS.items()}
+        names = [m["id"] for m in await asyncio.to_thread(self._listed)]
+        return JSONResponse(openapi.describe(request.app.routes, names, streams))
 
-    async def models(self, _: Request) -> Response:
+    def _listed(self) -> list[dict[str, Any]]:
+        """Every name that a request may give."""
+        return [
+            {
+                "id": name,
+                "object": "model",
+                "created": int(held.changed),
+                "owned_by": "headwise",
+                "max_model_len": self.models.context(held),
+                "meta": {
+                    "family": source.spec.family,
+                    "n_ctx_train": source.spec.max_context,
+                    "loaded": held.name in self.models.loaded,
+                },
+            }
+            for held, source in self.models.readable()
+            for name in (held.name, *held.aliases)
+        ]
+
+    async def all_models(self, _: Request) -> Response:
         """The names that requests may give."""
-        return JSONResponse({"object": "list", "data": [self._model(n) for n in (self.model.name, *self.model.aliases)]})
+        return JSONResponse({"object": "list", "data": await asyncio.to_thread(self._listed)})
 
     async def one_model(self, request: Request) -> Response:
         """One of them."""
-        name = request.path_params["name"]
-        self.model.require(name)
-        return JSONResponse(self._model(name))
+        held = await asyncio.to_thread(self.models.find, request.path_params["name"])
+        found = [m for m in await asyncio.to_thread(self._listed) if m["id"] == held.name]
+        if not found:
+            self.models.source(held)  # raises with what is wrong with it
+        return JSONResponse(found[0] | {"id": request.path_params["name"]})
 
-    async def attention(self, _: Request) -> Response:
-        """The layer map with each choice and its refusals, the self-checks, and bytes of KV planned and measured."""
-        if self.engine.state != "ready":
-            raise Refusal(503, "server_error", "the model is not loaded yet")
-        return JSONResponse(self.engine.facts)
+    async def attention(self, request: Request) -> Response:
+        """The layer map with each choice and its refusals, the self-checks, and bytes of KV planned and measured.
+
+        Of `?model=NAME`; without one, of the first model where it is loaded, else of the one used last.
+        """
+        ready = {m.name: m for m in self.models.loaded.values() if m.engine.state == "ready"}
+        name = request.query_params.get("model")
+        held = await asyncio.to_thread(self.models.find, name)
+        if not name and held.name not in ready and ready:
+            held = max(ready.values(), key=lambda m: m.turn).held
+        if held.name not in ready:
+            raise Refusal(503, "server_error", f"{held.name} is not loaded")
+        return JSONResponse(ready[held.name].engine.facts | {"model": held.name, "loaded": list(ready)})
 
     async def count_tokens(self, request: Request) -> Response:
         """How many tokens a request's prompt has."""
         ask = anthropic.parse({"max_tokens": 1, **await _body(request)})
-        self.model.require(ask.model)
-        return JSONResponse({"input_tokens": len(await asyncio.to_thread(prompt_ids, ask, self.model))})
+        model = await self._model(ask.model)
+        return JSONResponse({"input_tokens": len(await asyncio.to_thread(prompt_ids, ask, model))})
 
     async def tokenize(self, request: Request) -> Response:
         """As llama-server (`content`) and as vLLM (`prompt` or `messages`)."""
         body = await _body(request)
-        tokenizer = self.model.tokenizer
+        model = await self._model(body.get("model"))
         if isinstance(body.get("messages"), list):
-            ids = await asyncio.to_thread(prompt_ids, chat.parse(body), self.model)
+            ids = await asyncio.to_thread(prompt_ids, chat.parse(body), model)
         else:
             said = body.get("content", body.get("prompt"))
             if not isinstance(said, str):
                 raise bad("content must be a text", "content")
             bos = body.get("add_special", body.get("add_special_tokens", "prompt" in body)) is True
-            ids = await asyncio.to_thread(tokenizer.encode, said, add_bos=bos)
-        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": self.model.context})
+            ids = await asyncio.to_thread(model.tokenizer.encode, said, add_bos=bos)
+        return JSONResponse({"tokens": ids, "count": len(ids), "max_model_len": model.context})
 
     async def detokenize(self, request: Request) -> Response:
         """The text of token ids."""
-        ids = (await _body(request)).get("tokens")
-        size = self.model.tokenizer.vocab_size
+        body = await _body(request)
+        model, ids = await self._model(body.get("model")), body.get("tokens")
+        size = model.tokenizer.vocab_size
         if not isinstance(ids, list) or not all(isinstance(i, int) and 0 <= i < size for i in ids):
             raise bad(f"tokens must be a list of ids below {size}", "tokens")
-        said = self.model.tokenizer.decode(ids, skip_special=False)
+        said = model.tokenizer.decode(ids, skip_special=False)
         return JSONResponse({"content": said, "prompt": said})
+
+    async def tags(self, _: Request) -> Response:
+        """The models that requests may name, as Ollama lists them."""
+        return JSONResponse(ollama.tags(await asyncio.to_thread(self.models.readable)))
 
     async def ps(self, _: Request) -> Response:
         """What is loaded, as Ollama tells it."""
-        plan = self.engine.facts.get("plan") if self.engine.state == "ready" else None
-        return JSONResponse(ollama.ps(self.model, plan["total_bytes"] if plan else None))
+        return JSONResponse(ollama.ps([(m, self.models.source(m.held)) for m in self.models.loaded.values()]))
 
     async def show(self, request: Request) -> Response:
         """One model, as Ollama tells it."""
         body = await _body(request)
-        self.model.require(str(body.get("model") or body.get("name") or ""))
-        return JSONResponse(ollama.show(self.model))
+        held = await asyncio.to_thread(self.models.find, str(body.get("model") or body.get("name") or ""))
+        return JSONResponse(ollama.show(held, await asyncio.to_thread(self.models.served, held)))
 
     async def pull(self, request: Request) -> Response:
-        """Success for the served model, which is here."""
+        """A model of the Hub comes here, told in Ollama's lines; success at once for one that is here."""
         body = await _body(request)
         name = str(body.get("model") or body.get("name") or "")
-        try:
-            self.model.require(name)
-        except Refusal as error:
-            raise bad(f"{error.message}; headwise pulls no models, it serves the one that it was started with") from error
-        if body.get("stream") is False:
-            return JSONResponse({"status": "success"})
-        return Response(line({"status": "success"}), media_type=ollama.MEDIA_TYPE)
+        lines = pull.pulling(self.models, name)
+        if body.get("stream") is not False:
+            return StreamingResponse(lines, media_type=ollama.MEDIA_TYPE)
+        last = [json.loads(said) async for said in lines][-1]
+        if "error" in last:
+            raise bad(last["error"], "model")
+        return JSONResponse(last)
 
     async def no_embeddings(self, _: Request) -> Response:
         """Refused: no model that runs here was trained to make embeddings."""
-        raise bad(f"{self.model.name} makes no embeddings: it was trained to continue text; ask an embedding model's server")
+        raise bad("no model here makes embeddings: all were trained to continue text; ask an embedding model's server")
 
     async def not_here(self, request: Request) -> Response:
         """Refused."""
-        raise bad(f"{request.url.path} is not supported: headwise serves one model as it is on disk")
+        raise bad(f"{request.url.path} is not supported: headwise serves models as they are on disk")
 
 
 def _client(request: Request) -> str:

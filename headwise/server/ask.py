@@ -75,6 +75,8 @@ class Ask:
         schema: the answer is JSON that follows it.
         thinking: None leaves it to the template.
         client: requests of one client wait for each other, those of several take turns.
+        context: tokens of prompt and answer that the model must hold; None: as many as it was, or will be, loaded with.
+        keep_s: seconds for which the model stays loaded after this request; None: not said.
         wire: what the renderer must repeat or know.
     """
 
@@ -93,6 +95,8 @@ class Ask:
     effort: str | None = None
     stream: bool = False
     client: str = ""
+    context: int | None = None
+    keep_s: float | None = None
     wire: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def tool(self, name: str) -> Tool | None:

@@ -1,80 +1,103 @@
 """What is counted, in Prometheus's text format, with vLLM's names beside ours so that existing dashboards read it.
 
+Every model that was loaded since the start has its lines, labelled `model_name`; counters go on when it is loaded again.
 Source: vLLM 0.33 vllm/v1/metrics/loggers.py (names and buckets); prometheus.io exposition format 0.0.4.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from headwise.engine.process import EngineProcess
-from headwise.engine.rates import Histogram
+from headwise.engine.process import Totals
+from headwise.engine.rates import Histogram, Times
+from headwise.server.models import Loaded, Models
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+Row = tuple[str, str, str, Callable[[Totals, Loaded | None], Any]]  # name, type, help, value
 
 
-def metrics(engine: EngineProcess, model: str, context: int, slots: int) -> str:
-    return "\n".join(_lines(engine, model, context, slots)) + "\n"
+def _fact(loaded: Loaded | None, *path: str) -> Any:
+    value: Any = None if loaded is None else loaded.engine.facts
+    for key in path:
+        value = (value or {}).get(key)
+    return value or 0
 
 
-def _lines(engine: EngineProcess, model: str, context: int, slots: int) -> Iterator[str]:
-    t = engine.totals
-    used = min(1.0, engine.held_tokens() / (context * slots))
-    plan, measured = engine.facts.get("plan") or {}, engine.facts.get("measured") or {}
-    yield from _metric("headwise_up", "gauge", "1 while the model is loaded and its process runs", int(engine.state == "ready"))
-    yield from _metric("headwise_engine_restarts_total", "counter", "engine processes started after the first", t.restarts)
-    yield from _metric("headwise_engine_stalls_total", "counter", "steps that made no progress and were killed", t.stalls)
-    yield from _metric("headwise_cached_tokens_total", "counter", "prompt tokens that were in the cache", t.cached_tokens)
-    yield from _metric("headwise_prefill_tokens_total", "counter", "prompt tokens computed, as they are", t.prefill.total)
-    yield from _metric("headwise_decode_tokens_total", "counter", "tokens of answers, as they come", t.decode.total)
-    yield from _metric("headwise_planned_bytes", "gauge", "memory planned", plan.get("total_bytes", 0))
-    yield from _metric("headwise_allocated_bytes", "gauge", "memory measured after loading", measured.get("total_bytes", 0))
-    yield from _metric("headwise_kv_planned_bytes", "gauge", "cache planned", (plan.get("kv") or {}).get("total_bytes", 0))
-    yield from _metric("headwise_kv_allocated_bytes", "gauge", "cache measured after loading", measured.get("kv_bytes", 0))
-    yield "# HELP headwise_requests_total requests that ended, by reason"
-    yield "# TYPE headwise_requests_total counter"
-    for reason, count in sorted(t.requests.items()):
-        yield f'headwise_requests_total{{reason="{reason}"}} {count}'
-    named = f'model_name="{_escaped(model)}"'
-    labels = f"{{{named}}}"
-    yield from _metric("vllm:num_requests_running", "gauge", "requests that hold a slot", engine.running, labels)
-    yield from _metric("vllm:num_requests_waiting", "gauge", "requests in the queue", engine.waiting, labels)
-    yield from _metric("vllm:kv_cache_usage_perc", "gauge", "cache in use by requests, 0 to 1", used, labels)
-    yield from _metric("vllm:prompt_tokens_total", "counter", "prompt tokens of requests that ended", t.prompt_tokens, labels)
-    yield from _metric("vllm:generation_tokens_total", "counter", "tokens of answers that ended", t.tokens, labels)
-    yield from _metric("vllm:prefix_cache_queries_total", "counter", "tokens looked for in the cache", t.prompt_tokens, labels)
-    yield from _metric("vllm:prefix_cache_hits_total", "counter", "tokens that were in the cache", t.cached_tokens, labels)
-    yield "# HELP vllm:request_success_total requests that were answered, by reason"
-    yield "# TYPE vllm:request_success_total counter"
-    for reason in ("stop", "length"):
-        yield f'vllm:request_success_total{{{named},finished_reason="{reason}"}} {t.requests[reason]}'
-    for name, what, found in (
-        ("time_to_first_token", "from arrival to the first token", t.times.first_token),
-        ("inter_token_latency", "between two tokens of an answer", t.times.between_tokens),
-        ("e2e_request_latency", "from arrival to the end", t.times.whole),
-        ("request_queue_time", "in the queue", t.times.queue),
-        ("request_prefill_time", "from admission to the first token", t.times.prefill),
-        ("request_decode_time", "from the first token to the last", t.times.decode),
-    ):
-        yield from _histogram(f"vllm:{name}_seconds", what, found, named)
+def _used(loaded: Loaded | None) -> float:
+    if loaded is None:
+        return 0.0
+    return min(1.0, loaded.engine.held_tokens() / (loaded.context * loaded.engine.settings.get("slots", 1)))
 
 
-def _metric(name: str, kind: str, help_: str, value: Any, labels: str = "") -> Iterator[str]:
+ROWS: tuple[Row, ...] = (
+    ("headwise_up", "gauge", "1 while the model is loaded and its process runs",
+     lambda _, m: int(m is not None and m.engine.state == "ready")),
+    ("headwise_engine_restarts_total", "counter", "engine processes started after the first", lambda t, _: t.restarts),
+    ("headwise_engine_stalls_total", "counter", "steps that made no progress and were killed", lambda t, _: t.stalls),
+    ("headwise_cached_tokens_total", "counter", "prompt tokens that were in the cache", lambda t, _: t.cached_tokens),
+    ("headwise_prefill_tokens_total", "counter", "prompt tokens computed, as they are", lambda t, _: t.prefill.total),
+    ("headwise_decode_tokens_total", "counter", "tokens of answers, as they come", lambda t, _: t.decode.total),
+    ("headwise_planned_bytes", "gauge", "memory planned", lambda _, m: _fact(m, "plan", "total_bytes")),
+    ("headwise_allocated_bytes", "gauge", "memory measured after loading", lambda _, m: _fact(m, "measured", "total_bytes")),
+    ("headwise_kv_planned_bytes", "gauge", "cache planned", lambda _, m: _fact(m, "plan", "kv", "total_bytes")),
+    ("headwise_kv_allocated_bytes", "gauge", "cache measured after loading", lambda _, m: _fact(m, "measured", "kv_bytes")),
+    ("vllm:num_requests_running", "gauge", "requests that hold a slot", lambda _, m: m.engine.running if m else 0),
+    ("vllm:num_requests_waiting", "gauge", "requests in the queue, or whose model is not loaded yet",
+     lambda _, m: m.engine.waiting if m else 0),
+    ("vllm:kv_cache_usage_perc", "gauge", "cache in use by requests, 0 to 1", lambda _, m: _used(m)),
+    ("vllm:prompt_tokens_total", "counter", "prompt tokens of requests that ended", lambda t, _: t.prompt_tokens),
+    ("vllm:generation_tokens_total", "counter", "tokens of answers that ended", lambda t, _: t.tokens),
+    ("vllm:prefix_cache_queries_total", "counter", "tokens looked for in the cache", lambda t, _: t.prompt_tokens),
+    ("vllm:prefix_cache_hits_total", "counter", "tokens that were in the cache", lambda t, _: t.cached_tokens),
+)  # fmt: skip
+TIMES: tuple[tuple[str, str, Callable[[Times], Histogram]], ...] = (
+    ("time_to_first_token", "from arrival to the first token", lambda t: t.first_token),
+    ("inter_token_latency", "between two tokens of an answer", lambda t: t.between_tokens),
+    ("e2e_request_latency", "from arrival to the end", lambda t: t.whole),
+    ("request_queue_time", "in the queue", lambda t: t.queue),
+    ("request_prefill_time", "from admission to the first token", lambda t: t.prefill),
+    ("request_decode_time", "from the first token to the last", lambda t: t.decode),
+)
+
+
+def metrics(models: Models) -> str:
+    return "\n".join(_lines(models)) + "\n"
+
+
+def _lines(models: Models) -> Iterator[str]:
+    known = [(name, f'model_name="{_escaped(name)}"', t, models.loaded.get(name)) for name, t in models.totals.items()]
+    for metric, kind, help_, value in ROWS:
+        yield from _head(metric, kind, help_)
+        for name, label, totals, loaded in known:
+            more = models.waiting(name) if metric == "vllm:num_requests_waiting" else 0
+            yield f"{metric}{{{label}}} {value(totals, loaded) + more}"
+    yield from _head("headwise_requests_total", "counter", "requests that ended, by reason")
+    for _, label, totals, _ in known:
+        for reason, count in sorted(totals.requests.items()):
+            yield f'headwise_requests_total{{{label},reason="{reason}"}} {count}'
+    yield from _head("vllm:request_success_total", "counter", "requests that were answered, by reason")
+    for _, label, totals, _ in known:
+        for reason in ("stop", "length"):
+            yield f'vllm:request_success_total{{{label},finished_reason="{reason}"}} {totals.requests[reason]}'
+    for name, help_, of in TIMES:
+        yield from _head(f"vllm:{name}_seconds", "histogram", help_)
+        for _, label, totals, _ in known:
+            yield from _buckets(f"vllm:{name}_seconds", of(totals.times), label)
+
+
+def _head(name: str, kind: str, help_: str) -> Iterator[str]:
     yield f"# HELP {name} {help_}"
     yield f"# TYPE {name} {kind}"
-    yield f"{name}{labels} {value}"
 
 
-def _histogram(name: str, help_: str, found: Histogram, named: str) -> Iterator[str]:
-    yield f"# HELP {name} {help_}"
-    yield f"# TYPE {name} histogram"
+def _buckets(name: str, found: Histogram, label: str) -> Iterator[str]:
     below = 0
     for edge, count in zip((*map(float, found.edges), "+Inf"), found.counts, strict=True):
         below += count
-        yield f'{name}_bucket{{{named},le="{edge}"}} {below}'
-    yield f"{name}_sum{{{named}}} {found.sum}"
-    yield f"{name}_count{{{named}}} {below}"
+        yield f'{name}_bucket{{{label},le="{edge}"}} {below}'
+    yield f"{name}_sum{{{label}}} {found.sum}"
+    yield f"{name}_count{{{label}}} {below}"
 
 
 def _escaped(text: str) -> str:

@@ -12,6 +12,7 @@ import socket
 from collections.abc import Mapping
 
 from headwise.engine.process import EngineProcess
+from headwise.server.models import Models
 
 LOADING_S = 120  # for how long a start that gets on is given more time
 
@@ -53,32 +54,45 @@ async def answers(address: tuple[str, int], within_s: float = 5.0) -> bool:
         return False
 
 
-async def report(engine: EngineProcess, address: tuple[str, int], env: Mapping[str, str]) -> None:
-    """Runs until cancelled; returns at once where nobody listens.
+async def report(models: Models, address: tuple[str, int], env: Mapping[str, str]) -> None:
+    """Runs until cancelled; returns at once where nobody listens, and where the first model cannot be loaded.
 
-    A server that has work is fed only while the engine gets on, one that has none only while it answers. Slow is not stuck.
+    A server that has work is fed only while each engine that has some gets on, one that has none only while it answers. Slow is
+    not stuck.
     """
     if not notify(env, "STATUS=loading the model"):
         return
     patience = watchdog_s(env)
     every = min(patience / 3, 20.0) if patience else 5.0
-    before, ready = engine.pulse(), False
-    while True:
+    first = await models.first_engine()
+    before, ready = _pulses(models), False
+    while ready or first.state not in ("failed", "stopped"):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(every):
-                await (asyncio.sleep(every) if ready else engine.until_settled())
-        now = engine.pulse()
-        if engine.state == "ready" and not ready:
+                await (asyncio.sleep(every) if ready else first.until_settled())
+        now = _pulses(models)
+        if first.state == "ready" and not ready:
             ready = notify(env, "READY=1", "STATUS=serving")
-        idle = engine.state == "ready" and not engine.running and not engine.waiting
+        stuck = any(pulse == before.get(engine) and not _idle(engine) for engine, pulse in now.items())
         if not ready and now != before:
             notify(env, f"EXTEND_TIMEOUT_USEC={LOADING_S * 1_000_000}")
-        elif ready and patience and (now != before or idle) and await answers(address):
-            notify(env, "WATCHDOG=1", f"STATUS={_words(engine)}")
+        elif ready and patience and not stuck and await answers(address):
+            notify(env, "WATCHDOG=1", f"STATUS={_words(models)}")
         before = now
-        if engine.state in ("failed", "stopped"):
-            return
 
 
-def _words(engine: EngineProcess) -> str:
-    return f"{engine.state}; {engine.running} running, {engine.waiting} waiting, {engine.totals.requests.total()} ended"
+def _pulses(models: Models) -> dict[EngineProcess, tuple[object, ...]]:
+    """Of each engine that is not being ended."""
+    return {m.engine: m.engine.pulse() for m in models.loaded.values() if not m.ending}
+
+
+def _idle(engine: EngineProcess) -> bool:
+    return engine.state == "ready" and not engine.running and not engine.waiting
+
+
+def _words(models: Models) -> str:
+    each = [
+        f"{name}: {e.state}, {e.running} running, {e.waiting} waiting, {e.totals.requests.total()} ended"
+        for name, e in ((m.name, m.engine) for m in models.loaded.values())
+    ]
+    return "; ".join(each) or "no model is loaded"

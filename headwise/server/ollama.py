@@ -1,7 +1,7 @@
-"""Ollama's own API: chat, generate, tags, show, ps, version; lines of JSON. One model is served and stays loaded.
+"""Ollama's own API: chat, generate, tags, show, ps, version; lines of JSON.
 
-Source: ollama/ollama fb307609, server/routes.go and api/types.go. `num_ctx`, `keep_alive` and options not listed in
-`_sampling` change nothing here.
+Source: ollama/ollama fb307609, server/routes.go and api/types.go. Options not listed in `_sampling`, but `num_ctx`, change
+nothing here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ from headwise.server.ask import (
     text,
 )  # fmt: skip
 from headwise.server.chat import failure, tool_of
+from headwise.server.models import Loaded, keep_seconds
 from headwise.server.stream import NDJSON, line
+from headwise.spec.read import Source
+from headwise.spec.shelf import Held
 
 MEDIA_TYPE = NDJSON
 COMPATIBLE = "0.13.4"  # what Codex 0.169 asks of `codex --oss` at least
@@ -73,16 +76,15 @@ def is_load(body: Mapping[str, Any]) -> bool:
     return not body.get("messages") and not body.get("prompt")
 
 
-def loaded(body: Mapping[str, Any], model: str, *, chat: bool) -> dict[str, Any]:
-    """The answer to a request to load.
+def parse_load(body: Mapping[str, Any]) -> Ask:
+    """A body without a prompt: the model, its context, and for how long it stays."""
+    return _ask(body)
 
-    Raises:
-        Refusal: it asks to unload.
-    """
-    if body.get("keep_alive") in (0, "0", "0s"):
-        raise bad("the model stays loaded for as long as headwise serves it; stop the server to unload it", "keep_alive")
+
+def loaded(model: str, reason: str, *, chat: bool) -> dict[str, Any]:
+    """The answer to a request without a prompt; `reason`: load or unload."""
     empty: dict[str, Any] = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
-    return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": "load"}
+    return {"model": model, "created_at": _now(), **empty, "done": True, "done_reason": reason}
 
 
 def _ask(body: Mapping[str, Any], **what: Any) -> Ask:
@@ -91,6 +93,10 @@ def _ask(body: Mapping[str, Any], **what: Any) -> Ask:
     options = mapping(options, "options") if options is not None else {}
     form = body.get("format")
     logprobs = number(body, "top_logprobs", 0, 20, whole=True)
+    try:
+        keep_s = None if body.get("keep_alive") in (None, "") else keep_seconds(body["keep_alive"])
+    except ValueError as error:
+        raise bad(f"keep_alive {error}", "keep_alive") from error
     return Ask(
         model=text(body, "model"),
         sampling=_sampling(options),
@@ -100,6 +106,8 @@ def _ask(body: Mapping[str, Any], **what: Any) -> Ask:
         effort=think if isinstance(think, str) and think in _EFFORTS else None,
         logprobs=(logprobs or 0) if body.get("logprobs") else None,
         stream=body.get("stream") is not False,
+        context=number(options, "num_ctx", 0, 2**31, whole=True) or None,
+        keep_s=keep_s,
         **what,
     )
 
@@ -233,12 +241,16 @@ def _now() -> str:
     return datetime.now(UTC).isoformat().replace("+00:00", "Z")
 
 
-def _details(model: Served) -> dict[str, Any]:
-    metadata = {} if model.source.gguf is None else model.source.gguf.metadata
-    family = model.source.spec.family
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+def _details(source: Source) -> dict[str, Any]:
+    metadata = {} if source.gguf is None else source.gguf.metadata
+    family = source.spec.family
     return {
         "parent_model": "",
-        "format": "safetensors" if model.source.gguf is None else "gguf",
+        "format": "safetensors" if source.gguf is None else "gguf",
         "family": family,
         "families": [family],
         "parameter_size": str(metadata.get("general.size_label", "")),
@@ -246,45 +258,46 @@ def _details(model: Served) -> dict[str, Any]:
     }
 
 
-def _entry(model: Served) -> dict[str, Any]:
+def _entry(held: Held, source: Source) -> dict[str, Any]:
     """`digest` names the file by path, size and time: nobody reads 20 GB to list a model."""
-    path = model.source.path
-    size = changed = 0.0
-    if path is not None and path.exists():
-        files = [f for f in path.glob("*") if f.is_file()] if path.is_dir() else [path]
-        size = sum(f.stat().st_size for f in files)
-        changed = max(f.stat().st_mtime for f in files)
-    name = hashlib.sha256(f"{path} {size} {changed}".encode()).hexdigest()
+    digest = hashlib.sha256(f"{held.path} {held.n_bytes} {held.changed}".encode()).hexdigest()
     return {
-        "name": model.name,
-        "model": model.name,
-        "modified_at": datetime.fromtimestamp(changed, UTC).isoformat().replace("+00:00", "Z"),
-        "size": int(size),
-        "digest": name,
-        "details": _details(model),
+        "name": held.name,
+        "model": held.name,
+        "modified_at": _time(held.changed),
+        "size": held.n_bytes,
+        "digest": digest,
+        "details": _details(source),
     }
 
 
-def tags(model: Served) -> dict[str, Any]:
-    return {"models": [_entry(model)]}
+def tags(models: Iterable[tuple[Held, Source]]) -> dict[str, Any]:
+    return {"models": [_entry(held, source) for held, source in models]}
 
 
-def ps(model: Served, planned_bytes: int | None) -> dict[str, Any]:
-    """Empty while the model is loading."""
-    if planned_bytes is None:
-        return {"models": []}
-    never = "9999-12-31T23:59:59Z"
-    entry = _entry(model) | {
-        "expires_at": never,
-        "size": planned_bytes,
-        "size_vram": planned_bytes,
-        "context_length": model.context,
-    }
-    entry.pop("modified_at")
-    return {"models": [entry]}
+def ps(models: Iterable[tuple[Loaded, Source]]) -> dict[str, Any]:
+    """The loaded models; one that is still loading is not there yet. `size` is planned; `size_vram` what of it is a card's."""
+    found = []
+    for m, source in models:
+        if m.engine.state != "ready":
+            continue
+        planned = m.engine.facts["plan"]["total_bytes"]
+        entry = _entry(m.held, source)
+        entry.pop("modified_at")
+        found.append(
+            entry
+            | {
+                "expires_at": "9999-12-31T23:59:59Z" if m.expires is None else _time(m.expires),
+                "size": planned,
+                "size_vram": 0 if m.engine.facts["device"] == "cpu" else planned,
+                "context_length": m.context,
+                "requests": m.uses,
+            }
+        )
+    return {"models": found}
 
 
-def show(model: Served) -> dict[str, Any]:
+def show(held: Held, model: Served) -> dict[str, Any]:
     template = model.tokenizer.chat_template
     spec = model.source.spec
     can = ["completion", *(["tools"] if template and "tools" in template else []), *(["thinking"] if model.thinks else [])]
@@ -292,7 +305,7 @@ def show(model: Served) -> dict[str, Any]:
         "modelfile": f"FROM {model.name}",
         "parameters": "\n".join(f"{k} {json.dumps(v)}" for k, v in model.suggested.items()),
         "template": template or "",
-        "details": _details(model),
+        "details": _details(model.source),
         "model_info": {
             "general.architecture": spec.family,
             "general.basename": model.name,
@@ -302,5 +315,5 @@ def show(model: Served) -> dict[str, Any]:
             "headwise.context": model.context,
         },
         "capabilities": can,
-        "modified_at": _entry(model)["modified_at"],
+        "modified_at": _time(held.changed),
     }

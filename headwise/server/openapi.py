@@ -144,7 +144,7 @@ BODIES: dict[str, Schema] = {
     "/api/chat": _body(("messages",), messages=_list(MESSAGE, 1), **OLLAMA),
     "/api/generate": _body(("prompt",), prompt=TEXT, system=TEXT, raw=FLAG, **OLLAMA),
     "/api/show": _body(),
-    "/api/pull": _body(stream=FLAG),
+    "/api/pull": _body(model=TEXT, stream=FLAG),
     "/tokenize": _body(("content",), content=TEXT, add_special=FLAG),
     "/detokenize": _body(("tokens",), tokens=_list(_whole(0, 1000))),
 }

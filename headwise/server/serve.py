@@ -1,23 +1,23 @@
-"""`headwise serve`: a socket, uvicorn, and the engine's process, until a signal ends them."""
+"""`headwise serve`: a socket, uvicorn, and the engines' processes, until a signal ends them."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from headwise.engine.process import STALL_S, EngineProcess
 from headwise.errors import UsageError
-from headwise.server.answer import Served, served
+from headwise.server.ask import Refusal
+from headwise.server.models import Models, keep_seconds
 from headwise.server.notify import notify, report
 from headwise.spec.read import Source
-from headwise.text.tokenizer import read_tokenizer
+from headwise.spec.shelf import held
 
 HOST, PORT = "127.0.0.1", 7433
-DEFAULT_CONTEXT = 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,7 +26,10 @@ class Options:
 
     Args:
         port: 0 takes a free one.
-        aliases: further names that clients may ask for.
+        aliases: further names of the first model.
+        keep_alive: Ollama's: for how long a model stays loaded when nobody uses it; None: for ever those that were named, 5
+            minutes others.
+        only: serve none but the models named.
         max_tokens: of answers whose request sets no limit; None: all that the context holds.
         stall_s: seconds without progress of a step until the engine is restarted.
     """
@@ -35,25 +38,29 @@ class Options:
     port: int = PORT
     api_key: str | None = None
     aliases: tuple[str, ...] = ()
+    keep_alive: str | None = None
+    only: bool = False
     max_tokens: int | None = None
     body_bytes: int = 32 * 1024 * 1024
     stall_s: float = STALL_S
 
 
 def serve(
-    name: str | None,
-    source: Source,
+    sources: Sequence[tuple[str | None, Source]],
     settings: Mapping[str, Any],
     options: Options,
     *,
+    env: Mapping[str, str],
     on_ready: Callable[[str, EngineProcess], None],
 ) -> None:
     """Serves until interrupted.
 
     Args:
-        name: what `source` was opened by; the engine's process opens it again.
-        settings: as `LLM` takes them.
-        on_ready: called with the URL when the model is loaded, the first time.
+        sources: the models named, each with what it was opened by; its engine's process opens it again. The first is loaded
+            at once.
+        settings: as `LLM` takes them, for all models.
+        env: the environment, for the places of Ollama's store.
+        on_ready: called with the URL when the first model is loaded, the first time.
     Raises:
         HeadwiseError: the port is taken, the model cannot be loaded, or the server's packages are not installed.
     """
@@ -66,17 +73,19 @@ def serve(
         raise UsageError(
             "the server cannot start", why=f"{error.name} is not installed", do="pip install 'headwise[serve]'"
         ) from error
-    model = model_of(source, settings, options)
-    engine = EngineProcess(name, {**settings, "context": model.context}, stall_s=options.stall_s)
+    models = models_of(sources, settings, options, env)
+    models.on_failed = lambda: setattr(server, "should_exit", True)
+    try:
+        models.served(models.first)  # its tokenizer is read, or refused, before the port opens
+    except Refusal as refusal:
+        raise refusal.__cause__ or refusal from None
     listening = _socket(options.host, options.port)
     host, port = listening.getsockname()[:2]
     app = create_app(
-        model,
-        engine,
+        models,
         api_key=options.api_key,
         body_bytes=options.body_bytes,
         hosts=loopback_hosts(options.host),
-        on_failed=lambda: setattr(server, "should_exit", True),
     )
 
     class Server(uvicorn.Server):
@@ -92,29 +101,48 @@ def serve(
 
     async def run() -> None:
         async def announce() -> None:
+            engine = await models.first_engine()
             if await engine.until_settled() == "ready":
                 on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
 
-        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(engine, (host, port), os.environ))]
+        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(models, (host, port), os.environ))]
         await server.serve(sockets=[listening])
         for task in tasks:
             task.cancel()
 
     asyncio.run(run())
-    if engine.error is not None:
-        raise engine.error
+    if models.fatal is not None:
+        raise models.fatal
 
 
-def model_of(source: Source, settings: Mapping[str, Any], options: Options) -> Served:
-    """The served model; without a context in `settings`, DEFAULT_CONTEXT or the model's maximum."""
-    assert source.path is not None
-    context = settings.get("context") or min(source.spec.max_context, DEFAULT_CONTEXT)
-    tokenizer = read_tokenizer(source.path if source.gguf is None else source.gguf)
+def models_of(
+    sources: Sequence[tuple[str | None, Source]], settings: Mapping[str, Any], options: Options, env: Mapping[str, str]
+) -> Models:
+    """The models to serve, none of them loaded.
+
+    Raises:
+        UsageError: an option that makes no sense.
+    """
     if options.max_tokens is not None and options.max_tokens < 1:
         raise UsageError(
             f"--max-tokens {options.max_tokens} makes no sense", why="an answer has one at least", do="--max-tokens 1024"
         )
-    return served(source, tokenizer, context, options.aliases, options.max_tokens)
+    try:
+        keep_s = None if options.keep_alive is None else keep_seconds(options.keep_alive)
+    except ValueError as error:
+        raise UsageError(f"--keep-alive {options.keep_alive} makes no sense", why=str(error), do="--keep-alive 10m") from error
+    named = [held(name, source, options.aliases if i == 0 else ()) for i, (name, source) in enumerate(sources)]
+    if twice := {m.name for m in named if [n.name for n in named].count(m.name) > 1}:
+        raise UsageError(f"two models are called {min(twice)}", why="a request could not say which it means", do="rename one")
+    return Models(
+        named=named,
+        settings=settings,
+        env=env,
+        max_tokens=options.max_tokens,
+        keep_s=keep_s,
+        only=options.only,
+        stall_s=options.stall_s,
+    )
 
 
 def _socket(host: str, port: int) -> socket.socket:

@@ -24,7 +24,8 @@ from headwise.spec.catalogue import specs
 
 ROOT = Path(__file__).parents[2]
 # Flags of other programs that the pages speak of.
-THEIRS = {"--swa-full", "--fit", "--no-kv-offload", "--output-schema", "--oss"}
+THEIRS = {"--swa-full", "--fit", "--no-kv-offload", "--output-schema", "--oss", "--local-provider", "--no-show-model-warnings",
+          "--yes-always", "--map-tokens", "--no-check-update", "--analytics-disable", "--message"}  # fmt: skip
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tools").rglob("*.md")]
 
 

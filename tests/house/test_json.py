@@ -86,7 +86,8 @@ def test_a_comparison_with_a_server_prints_the_promised_keys() -> None:
 def test_every_verb_is_on_the_page() -> None:
     from headwise.cli import _VERBS
 
-    there = set(_VERBS) - {"bench", "probe", "serve", "completion"}  # they need a card, a server, an end; a script is no object
+    # they need a card, a server, an end, a network; a script is no object
+    there = set(_VERBS) - {"bench", "probe", "serve", "pull", "ps", "stop", "completion"}
     assert {argv[0] for argv in RUN.values()} == there
     page = (DOCS / "json.md").read_text()
     assert all(f"`{key}`" in page for key in ("matrix_tflops", "read_tb_s", "rows[].who", "rows[].fraction"))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
+
+ELSEWHERE = {"HF_HUB_CACHE": "nowhere", "OLLAMA_MODELS": "nowhere"}  # not the models of whoever runs the tests
 
 
 @dataclass
@@ -17,9 +19,21 @@ class Live:
     """A running server."""
 
     url: str
-    engine: Any
-    model: Any
+    models: Any
     loop: asyncio.AbstractEventLoop
+
+    @property
+    def engine(self) -> Any:
+        return self.models.loaded["tiny-hybrid"].engine
+
+    @property
+    def asleep(self) -> Any:
+        """Models like these, none of them loaded."""
+        return type(self.models)(self.models.named, self.models.settings, ELSEWHERE)
+
+    @property
+    def model(self) -> Any:
+        return self.models.served(self.models.first)
 
 
 @pytest.fixture(scope="session")
@@ -27,21 +41,23 @@ def live() -> Iterator[Live]:
     uvicorn = pytest.importorskip("uvicorn")
     pytest.importorskip("starlette")
     pytest.importorskip("llguidance")
-    from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app, loopback_hosts
-    from headwise.server.serve import Options, _socket, model_of
+    from headwise.server.serve import Options, _socket, models_of
     from headwise.server.slow import TimedProtocol
     from headwise.spec.read import open_model
 
     settings = {"context": 4096, "slots": 2, "device": "cpu"}
-    model = model_of(open_model(None, env=os.environ), settings, Options(aliases=("other-name",)))
-    engine = EngineProcess(None, settings)
+    sources = [(None, open_model(None, env={}))]
+    models = models_of(sources, settings, Options(aliases=("other-name",)), ELSEWHERE)
     listening = _socket("127.0.0.1", 0)
-    app = create_app(model, engine, body_bytes=300_000, hosts=loopback_hosts("127.0.0.1"))
+    app = create_app(models, body_bytes=300_000, hosts=loopback_hosts("127.0.0.1"))
     server = uvicorn.Server(uvicorn.Config(app, http=TimedProtocol, log_level="error"))
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_until_complete, args=(server.serve(sockets=[listening]),), daemon=True)
     thread.start()
-    yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", engine, model, loop)
+    while "tiny-hybrid" not in models.loaded:
+        assert thread.is_alive()
+        time.sleep(0.05)
+    yield Live(f"http://127.0.0.1:{listening.getsockname()[1]}", models, loop)
     server.should_exit = True
     thread.join(20)

@@ -148,10 +148,3 @@ def test_thinking_follows_the_effort() -> None:
     assert "<|think|>" in prompt("low")
     assert "<|think|>" not in prompt("none")
     assert prompt(None) == prompt("minimal")
-
-
-def test_another_models_name_is_refused() -> None:
-    replace(MODEL, aliases=("b",)).require("b:latest")
-    with pytest.raises(Refusal) as refused:
-        MODEL.require("gpt-9")
-    assert refused.value.status == 404

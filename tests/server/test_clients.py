@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
@@ -46,7 +48,7 @@ def ollama_client(live: Any) -> Any:
 
 
 def test_openai_lists_the_model(openai_client: Any) -> None:
-    assert [m.id for m in openai_client.models.list()] == ["tiny-hybrid", "other-name"]
+    assert [m.id for m in openai_client.models.list()][:2] == ["tiny-hybrid", "other-name"]
     assert openai_client.models.retrieve("tiny-hybrid").id == "tiny-hybrid"
 
 
@@ -216,7 +218,7 @@ def test_openai_chat_calls_custom_tools(openai_client: Any) -> None:
 def test_embeddings_are_refused_with_the_reason(openai_client: Any, live: Any) -> None:
     """A 404 reads as a wrong address."""
     openai = pytest.importorskip("openai")
-    with pytest.raises(openai.BadRequestError, match="makes no embeddings"):
+    with pytest.raises(openai.BadRequestError, match="no model here makes embeddings"):
         openai_client.embeddings.create(model="tiny-hybrid", input="x")
 
 
@@ -277,7 +279,7 @@ def test_anthropic_errors_are_anthropics(anthropic_client: Any) -> None:
 
 
 def test_ollama_talks_lists_and_shows(ollama_client: Any) -> None:
-    (listed,) = ollama_client.list().models
+    listed, *_ = ollama_client.list().models
     shown = ollama_client.show("tiny-hybrid")
     chunks = list(ollama_client.chat("tiny-hybrid:latest", ASKED, stream=True, options={"num_predict": 10, "temperature": 0}))
     whole = ollama_client.chat("tiny-hybrid", ASKED, options={"num_predict": 10, "temperature": 0})
@@ -300,14 +302,96 @@ def test_ollama_calls_a_tool_and_keeps_a_format(ollama_client: Any) -> None:
     assert answer.eval_count <= 5
 
 
+def test_ollama_unloads_loads_and_asks_for_a_context(ollama_client: Any, live: Any) -> None:
+    ollama = pytest.importorskip("ollama")
+    assert ollama_client.generate("tiny-hybrid", keep_alive=0).done_reason == "unload"
+    for _ in range(200):
+        if not ollama_client.ps().models:
+            break
+        time.sleep(0.05)
+    assert not live.models.loaded
+    few = {"num_predict": 2}
+    assert ollama_client.chat("tiny-hybrid", ASKED, options=few, keep_alive="10m").load_duration > 0
+    (loaded,) = ollama_client.ps().models
+    assert loaded.context_length == 4096
+    left = (loaded.expires_at - datetime.now(UTC)).total_seconds()
+    assert 500 < left < 601
+    ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 1024})
+    assert ollama_client.ps().models[0].context_length == 4096  # the loaded one is enough
+    with pytest.raises(ollama.ResponseError, match=r"the prompt has \d+ tokens and the context is 8"):
+        ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 8})
+    ollama_client.chat("tiny-hybrid", ASKED, options={**few, "num_ctx": 5000}, keep_alive=-1)
+    (loaded,) = ollama_client.ps().models
+    assert (loaded.context_length, loaded.expires_at.year) == (5000, 9999)
+    with pytest.raises(ollama.ResponseError, match="num_ctx 99999999 is more than the 65536 tokens"):
+        ollama_client.generate("tiny-hybrid", "x", options={"num_ctx": 99_999_999})
+    with pytest.raises(ollama.ResponseError, match="no duration"):
+        ollama_client.generate("tiny-hybrid", "x", keep_alive="soon")
+    ollama_client.generate("tiny-hybrid", keep_alive=0)  # the next test finds it with its usual context
+    for _ in range(200):
+        if not ollama_client.ps().models:
+            break
+        time.sleep(0.05)
+    assert ollama_client.generate("tiny-hybrid", keep_alive=-1).done_reason == "load"
+    assert ollama_client.ps().models[0].context_length == 4096
+
+
+def test_ollama_pulls_from_the_hub(ollama_client: Any, live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The download is another test's; here its progress becomes Ollama's lines, and its error one."""
+    ollama = pytest.importorskip("ollama")
+    from headwise.errors import SpecError
+    from headwise.spec import hub
+
+    asked: list[str] = []
+
+    def fetch(name: str, *, weights: bool, progress: Any) -> None:
+        asked.append(name)
+        for done in (0, 50, 100):
+            progress("a.gguf", done, 100)
+        if name == "org/gone":
+            raise SpecError("it is gone", why="a test", do="nothing")
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    told = list(ollama_client.pull("hf.co/org/name:Q4_K_M", stream=True))
+    assert [t.completed for t in told if t.status == "pulling a.gguf"] == [0, 50, 100]
+    assert (told[0].status, told[-1].status, told[1].total) == ("pulling manifest", "success", 100)
+    assert ollama_client.pull("org/name").status == "success"
+    with pytest.raises(ollama.ResponseError, match="it is gone"):
+        ollama_client.pull("org/gone")
+    assert ollama_client.pull("tiny-hybrid:latest").status == "success"
+    assert asked == ["org/name:Q4_K_M", "org/name", "org/gone"]
+
+
 def test_ollama_is_told_what_is_not_here(ollama_client: Any) -> None:
     ollama = pytest.importorskip("ollama")
-    with pytest.raises(ollama.ResponseError, match="not served here"):
-        ollama_client.pull("llama9")
+    with pytest.raises(ollama.ResponseError, match="not on this machine; the nearest names are tiny-hybrid"):
+        ollama_client.pull("tiny-hibrid")
     with pytest.raises(ollama.ResponseError, match="not supported"):
         ollama_client.copy("a", "b")
     with pytest.raises(ollama.ResponseError, match="not supported"):
         ollama_client.delete("a")
-    with pytest.raises(ollama.ResponseError, match="stays loaded"):
-        ollama_client.generate("tiny-hybrid", keep_alive=0)
-    assert ollama_client.pull("tiny-hybrid").status == "success"
+    with pytest.raises(ollama.ResponseError, match="no model here makes embeddings"):
+        ollama_client.embed("tiny-hybrid", "text")
+
+
+@pytest.mark.parametrize("provider", ["openai", "ollama_chat", "anthropic"])
+def test_litellm_speaks_three_protocols(live: Any, provider: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """litellm is large, and no package that the tests ask for: run where it is installed."""
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # else it asks the network for prices
+    litellm = pytest.importorskip("litellm")
+    base = live.url + ("/v1" if provider == "openai" else "")
+    settings: dict[str, Any] = {"model": f"{provider}/tiny-hybrid", "api_base": base, "api_key": "none", "messages": ASKED}
+    whole = litellm.completion(**settings, max_tokens=20, temperature=0)
+    chunks = list(litellm.completion(**settings, max_tokens=20, temperature=0, stream=True))
+
+    text = whole.choices[0].message.content
+    assert text
+    assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == text
+    assert whole.usage.prompt_tokens > 5
+    assert whole.usage.completion_tokens == 20
+    if provider == "openai":
+        form = {"type": "json_schema", "json_schema": {"name": "label", "strict": True, "schema": SCHEMA}}
+        answer = litellm.completion(**settings, response_format=form, max_tokens=80)
+        assert json.loads(answer.choices[0].message.content)["label"] in ("bug", "feature", "question")
+        with pytest.raises(litellm.NotFoundError, match="nearest names are"):
+            litellm.completion(**{**settings, "model": "openai/tiny-hybird"})

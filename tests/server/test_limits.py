@@ -130,7 +130,7 @@ def test_a_name_of_a_model_is_a_name_and_no_path(live: Any) -> None:
     ):
         assert call(live, "/v1/chat/completions", {**CHAT, "model": name})[0] == 404, name
         assert call(live, "/api/show", {"model": name})[0] == 404, name
-        assert call(live, "/api/pull", {"model": name})[0] == 400, name
+        assert call(live, "/api/pull", {"model": name, "stream": False})[0] == 400, name
 
 
 def test_a_request_brings_no_template(live: Any) -> None:
@@ -177,10 +177,9 @@ def test_the_page_runs_its_own_script_only(live: Any) -> None:
 
 def test_only_four_paths_are_open_without_the_key(live: Any) -> None:
     testclient = pytest.importorskip("starlette.testclient")
-    from headwise.engine.process import EngineProcess
     from headwise.server.app import create_app
 
-    client = testclient.TestClient(create_app(live.model, EngineProcess(None, {}), api_key="sesame"))
+    client = testclient.TestClient(create_app(live.asleep, api_key="sesame"))
     described = call(live, "/openapi.json")[1]["paths"]
     answers = {
         (p, m): client.request(m, p.replace("{name}", "x"), json={}).status_code for p, item in described.items() for m in item

@@ -264,16 +264,18 @@ def test_the_page_asks_for_the_key_and_keeps_it_in_memory(live: Any, browser: An
     from headwise.server.serve import _socket
 
     class Borrowed:
-        """The engine of the other server: this one does not run it."""
+        """The models of the other server: this one does not run them."""
 
         def __getattr__(self, name: str) -> Any:
-            return getattr(live.engine, name)
+            return getattr(live.models, name)
 
-        async def run(self) -> None:
-            await asyncio.Event().wait()
+        async def start(self) -> None:
+            pass
+
+        close = start
 
     listening = _socket("127.0.0.1", 0)
-    app = create_app(live.model, Borrowed(), api_key="sesame")  # type: ignore[arg-type]
+    app = create_app(Borrowed(), api_key="sesame")  # type: ignore[arg-type]
     server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])), daemon=True)
     thread.start()
