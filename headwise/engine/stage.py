@@ -119,7 +119,8 @@ class Stage:
         with torch.inference_mode(), self._own_stream():
             if before is not None:
                 before._send(self.arena, n)
-            if self.device.type == "cpu" and n > 1:  # a GPU's allocator counts by itself; one token needs next to nothing
+            # a GPU's allocator counts by itself; tokens of answers need next to nothing, and pay for every call
+            if self.device.type == "cpu" and not all(r.answers for r in runs):
                 with self.arena.lent(), Peak(self._known) as peak:
                     self.steps.fill(runs)
                     x = self._forward(runs)

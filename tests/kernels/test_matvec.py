@@ -18,11 +18,11 @@ LIMIT = {"f32": 2e-5, "f16": 1e-3}  # of the matrix unit
 LIMIT_INTEGERS = {1: 1.2e-2, 2: 1e-4}  # by planes: an error of 2**-8 or 2**-16 of a group's largest, thrice the middling one
 INTEGERS = [  # T (0: 3 to 8 by type), N, groups, planes, config: rows, each, warps, splits
     (1, 7, 24, 2, {"rows": 8, "each": 1, "warps": 1}),
-    (2, 37, 24, 1, {"rows": 32, "each": 2, "warps": 1, "splits": 2}),
-    (0, 13, 24, 2, {"rows": 16, "each": 1, "warps": 1, "splits": 3}),
-    (1, 33, 32, 2, {"rows": 32, "each": 1, "warps": 2, "splits": 4}),
-    (1, 70, 40, 2, {"rows": 64, "each": 4, "warps": 1, "splits": 2, "step": 4}),
-    (2, 19, 24, 2, {"rows": 16, "each": 2, "warps": 1, "ahead": False}),
+    (2, 19, 16, 1, {"rows": 32, "each": 2, "warps": 1, "splits": 2}),
+    (0, 13, 16, 2, {"rows": 16, "each": 1, "warps": 1, "splits": 2}),
+    (1, 33, 24, 2, {"rows": 32, "each": 1, "warps": 2, "splits": 3}),
+    (1, 35, 16, 2, {"rows": 64, "each": 4, "warps": 1, "splits": 2, "step": 4}),
+    (2, 11, 16, 2, {"rows": 16, "each": 2, "warps": 1, "ahead": False}),
 ]
 MATRIX = [
     (3, 17, 24, 2, {"rows": 16, "each": 1, "warps": 2, "units": 8, "matrix": True}),
