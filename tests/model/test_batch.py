@@ -15,7 +15,7 @@ import pytest
     ("family", "mode"),
     [
         *((family, "operators") for family in ("gemma4-e2b", "gemma4-31b", "gpt-oss", "llama")),
-        *((family, "kernels") for family in ("gemma4-e2b", "gemma4-31b", "gpt-oss", "llama")),
+        ("gemma4-e2b", "kernels"),
     ],
 )
 def test_sequences_of_a_step_do_not_meet(family: str, mode: str, tmp_path: Path) -> None:
