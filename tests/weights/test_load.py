@@ -476,7 +476,7 @@ import headwise.weights.load as room
 from headwise.spec.tensors import TensorSpec
 from headwise.weights.names import Matched, Part
 from pathlib import Path
-room.weight_tensors = lambda _: (TensorSpec("embed", ({rows}, {columns}), "table"),)
+room.weight_tensors = lambda *_: (TensorSpec("embed", ({rows}, {columns}), "table"),)
 room.match = lambda *_: Matched({{"embed": (Part(stored="token_embd.weight", rows={rows}),)}}, {{"embed": "{kind}"}}, {{}})
 
 def kib(key):
