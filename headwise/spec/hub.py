@@ -211,7 +211,7 @@ def _listed(hub: Any, repository: str, unreachable: tuple[type[Exception], ...])
     from huggingface_hub.errors import CacheNotFound
 
     try:
-        return hub.list_repo_files(repository)
+        return [file.rfilename for file in hub.model_info(repository).siblings or []]  # one request; a list retries for 24 s
     except unreachable:
         try:
             cached = [r for r in hub.scan_cache_dir().repos if (r.repo_type, r.repo_id) == ("model", repository)]

@@ -36,10 +36,10 @@ class Hub:
             self._write(file)
         return str(self.folder)
 
-    def list_repo_files(self, repository: str) -> list[str]:
+    def model_info(self, repository: str) -> Any:
         if self.listing_fails:
             raise self.listing_fails
-        return self.files
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in self.files])
 
     def hf_hub_download(self, repository: str, file: str) -> str:
         return self._write(file)
@@ -60,7 +60,7 @@ class Hub:
 
 def hub_with(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str]) -> Hub:
     hub = Hub(folder, files)
-    for name in ("snapshot_download", "list_repo_files", "hf_hub_download", "scan_cache_dir"):
+    for name in ("snapshot_download", "model_info", "hf_hub_download", "scan_cache_dir"):
         monkeypatch.setattr(huggingface_hub, name, getattr(hub, name))
     return hub
 
