@@ -10,6 +10,7 @@ from pathlib import Path
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.attention.choose import Choice, activation_type, choose_layers, forced_backends
 from headwise.attention.engines import EngineExplanation, explain_engine
+from headwise.attention.measured import mix_figures
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
@@ -362,6 +363,7 @@ def explain_json(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, object
             }
             for layer, choice in zip(spec.layers, choices, strict=True)
         ],
+        "measured": mix_figures(spec, choices),
     }
 
 

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from headwise.attention.choose import Choice, LayerGroup
 from headwise.attention.engines import EngineExplanation
+from headwise.attention.measured import mix_figures
 from headwise.spec.layers import LayerSpec, ModelSpec
 
 _PALETTE = ("green", "cyan", "blue", "magenta")
@@ -69,6 +70,8 @@ def explain_view(spec: ModelSpec, choices: Sequence[Choice], groups: Sequence[La
         rows.append(Text(f"\n{len(group.layers)} x {kind_words(group.example)}, KV {group.kv}", style="bold"))
         rows.append(Text(f"  {group.choice.backend.name}", style=colour[group.choice.backend.name]))
         rows += [Text(f"    not {r.backend}: {r.reason}", style="dim") for r in group.choice.refusals]
+    if figures := mix_figures(spec, choices):
+        rows.append(Text(f"\nmeasured: {figures}", style="dim"))
     return Group(*rows)
 
 

@@ -163,6 +163,21 @@ def test_the_readme_quotes_the_benchmark() -> None:
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
 
 
+def test_explain_quotes_the_benchmark_of_mixed_backends() -> None:
+    from headwise.attention.measured import ARRANGEMENTS, POSITIONS, WHERE
+
+    found = json.loads(max((ROOT / "benchmarks/results").glob("mixed_backends_h200_*.json")).read_text())
+    rows = [
+        (row["sliding"], row["global"], *(round(row[key]["median"]) for key in ("prefill_tok_s", "decode_tok_s")),
+         row["flipped_from_default"])
+        for row in found["rows"]
+    ]  # fmt: skip
+
+    assert rows == [(a.sliding, a.full, a.prefill_tok_s, a.decode_tok_s, a.flipped) for a in ARRANGEMENTS]
+    assert found["rows"][0]["positions"] == POSITIONS and found["model"] in WHERE and found["date"] in WHERE
+    assert ARRANGEMENTS[0] == max(ARRANGEMENTS, key=lambda a: a.decode_tok_s)  # the default is what measures best
+
+
 def test_the_advice_on_kv_types_follows_from_the_result() -> None:
     """A new measurement that turns the order of the types round must turn the advice too."""
     found = json.loads(max((ROOT / "benchmarks/results").glob("kv_quality_*.json")).read_text())

@@ -1,0 +1,212 @@
+"""The Codex CLI against `headwise serve` with the embedded model: every way in which Codex asks, and what came of it.
+
+    npm install @openai/codex
+    python benchmarks/codex.py node_modules/.bin/codex [OUT.json] [--attempts 3] [--context 32768]
+
+Starts a server, writes Codex's settings by `headwise codex-config`, and runs `codex exec --json`, without a network: an answer, a
+loop of tool calls, an answer held to a schema, `--oss` with both local providers, and a conversation that is resumed and then
+compacted. A case passes when Codex ends its turn with no error item and a usage that can be true (a later request of a session
+finds the earlier ones in the cache), and when what the case is about was seen. tiny-hybrid says what it likes: where an answer runs
+into `--max-tokens`, or no tool is called, the case is tried again, at most `--attempts` times, and every attempt is in the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import headwise
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"label": {"type": "string", "enum": ["bug", "feature", "question"]}},
+    "required": ["label"],
+    "additionalProperties": False,
+}
+LIMIT_S = 600  # of one turn
+OURS = "model metadata"  # Codex says of a model that it does not know that it has none: an item, and no error of the server
+
+
+class Codex:
+    """One CODEX_HOME and one folder to work in; `metrics` of the server are read around every turn."""
+
+    def __init__(self, program: Path, folder: Path, url: str, context: int) -> None:
+        self.program, self.url = program, url
+        self.home, self.work = folder / "home", folder / "work"
+        self.work.mkdir()
+        (self.work / "notes.txt").write_text("milk\n")
+        port = url.rsplit(":", 1)[1]
+        words = ["codex-config", "--port", port, "--context", str(context), "--write", str(self.home)]
+        subprocess.run([sys.executable, "-m", "headwise", *words], check=True, capture_output=True)
+
+    def turn(self, *words: str, **env: str) -> dict[str, Any]:
+        """The events of one `codex exec --json` that matter, its seconds, and the requests that the server had of it."""
+        before, start = self.requests(), time.perf_counter()
+        command = [str(self.program), "exec", "--skip-git-repo-check", "--json", *words]
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, stdin=subprocess.DEVNULL, cwd=self.work, timeout=LIMIT_S,
+                env=os.environ | {"CODEX_HOME": str(self.home)} | env,
+            )  # fmt: skip
+            lines, code = done.stdout.splitlines(), done.returncode
+        except subprocess.TimeoutExpired as late:
+            lines, code = str(late.stdout or b"", "utf-8", "replace").splitlines(), -1
+        events = [json.loads(line) for line in lines if line.startswith("{")]
+        items = [e["item"] for e in events if e["type"] == "item.completed"]
+        errors = [e.get("message") or e["error"]["message"] for e in events if e["type"] in ("error", "turn.failed")]
+        errors += [i["message"] for i in items if i["type"] == "error" and OURS not in i["message"].lower()]
+        usages = [e["usage"] for e in events if e["type"] == "turn.completed"]
+        return {
+            "exit": code,
+            "seconds": round(time.perf_counter() - start, 1),
+            "requests": self.requests() - before,
+            "items": [i["type"] for i in items],
+            "errors": sorted(set(errors)),
+            "usage": usages[-1] if usages else None,
+            "thread": next((e["thread_id"] for e in events if e["type"] == "thread.started"), None),
+            "said": next((i["text"] for i in reversed(items) if i["type"] == "agent_message"), ""),
+        }
+
+    def requests(self) -> int:
+        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
+            lines = answer.read().decode().splitlines()
+        return round(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total")))
+
+
+def ended(turn: dict[str, Any]) -> bool:
+    usage = turn["usage"]
+    true = usage and usage["output_tokens"] > 0 and 0 <= usage["cached_input_tokens"] <= usage["input_tokens"]
+    return turn["exit"] == 0 and not turn["errors"] and bool(true)
+
+
+def answer(codex: Codex) -> tuple[bool, dict[str, Any]]:
+    turn = codex.turn("Say hello")
+    return ended(turn) and "agent_message" in turn["items"], turn
+
+
+def tools(codex: Codex) -> tuple[bool, dict[str, Any]]:
+    """A request more than the first: Codex ran the call and sent its output."""
+    turn = codex.turn("Run `cat notes.txt` and say what it says", "--sandbox", "read-only")
+    usage = turn["usage"]
+    return ended(turn) and turn["requests"] > 1 and usage["cached_input_tokens"] > 0.4 * usage["input_tokens"], turn
+
+
+def schema(codex: Codex) -> tuple[bool, dict[str, Any]]:
+    path = codex.work / "schema.json"
+    path.write_text(json.dumps(SCHEMA))
+    turn = codex.turn("Classify: the app crashes when I click save", "--output-schema", str(path))
+    try:
+        valid = json.loads(turn["said"])["label"] in SCHEMA["properties"]["label"]["enum"]
+    except (ValueError, KeyError, TypeError):
+        valid = False
+    return ended(turn) and valid, turn
+
+
+def oss(provider: str) -> Callable[[Codex], tuple[bool, dict[str, Any]]]:
+    def run(codex: Codex) -> tuple[bool, dict[str, Any]]:
+        words = ("--oss", "--local-provider", provider, "-m", "tiny-hybrid", "Say hello")
+        turn = codex.turn(*words, CODEX_OSS_BASE_URL=f"{codex.url}/v1")
+        return ended(turn), turn
+
+    return run
+
+
+def compacted(codex: Codex) -> tuple[bool, dict[str, Any]]:
+    """Three turns of one session, the last with a limit that the history is past: Codex asks for a summary first."""
+    first = codex.turn("Say hello")
+    if not ended(first):
+        return False, first
+    second = codex.turn("resume", first["thread"], "Say it again")
+    if not ended(second):
+        return False, second
+    found = second["usage"]["cached_input_tokens"] / second["usage"]["input_tokens"]
+    past = second["usage"]["input_tokens"] // max(1, second["requests"]) // 2
+    third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], "And once more")
+    third |= {"resumed_cached": round(found, 3)}
+    return ended(third) and third["requests"] > 1 and found > 0.9, third
+
+
+CASES: dict[str, Callable[[Codex], tuple[bool, dict[str, Any]]]] = {
+    "an answer": answer,
+    "a loop of tool calls": tools,
+    "--output-schema": schema,
+    "--oss, ollama": oss("ollama"),
+    "--oss, lmstudio": oss("lmstudio"),
+    "resumed, then compacted": compacted,
+}
+
+
+def serve(context: int, max_tokens: int) -> tuple[subprocess.Popen[bytes], str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "--context", str(context), "--max-tokens", str(max_tokens), "--port", str(port)]
+    server = subprocess.Popen([sys.executable, "-m", "headwise", *words], stdout=subprocess.DEVNULL)
+    url = f"http://127.0.0.1:{port}"
+    for _ in range(300):
+        try:
+            with urllib.request.urlopen(f"{url}/ready", timeout=5):
+                return server, url
+        except OSError:
+            if server.poll() is not None:
+                raise SystemExit(f"headwise serve ended with {server.returncode}") from None
+            time.sleep(1)
+    server.kill()
+    raise SystemExit("the server was not ready within 300 s")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("codex", type=Path)
+    parser.add_argument("out", nargs="?", type=Path)
+    parser.add_argument("--attempts", type=int, default=3)
+    parser.add_argument("--context", type=int, default=32_768)
+    parser.add_argument("--max-tokens", type=int, default=1500, help="where an answer that does not end is cut, and the turn fails")
+    args = parser.parse_args()
+    program = args.codex.absolute()
+    version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
+    cases: dict[str, Any] = {}
+    server, url = serve(args.context, args.max_tokens)
+    try:
+        for name, case in CASES.items():
+            tried: list[dict[str, Any]] = []
+            passed = False
+            while not passed and len(tried) < args.attempts:
+                with tempfile.TemporaryDirectory() as folder:
+                    passed, turn = case(Codex(program, Path(folder), url, args.context))
+                tried.append({k: v for k, v in turn.items() if k != "thread"} | {"said": turn["said"][:200]})
+                print(f"{name}: {'passed' if passed else 'not yet'} in {turn['seconds']} s; {turn['errors']}", file=sys.stderr)
+            cases[name] = {"passed": passed, "attempts": tried}
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "headwise": headwise.__version__,
+        "commit": git.stdout.strip(),
+        "codex": version,
+        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
+        "context": args.context,
+        "cases": cases,
+    }
+    text = json.dumps(result, indent=1)
+    if args.out:
+        args.out.write_text(text + "\n")
+    print(text if not args.out else "\n".join(f"{name}: {'passed' if c['passed'] else 'FAILED'}" for name, c in cases.items()))
+    return 0 if all(c["passed"] for c in cases.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
