@@ -592,6 +592,7 @@ def _serve(args: argparse.Namespace) -> int:
     options = Options(
         host=args.host,
         port=args.port,
+        ollama_compat=args.ollama_compat,
         api_key=args.api_key or None,
         aliases=tuple(args.alias),
         keep_alive=args.keep_alive,
@@ -601,15 +602,17 @@ def _serve(args: argparse.Namespace) -> int:
         stall_s=args.stall_seconds,
     )
 
-    def ready(url: str, engine: Any) -> None:
+    def ready(urls: Sequence[str], engine: Any) -> None:
         w = engine.facts["plan"]
         if args.json:
-            print(json.dumps({"url": url, "model": source.name, "context": w["context"], "slots": w["slots"]}), flush=True)
+            told = {"url": urls[0], "urls": urls, "model": source.name, "context": w["context"], "slots": w["slots"]}
+            print(json.dumps(told), flush=True)
             return
         fused = "fused on every layer" if engine.facts["fused"] else "NOT fused on every layer (--allow-fallback)"
         slots = f"{w['slots']} slot{'s' * (w['slots'] > 1)}"
         _stderr().print(
-            f"{source.name} is served at {url} on {engine.facts['device']} ({w['context']:,} tokens of context, {slots}, {fused})",
+            f"{source.name} is served at {' and '.join(urls)} on {engine.facts['device']} "
+            f"({w['context']:,} tokens of context, {slots}, {fused})",
             highlight=False,
             soft_wrap=True,
         )

@@ -89,6 +89,7 @@ OPTIONS = (
     Option("seed", "whole", ("run",), "the same seed gives the same tokens", "S"),
     Option("host", "text", ("serve",), "default: this machine only", "ADDRESS", "127.0.0.1"),
     Option("port", "whole", ("serve",), "default 7433; 0 takes a free one", "N", 7433),
+    Option("ollama_compat", "switch", ("serve",), "also on 127.0.0.1:11434, where clients look for Ollama", default=False),
     Option("api_key", "text", ("serve",), "what clients must send; default: none", "KEY", secret=True),
     Option("alias", "list", ("serve",), "a further name of the first model; repeat for several", "NAME", default=[]),
     Option("keep_alive", "text", ("serve",), "how long an idle model stays; default: for ever if named at start, else 5m", "10m"),
