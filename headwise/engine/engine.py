@@ -313,9 +313,7 @@ class Engine:
 
 
 def _copies(llm: LLM) -> int:
-    """Copies of rings: one a slot, and one for what prompts begin with; none where the host has no room (planned as rings are)."""
+    """Copies of rings: as planned; none where the host has no room."""
     if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
-        return llm.plan.workload.slots + 1  # of pages alone
-    most = llm.plan.workload.slots + 1
-    need = llm.plan.kv_sliding_bytes // llm.plan.workload.slots * most
-    return most if cpu_memory()[1] >= need + CPU_MARGIN_BYTES else 0
+        return llm.plan.n_copies  # of pages alone
+    return llm.plan.n_copies if cpu_memory()[1] >= llm.plan.kept_bytes + CPU_MARGIN_BYTES else 0

@@ -149,6 +149,21 @@ class Plan:
         return sum(s.kv_sliding_bytes for s in self.stages)
 
     @property
+    def ring_bytes(self) -> int:
+        """What one sequence has in sliding layers."""
+        return self.kv_sliding_bytes // self.workload.slots
+
+    @property
+    def n_copies(self) -> int:
+        """Rings that a server copies to host memory for prompts to come: one a slot, and one for what prompts begin with."""
+        return self.workload.slots + 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory of those copies; not part of `total_bytes`: `run` makes none."""
+        return self.n_copies * self.ring_bytes
+
+    @property
     def compute_bytes(self) -> int:
         return sum(s.compute_bytes for s in self.stages)
 

@@ -307,8 +307,7 @@ class Models:
 
     def _bytes(self, plan: Plan) -> int:
         """What a plan takes of its devices, with the margins of its process and what `engine.prefixes` copies."""
-        slots = plan.workload.slots
-        kept = plan.kv_sliding_bytes * (slots + 1) // slots if "cpu" in self.devices else 0
+        kept = plan.kept_bytes if "cpu" in self.devices else 0
         return plan.total_bytes + kept + sum(s.target.margin_bytes for s in plan.shares)
 
     async def _plan(self, held: Held, context: int) -> Plan:
