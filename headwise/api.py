@@ -13,7 +13,7 @@ from headwise.attention.engines import EngineExplanation, explain_engine
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, fewest
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Room, Target, Workload, fewest, server_rooms
 from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
@@ -69,19 +69,23 @@ def work_on(
     kv: Mapping[Kind, str | None],
     dtype: str | None,
     pool: int | None = None,
+    rooms: Sequence[Room] = (),
     forced: Mapping[Kind, str] | None = None,
 ) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
     """What is asked of devices of these kinds together, and what each kind would run every layer on.
 
     Args:
         kv: default the activations' type; dtype: default what all of the devices multiply.
+        rooms: in place of slots and pool, see `Workload`.
     Raises:
         UsageError, BackendError: see `choose_layers`.
     """
     dtype = activation_type(dtype, kinds)
     formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
     choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
-    work = Workload(context=context, slots=slots, pool=pool, chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds)
+    work = Workload(
+        context=context, slots=slots, pool=pool, rooms=tuple(rooms), chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds
+    )
     if choices:
         work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
     return work, choices
@@ -103,7 +107,7 @@ def plan(
     kv: str | None = None,
     kv_global: str | None = None,
     kv_sliding: str | None = None,
-    slots: int = 1,
+    slots: int | None = 1,
     pool: int | None = None,
     ubatch: int = DEFAULT_CHUNK,
     weights: str | None = None,
@@ -118,7 +122,8 @@ def plan(
     Args:
         source: as `read_model` takes.
         context: tokens of one sequence; default 32,768 or the model's maximum.
-        slots: sequences at once; pool: tokens that the global layers hold of all of them, default a context of each.
+        slots: sequences at once; None: what `serve` takes by default, see `planner.memory.server_rooms`.
+        pool: tokens that the global layers hold of all sequences, default a context of each.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24", to be used together; default as few of the detected cards
@@ -133,14 +138,16 @@ def plan(
     stored = stored_weights(model, weights)
     targets = targets_for(gpus, device) if targets is None else list(targets)
     kinds = [CPU if device == "cpu" else None if t.gpu is None else DeviceKind.of(t.gpu) for t in targets]
+    context = min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context
 
     def plan_on(some: Sequence[int]) -> Plan:
         work, _ = work_on(
             model.spec,
             {kind for i in some if (kind := kinds[i])},
-            context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
-            slots=slots,
+            context=context,
+            slots=1 if slots is None else slots,
             pool=pool,
+            rooms=server_rooms(context, pool) if slots is None else (),
             chunk=ubatch,
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
@@ -196,6 +203,7 @@ def plan_json(p: Plan) -> dict[str, object]:
         "weights_bytes": p.weights_bytes,
         "compute_bytes": p.compute_bytes,
         "total_bytes": p.total_bytes,
+        "kept_bytes": p.kept_bytes,
         "fits": p.fits,
         "max_context": p.max_context,
         "gpus": [
@@ -212,6 +220,18 @@ def plan_json(p: Plan) -> dict[str, object]:
             for s in p.shares
         ],
         "notes": list(p.notes),
+    }
+
+
+def serve_json(p: Plan) -> dict[str, object]:
+    """What `serve` takes by default, of its plan."""
+    return {
+        "slots": p.workload.slots,
+        "pool_tokens": p.workload.pool_tokens,
+        "kv_bytes": p.kv_bytes,
+        "total_bytes": p.total_bytes,
+        "kept_bytes": p.kept_bytes,
+        "why": p.notes[0],
     }
 
 

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NoReturn
@@ -410,13 +411,13 @@ def _plan(args: argparse.Namespace) -> int:
     source = _open(args)
     if args.engine != "headwise":
         return _plan_rival(args, source)
-    p = api.plan(
+    asked = partial(
+        api.plan,
         source,
         context=args.context,
         kv=args.kv,
         kv_global=args.kv_global,
         kv_sliding=args.kv_sliding,
-        slots=args.slots,
         pool=args.pool,
         ubatch=args.ubatch,
         weights=args.weights,
@@ -424,12 +425,14 @@ def _plan(args: argparse.Namespace) -> int:
         device=args.device,
         dtype=args.dtype,
     )
+    p = asked(slots=1 if args.slots is None else args.slots)
+    served = asked(slots=None) if args.slots is None and p.fits else None
     ceilings = [ceiling(p, s.target.gpu) if s.target.gpu else None for s in p.shares]
     if args.json:
         speed = [None if c is None else {"decode_tok_s": c.decode_tok_s, "prefill_tok_s": c.prefill_tok_s} for c in ceilings]
-        print(json.dumps(api.plan_json(p) | {"ceilings": speed}))
+        print(json.dumps(api.plan_json(p) | {"ceilings": speed, "serve": None if served is None else api.serve_json(served)}))
     else:
-        _stdout().print(plan_view(p, ceilings))
+        _stdout().print(plan_view(p, ceilings, served))
     return 1 if p.fits is False else 0
 
 
@@ -443,7 +446,7 @@ def _plan_rival(args: argparse.Namespace, source: Any) -> int:
         context=args.context,
         kv=args.kv_global or args.kv,
         kv_sliding=args.kv_sliding,
-        slots=args.slots,
+        slots=1 if args.slots is None else args.slots,
         ubatch=args.ubatch if args.ubatch != 512 else None,
         weights=args.weights,
         gpus=args.gpu,
@@ -605,7 +608,7 @@ def _serve(args: argparse.Namespace) -> int:
     def ready(urls: Sequence[str], engine: Any) -> None:
         w = engine.facts["plan"]
         if args.json:
-            told = {"url": urls[0], "urls": urls, "model": source.name, "context": w["context"], "slots": w["slots"]}
+            told = {"url": urls[0], "urls": urls, "model": source.name} | {k: w[k] for k in ("context", "slots", "notes")}
             print(json.dumps(told), flush=True)
             return
         fused = "fused on every layer" if engine.facts["fused"] else "NOT fused on every layer (--allow-fallback)"
@@ -616,6 +619,8 @@ def _serve(args: argparse.Namespace) -> int:
             highlight=False,
             soft_wrap=True,
         )
+        for note in w["notes"]:
+            _stderr().print(f"note: {note}", style="dim", highlight=False, soft_wrap=True)
 
     serve(sources, settings, options, env=os.environ, on_ready=ready)
     return 0
@@ -786,7 +791,8 @@ def _config(args: argparse.Namespace) -> int:
         table.add_column(head, overflow="fold")
     rows: dict[tuple[str, str, str], list[str]] = {}
     for s in found:
-        value = "(hidden)" if s.option.secret and s.value else "" if s.value is None else json.dumps(s.value)
+        unset = f"({s.option.unset})" if s.option.unset else ""
+        value = "(hidden)" if s.option.secret and s.value else unset if s.value is None else json.dumps(s.value)
         rows.setdefault((s.option.name, value, s.source), []).append(s.verb)
     order = [o.name for o in options.OPTIONS]
     for (name, value, source), whose in sorted(rows.items(), key=lambda row: order.index(row[0][0])):

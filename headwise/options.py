@@ -36,6 +36,7 @@ class Option:
         verbs: whose flag it is.
         default: where nobody says anything; `defaults` has those of single verbs that differ.
         secret: its value is not printed.
+        unset: what happens where nobody says anything and there is no default to name.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Option:
     default: Value = None
     defaults: Mapping[str, Value] = field(default_factory=dict[str, Value])
     secret: bool = False
+    unset: str = ""
 
     @property
     def flag(self) -> str:
@@ -77,8 +79,10 @@ OPTIONS = (
     Option("dtype", "text", (*_LOADING, "plan"), "type of the activations", "f32|bf16|f16"),
     Option("backend", "text", (*_LOADING, "explain"), "force backends, where their rows take the layers", "X|sliding=X,global=Y"),
     Option("allow_fallback", "switch", _LOADING, "accept layers that do not run fused", default=False),
-    Option("slots", "whole", ("serve", "plan"), "sequences at once", "N", 1),
-    Option("pool", "whole", ("serve", "plan"), "tokens that global layers hold of all sequences; default a context each", "N"),
+    Option("slots", "whole", ("serve", "plan"), "sequences at once; serve: default up to 4, without a shorter context", "N",
+           unset="serve: up to 4, as many as fit without a shorter context, because agents make parallel calls"),
+    Option("pool", "whole", ("serve", "plan"), "tokens that global layers hold of all sequences; default a context each", "N",
+           unset="a context for each slot; with slots unset too, as many as fit"),
     Option("deterministic", "switch", ("serve",), "answers do not depend on what else runs", default=False),
     Option("speculate", "switch", ("serve",), "draft tokens from what a text repeats, where that pays", default=True),
     Option("max_tokens", "whole", ("run", "serve"), "of an answer, default 128; serve: of those whose request sets none",

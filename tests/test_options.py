@@ -13,7 +13,8 @@ import pytest
 
 from headwise.cli import _parser, main
 from headwise.errors import UsageError
-from headwise.options import OPTIONS, VERBS, fill, settings
+from headwise.options import BY_NAME, OPTIONS, VERBS, fill, settings
+from headwise.planner.memory import SERVE_SLOTS
 
 
 def resolved(verb: str, argv: list[str], env: dict[str, str], directory: Path) -> dict[str, object]:
@@ -168,6 +169,19 @@ def test_a_wrong_file_stops_a_command_with_status_2(
 
     assert main(["plan", "gemma-4-e2b", "--json"]) == 2
     assert "slots is one" in json.loads(capsys.readouterr().out)["error"]["do"]
+
+
+def test_slots_that_nobody_sets_are_said_with_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The planner's number stands in the words of the option: an import would cost every start a fifth of a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert main(["config", "serve"]) == 0
+    assert "agents make parallel" in capsys.readouterr().out
+    for words in (BY_NAME["slots"].help, BY_NAME["slots"].unset):
+        assert f"up to {SERVE_SLOTS}" in words
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

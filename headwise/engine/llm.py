@@ -24,7 +24,7 @@ from headwise.engine.sample import Sampler
 from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.model.arena import TORCH
-from headwise.planner.memory import DEFAULT_CHUNK, Plan, Workload, fewest, plan
+from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest, plan
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
 from headwise.spec.layers import ModelSpec
@@ -138,6 +138,7 @@ class LLM:
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
         slots: sequences at once; `generate`, `stream` and `logits` use the first.
         pool: tokens that the global layers hold of all sequences together; default `context` of each.
+        rooms: in place of both, the first that fits; see `planner.memory.server_rooms`.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -157,6 +158,7 @@ class LLM:
         backend: str | Mapping[str, str] | None = None,
         slots: int = 1,
         pool: int | None = None,
+        rooms: Sequence[Room] = (),
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -183,6 +185,7 @@ class LLM:
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             "slots": slots,
             "pool": pool,
+            "rooms": rooms,
             "chunk": chunk,
             "kv": names,
             "dtype": dtype,

@@ -25,7 +25,7 @@ from headwise.engine.process import STALL_S, EngineProcess, Totals
 from headwise.engine.request import Event, Finish, Prefill, Request
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import Device, cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Target
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Room, Target, Workload, server_rooms
 from headwise.planner.render import gib
 from headwise.server.answer import Served, served
 from headwise.server.ask import Refusal, bad
@@ -69,6 +69,7 @@ class Loaded:
 
     Args:
         n_bytes: planned, with the margin of its process.
+        rooms: how many slots and pages its engine may take, the best first; none where they are said.
         keep_s: how long it stays when its last request has ended.
         uses: requests that hold it.
         turn: when its last request ended, as a count.
@@ -82,6 +83,7 @@ class Loaded:
     context: int
     engine: EngineProcess
     n_bytes: int
+    rooms: Sequence[Room]
     keep_s: float
     uses: int = 0
     turn: int = 0
@@ -105,6 +107,7 @@ class _Want:
     context: int
     keep_s: float | None
     n_bytes: int
+    rooms: Sequence[Room]
     granted: asyncio.Future[Loaded]
 
 
@@ -153,7 +156,8 @@ class Models:
 
     Args:
         named: given at start, the first is loaded at once and is meant where a request names none.
-        settings: as `LLM` takes them, the same for all; without a context, 32,768 or the model's maximum.
+        settings: as `LLM` takes them, the same for all; without a context, 32,768 or the model's maximum; without slots, those of
+            `planner.memory.server_rooms` that fit beside the other models.
         env: the environment, for the places of Ollama's store.
         max_tokens: of answers whose request sets no limit.
         keep_s: of models whose requests say nothing; None: for ever for those named at start, 5 minutes for others.
@@ -295,24 +299,32 @@ class Models:
         loaded = self.loaded.get(held.name)
         wanted = max(context or 0, model.context)
         if loaded and wanted <= loaded.context:
-            n_bytes = loaded.n_bytes
+            n_bytes, rooms = loaded.n_bytes, loaded.rooms
         else:
             plan = await self._plan(held, wanted)
             if plan.fits is False and context is not None and context < wanted:  # the client asks for less than is the default
                 wanted, plan = context, await self._plan(held, context)
             if plan.fits is False:
                 raise _too_large(held.name, wanted, plan)
-            n_bytes = self._bytes(plan)
-        return Place(self, held, replace(model, context=context or wanted), wanted, keep_s, n_bytes)
+            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+        return Place(self, held, replace(model, context=context or wanted), wanted, keep_s, n_bytes, rooms)
 
     def _bytes(self, plan: Plan) -> int:
         """What a plan takes of its devices, with the margins of its process and what `engine.prefixes` copies."""
         kept = plan.kept_bytes if "cpu" in self.devices else 0
         return plan.total_bytes + kept + sum(s.target.margin_bytes for s in plan.shares)
 
+    def _rooms(self, w: Workload) -> Sequence[Room]:
+        """What an engine may take: as planned, and less where it sees less memory; nothing to choose where slots are said."""
+        if self.settings.get("slots") is not None:
+            return ()
+        rooms = server_rooms(w.context, self.settings.get("pool"))
+        return rooms[rooms.index(Room(w.slots, w.pool)) :]
+
     async def _plan(self, held: Held, context: int) -> Plan:
         """The plan of a model alone with what others, not our models, hold of the devices now; that bounds all ours from now on.
 
+        Slots that nobody asked for take no room of models that are loaded or were named at start, where the device is one.
         Ours are counted as planned: a cache that was never written to is not in use yet, and will be. Of several devices the sum
         is counted: how ours lie on each is for their engines to plan, which refuse what a single card has no room for.
         """
@@ -327,9 +339,22 @@ class Models:
             self._used = used
         others = self._used if len(used) > 1 else [max(self._used[0], used[0] - ours)]
         self._capacity = sum(totals) - max(sum(others), sum(used) - ours)
-        return await asyncio.to_thread(self._plan_beside, held, context, totals, others)
+        return await asyncio.to_thread(self._roomiest, held, context, totals, others)
 
-    def _plan_beside(self, held: Held, context: int, totals: Sequence[int], others: Sequence[int]) -> Plan:
+    def _roomiest(self, held: Held, context: int, totals: Sequence[int], others: Sequence[int]) -> Plan:
+        if self.settings.get("slots") is None and len(others) == 1:
+            beside = sum(m.n_bytes for m in self.loaded.values() if m.name != held.name)
+            for named in self.named:
+                if named.name != held.name and named.name not in self.loaded:
+                    with contextlib.suppress(Refusal):
+                        beside += self._bytes(self._plan_beside(named, self.context(named), totals, others, slots=1))
+            if beside and (plan := self._plan_beside(held, context, totals, [others[0] + beside])).fits:
+                return plan
+        return self._plan_beside(held, context, totals, others)
+
+    def _plan_beside(
+        self, held: Held, context: int, totals: Sequence[int], others: Sequence[int], slots: int | None = None
+    ) -> Plan:
         s, cpu = self.settings, "cpu" in self.devices
         kv = s.get("kv")
         names = dict.fromkeys(("global", "sliding"), kv) if kv is None or isinstance(kv, str) else dict(kv)
@@ -349,7 +374,7 @@ class Models:
                 context=context,
                 kv_global=names.get("global"),
                 kv_sliding=names.get("sliding"),
-                slots=s.get("slots") or 1,
+                slots=slots or s.get("slots"),
                 pool=s.get("pool"),
                 ubatch=s.get("chunk") or DEFAULT_CHUNK,
                 gpus=() if s.get("device") in (None, "cuda") else list(self.devices),  # those named are used together
@@ -361,13 +386,16 @@ class Models:
             raise bad(_sentences(error)) from error
 
     @contextlib.asynccontextmanager
-    async def hold(self, held: Held, *, context: int, keep_s: float | None, n_bytes: int) -> AsyncIterator[Loaded]:
+    async def hold(
+        self, held: Held, *, context: int, keep_s: float | None, n_bytes: int, rooms: Sequence[Room]
+    ) -> AsyncIterator[Loaded]:
         """The loaded model, for as long as the block runs; waits in turn for its memory.
 
         Raises:
             NotLoaded: it cannot be loaded.
         """
-        want = _Want(held=held, context=context, keep_s=keep_s, n_bytes=n_bytes, granted=asyncio.get_running_loop().create_future())
+        granted = asyncio.get_running_loop().create_future()
+        want = _Want(held=held, context=context, keep_s=keep_s, n_bytes=n_bytes, rooms=rooms, granted=granted)
         self._queue.append(want)
         self._arrange()
         try:
@@ -433,7 +461,7 @@ class Models:
             return True
         go = [m for m in staying if m.name in names] + ([there] if there is not None else [])
         if not go and sum(m.n_bytes for m in self.loaded.values()) + want.n_bytes <= self._capacity:
-            self._grant(want, self._start(want.held, want.context, want.n_bytes))
+            self._grant(want, self._start(want.held, want.context, want.n_bytes, want.rooms))
             return True
         for m in go:
             m.leaving = True
@@ -457,12 +485,13 @@ class Models:
 
     # --- processes ---
 
-    def _start(self, held: Held, context: int, n_bytes: int) -> Loaded:
-        engine = EngineProcess(held.loads, {**self.settings, "context": context}, stall_s=self.stall_s)
+    def _start(self, held: Held, context: int, n_bytes: int, rooms: Sequence[Room]) -> Loaded:
+        settings = {**self.settings, "context": context} | ({"slots": 1, "rooms": rooms} if rooms else {})
+        engine = EngineProcess(held.loads, settings, stall_s=self.stall_s)
         engine.totals = self.totals.setdefault(held.name, engine.totals)
         keep_s = self.keep_s if self.keep_s is not None else math.inf if held in self.named else KEEP_S
         probe = Probe(engine, context, self.source(held).spec.vocab_size)
-        loaded = Loaded(held=held, context=context, engine=engine, n_bytes=n_bytes, keep_s=keep_s, probe=probe)
+        loaded = Loaded(held=held, context=context, engine=engine, n_bytes=n_bytes, rooms=rooms, keep_s=keep_s, probe=probe)
         self.loaded[held.name] = loaded
         loaded.task = asyncio.create_task(self._run(loaded))
         return loaded
@@ -520,9 +549,11 @@ class Models:
     async def start(self) -> None:
         """Begins to load the first model; whether it fits, its engine says."""
         n_bytes, context = 0, await asyncio.to_thread(self.context, self.first)
+        rooms = () if self.settings.get("slots") is not None else server_rooms(context, self.settings.get("pool"))
         with contextlib.suppress(Refusal):
-            n_bytes = self._bytes(await self._plan(self.first, context))
-        self._first = self._start(self.first, context, n_bytes).engine
+            plan = await self._plan(self.first, context)
+            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+        self._first = self._start(self.first, context, n_bytes, rooms).engine
         self._started.set()
 
     async def first_engine(self) -> EngineProcess:
@@ -552,6 +583,7 @@ class Place:
         model: with the context that the request may have.
         context: that the model must be loaded with at least.
         n_bytes: what loading it takes.
+        rooms: what its engine may take, see `Loaded`.
     """
 
     models: Models
@@ -560,9 +592,10 @@ class Place:
     context: int
     keep_s: float | None
     n_bytes: int
+    rooms: Sequence[Room]
 
     def _hold(self) -> contextlib.AbstractAsyncContextManager[Loaded]:
-        return self.models.hold(self.held, context=self.context, keep_s=self.keep_s, n_bytes=self.n_bytes)
+        return self.models.hold(self.held, context=self.context, keep_s=self.keep_s, n_bytes=self.n_bytes, rooms=self.rooms)
 
     async def ask(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of the engine; the time until the model was there is in `queue_s`."""

@@ -22,7 +22,7 @@ from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, T
 from headwise.errors import ProbeError
 from headwise.hardware.gpus import find_gpu
 from headwise.hardware.probe import Device
-from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES
+from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, SERVE_SLOTS
 from headwise.server import models as models_module
 from headwise.server.ask import Refusal
 from headwise.server.metrics import metrics
@@ -387,7 +387,7 @@ def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -
     """Planned for the first card alone, such a model is refused although its engine would take both."""
     monkeypatch.setattr(models_module.metadata, "version", lambda _: "2.13.0+cu130")
     monkeypatch.setattr(models_module, "detect", lambda: [_card(), _card()])
-    models = Models([held(None, open_model(None, env={}))], {}, {}, memory=lambda *_: (room, GIB // 4))
+    models = Models([held(None, open_model(None, env={}))], {"slots": 1}, {}, memory=lambda *_: (room, GIB // 4))
     room = 24 * GIB
     small = asyncio.run(models._plan(models.first, 2048))
     assert (small.fits, len(small.shares), models._capacity) == (True, 1, 2 * (room - GIB // 4))
@@ -397,6 +397,27 @@ def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -
 
     assert (split.fits, len(split.shares)) == (True, 2)
     assert models._bytes(split) == split.total_bytes + 2 * GPU_MARGIN_BYTES
+
+
+def test_slots_that_nobody_asked_for_take_no_room_of_named_models(tmp_path: Path) -> None:
+    """A first model with four slots sent the second away that had stayed beside it."""
+    path = tmp_path / "second.gguf"
+    path.symlink_to(EMBEDDED)
+    named = [held(None, open_model(None, env={})), held(str(path), open_model(path, env={}))]
+    settings = {"device": "cpu", "context": 32_768}
+    roomy = Models(named, settings, ELSEWHERE, memory=lambda *_: (64 * GIB, 0))
+    most = asyncio.run(roomy._plan(roomy.first, 32_768))
+    one = roomy._plan_beside(roomy.first, 32_768, [64 * GIB], [0], slots=1)
+    room = roomy._bytes(most) + roomy._bytes(one) - 1
+    models = Models(named, settings, ELSEWHERE, memory=lambda *_: (room, 0))
+    alone = Models(named[:1], settings, ELSEWHERE, memory=lambda *_: (room, 0))
+    beside = asyncio.run(models._plan(models.first, 32_768))
+
+    assert most.workload.slots == SERVE_SLOTS
+    assert asyncio.run(alone._plan(models.first, 32_768)).workload == most.workload
+    assert roomy._bytes(beside) + roomy._bytes(one) <= room < roomy._bytes(most) + roomy._bytes(one)
+    assert roomy._rooms(beside.workload)[0] == (beside.workload.slots, beside.workload.pool)
+    assert len(roomy._rooms(one.workload)) == 1
 
 
 # --- names ---
