@@ -235,11 +235,10 @@ class _Rooms:
     async def ready(self, _: Request) -> Response:
         """Of each loaded model, every self-check of every backend in use passed, and a prompt of production length was answered.
 
-        Idle is ready: a request loads.
+        Idle is ready: a request loads. So is a server with a ready model while a further one loads.
         """
-        found = [ready(m) for m in self.models.loaded.values() if not m.ending]
-        fine = all(m["ready"] for m in found) and (bool(found) or not self.models.failed)
-        return JSONResponse({"ready": fine, "models": found}, 200 if fine else 503)
+        body = ready(self.models)
+        return JSONResponse(body, 200 if body["ready"] else 503)
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus's text format."""

@@ -334,15 +334,62 @@ def test_the_server_tells_of_each_loaded_model(monkeypatch: pytest.MonkeyPatch, 
         async with pretended(monkeypatch, tmp_path, room=2) as models:
             await answer(models, "b")
             a, b = models.loaded["a"], models.loaded["b"]
-            assert not ready(a)["ready"]  # its probe has just begun
-            await until(lambda: ready(a)["ready"])
-            assert not ready(b)["ready"]
+            assert not ready(models)["ready"]  # the probes have just begun
+            await until(lambda: all(m["ready"] for m in ready(models)["models"]))
             assert [(s["model"], s["status"]) for s in map(state, (a, b))] == [("a", "ok"), ("b", "ok")]
             up = [line for line in metrics(models).splitlines() if line.startswith("headwise_up{")]
             assert up == ['headwise_up{model_name="a"} 1', 'headwise_up{model_name="b"} 1']
             models.unload(b.held)
             await until(lambda: names(models) == ["a"])
             assert 'headwise_up{model_name="b"} 0' in metrics(models)
+
+    run(test)
+
+
+def test_a_further_model_that_loads_is_no_reason_to_send_a_ready_one_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A load balancer took the server out for the minutes in which a second model was read from disk."""
+
+    async def test() -> None:
+        async with pretended(monkeypatch, tmp_path, room=2) as models:
+            assert not ready(models)["ready"]  # the first is loading
+            await until(lambda: ready(models)["ready"])
+            slow = asyncio.Event()
+
+            async def load_slowly(engine: Pretended) -> None:
+                await slow.wait()
+                await Pretended.run(engine)
+
+            monkeypatch.setattr(models_module, "EngineProcess", type("Slow", (Pretended,), {"run": load_slowly}))
+            asked = asyncio.create_task(answer(models, "b"))
+            await until(lambda: "b" in models.loaded)
+            told = ready(models)
+            assert (told["ready"], [(m["model"], m["ready"], m["coming"]) for m in told["models"]]) == (
+                True, [("a", True, False), ("b", False, True)],
+            )  # fmt: skip
+            assert (health(models)["status"], health(models)["models"][1]["status"]) == ("ok", "loading")
+            slow.set()
+            await asked
+            await until(lambda: all(m["ready"] for m in ready(models)["models"]))
+            models.loaded["b"].engine.state = "loading"  # it died, and is started again
+            assert not ready(models)["ready"]
+            models.loaded["b"].engine.state = "ready"
+            models.loaded["b"].probe.passed, models.loaded["b"].probe.error = False, "a step made no progress"
+            assert not ready(models)["ready"]
+
+    run(test)
+
+
+def test_a_model_that_is_let_go_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For as long as its process took to end, /health said error and a supervisor would have restarted the server."""
+
+    async def test() -> None:
+        async with pretended(monkeypatch, tmp_path, room=1) as models:
+            await until(lambda: models.loaded["a"].engine.state == "ready")
+            models._unload(models.loaded["a"])
+            models.loaded["a"].engine.state = "stopped"
+            assert (health(models)["status"], [m["status"] for m in health(models)["models"]]) == ("idle", ["unloading"])
 
     run(test)
 
