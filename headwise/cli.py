@@ -695,6 +695,8 @@ def _bench(args: argparse.Namespace) -> int:
         return 0
     from headwise.bench import engine
 
+    if args.svg:
+        raise UsageError("--svg is of bench attention", why="bench engine has no roofline to draw", do="leave it out")
     lengths = [int(x) for x in args.lengths.split(",") if x.strip().isdigit()]
     if not lengths or min(lengths) < 1:
         raise UsageError(f"--lengths {args.lengths} names no length", why="numbers of tokens", do="--lengths 4096,31744")
@@ -719,13 +721,18 @@ def _doctor(args: argparse.Namespace) -> int:
     from headwise.spec.read import open_model
 
     model = open_model(args.model, env=os.environ).spec if args.model else None
+    gpus = [find_gpu(g) for g in args.gpu]
     if args.url:
-        found = [look.at_url(args.url, os.environ)]
+        found = [look.at_url(args.url, os.environ, model=model, gpus=gpus)]
     elif args.log is None and args.systemd is None and not args.ollama:
+        if model or gpus:
+            raise UsageError(
+                "--model and --gpu describe one log or server", why="none is named", do="headwise doctor LOG, or --url URL"
+            )
         found = look.around(os.environ)
     else:
         with look.log_of(args.log, unit=args.systemd, ollama=args.ollama, env=os.environ) as (file, name):
-            found = [diagnose(file, name, model=model, env=os.environ, gpus=[find_gpu(g) for g in args.gpu])]
+            found = [diagnose(file, name, model=model, env=os.environ, gpus=gpus)]
     if args.html:
         _write(args.html, html(found[0]))
     if args.json:
