@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(error: HeadwiseError, *, as_json: bool = False) -> int:
     if as_json:
-        print(json.dumps({"error": {"what": error.what, "why": error.why, "do": error.do}}))
+        print(json.dumps({"error": error.to_json()}))
     console = _stderr()
     console.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)  # commands stay whole
     return error.exit_code

@@ -31,7 +31,7 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
         llm = LLM(model, **how, progress=lambda *said: send(("loading", *said)))
         engine = Engine(llm, send, **{k: settings[k] for k in ENGINE_SETTINGS if k in settings})
     except HeadwiseError as error:
-        send(("refused", type(error).__name__, error.what, error.why, error.do))
+        send(("refused", type(error).__name__, *error.parts))
         return
     for stage in llm.runner.stages:
         decoder = stage.decoder

@@ -383,7 +383,7 @@ class Models:
                 targets=targets,
             )
         except HeadwiseError as error:
-            raise bad(_sentences(error)) from error
+            raise bad(error.sentence) from error
 
     @contextlib.asynccontextmanager
     async def hold(
@@ -607,8 +607,7 @@ class Place:
                         queued = time.perf_counter() - began
                     yield event if queued is None or not isinstance(event, Finish) else replace(event, queue_s=queued)
         except NotLoaded as refused:
-            error = refused.error
-            yield Finish(request=request.id, reason="error", error=(error.what, error.why, error.do), retry=True)
+            yield Finish(request=request.id, reason="error", error=refused.error.parts, retry=True)
 
     async def load(self) -> None:
         """Loads the model and waits until it is there. Raises Refusal: it cannot be loaded."""
@@ -661,11 +660,7 @@ def _card(device: str, env: Mapping[str, str]) -> Device:
 
 
 def _unreadable(error: HeadwiseError) -> Refusal:
-    return Refusal(400, "model_unreadable", _sentences(error), param="model")
-
-
-def _sentences(error: HeadwiseError) -> str:
-    return ". ".join(part for part in (error.what, error.why, error.do) if part)
+    return Refusal(400, "model_unreadable", error.sentence, param="model")
 
 
 def _too_large(name: str, context: int, plan: Plan) -> Refusal:

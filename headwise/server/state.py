@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from headwise.engine.rates import KEPT_S
-from headwise.errors import HeadwiseError
 from headwise.server.models import Loaded, Models
 
 
@@ -22,7 +21,7 @@ def health(models: Models) -> dict[str, Any]:
     else:
         status = "loading" if "loading" in states else "error"
     for name, (error, _) in models.failed.items():
-        body["error"] = {"model": name, **_words(error)}
+        body["error"] = {"model": name, **error.to_json()}
         status = "error" if status == "idle" else status
     return {"status": status, **body}
 
@@ -36,15 +35,11 @@ def _health(loaded: Loaded) -> dict[str, Any]:
         "context": loaded.context,
     }
     if engine.error is not None:
-        body["error"] = _words(engine.error)
+        body["error"] = engine.error.to_json()
     if engine.state == "loading" and engine.loading is not None:
         what, done, of = engine.loading
         body["loading"] = {"what": what, "done": done, "of": of}
     return body
-
-
-def _words(error: HeadwiseError) -> dict[str, Any]:
-    return {"what": error.what, "why": error.why, "do": error.do}
 
 
 def ready(models: Models) -> dict[str, Any]:
