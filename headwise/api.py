@@ -40,6 +40,18 @@ def kv_formats(kv: str | None, kv_global: str | None, kv_sliding: str | None, de
     return {"global": kv_format(kv_global or kv or default), "sliding": kv_format(kv_sliding or kv or default)}
 
 
+def kv_by_kind(kv: str | Mapping[str, str] | None) -> dict[Kind, str | None]:
+    """The KV type that is asked for of each kind of layer, None where nothing is; of all layers where `kv` is one type.
+
+    Raises:
+        UsageError: it names another kind.
+    """
+    named: Mapping[str, str | None] = {"global": kv, "sliding": kv} if kv is None or isinstance(kv, str) else kv
+    if unknown := set(named) - {"global", "sliding"}:
+        raise UsageError(f"kv names {min(unknown)!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}')
+    return {"global": named.get("global"), "sliding": named.get("sliding")}
+
+
 def targets_for(gpus: Sequence[str], device: str | None) -> list[Target]:
     """The devices to plan for: those named, the CPU, or what this machine has; memory held by others is counted as theirs."""
     if device == "cpu":

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.api import work_on
+from headwise.api import kv_by_kind, work_on
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
@@ -175,11 +175,6 @@ class LLM:
                 f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH"
             )
         self.spec = self.source.spec
-        names = {"global": None, "sliding": None} | ({"global": kv, "sliding": kv} if isinstance(kv, str) else dict(kv or {}))
-        if unknown := set(names) - {"global", "sliding"}:
-            raise UsageError(
-                f"kv names {sorted(unknown)[0]!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}'
-            )
         allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
@@ -187,7 +182,7 @@ class LLM:
             "pool": pool,
             "rooms": rooms,
             "chunk": chunk,
-            "kv": names,
+            "kv": kv_by_kind(kv),
             "dtype": dtype,
             "forced": forced_backends(backend),
         }

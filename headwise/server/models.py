@@ -23,7 +23,8 @@ from typing import Any
 from headwise import api
 from headwise.engine.process import STALL_S, EngineProcess, Totals
 from headwise.engine.request import Event, Finish, Prefill, Request
-from headwise.errors import HeadwiseError, PlanError
+from headwise.errors import HeadwiseError, PlanError, UsageError
+from headwise.hardware.names import device_name
 from headwise.hardware.probe import Device, cpu_memory, detect
 from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Room, Target, Workload, server_rooms
 from headwise.planner.render import gib
@@ -39,7 +40,6 @@ KEEP_S = 300.0  # Ollama's default
 FAILED_S = 10.0  # a model that could not be loaded is not tried again at once
 _SHELF_S = 5.0
 _TOKENIZERS = 8  # of models that are not loaded
-_DEVICE = re.compile(r"(cpu|cuda:\d+)(?::(\d+(?:\.\d+)?)(GiB|MiB)?)?")  # as engine.devices reads it, without PyTorch
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -356,8 +356,6 @@ class Models:
         self, held: Held, context: int, totals: Sequence[int], others: Sequence[int], slots: int | None = None
     ) -> Plan:
         s, cpu = self.settings, "cpu" in self.devices
-        kv = s.get("kv")
-        names = dict.fromkeys(("global", "sliding"), kv) if kv is None or isinstance(kv, str) else dict(kv)
         targets = [
             Target(
                 name=device,
@@ -369,11 +367,12 @@ class Models:
             for device, total, of_others in zip(self.devices, totals, others, strict=True)
         ]
         try:
+            kv = api.kv_by_kind(s.get("kv"))
             return api.plan(
                 self.source(held),
                 context=context,
-                kv_global=names.get("global"),
-                kv_sliding=names.get("sliding"),
+                kv_global=kv["global"],
+                kv_sliding=kv["sliding"],
                 slots=slots or s.get("slots"),
                 pool=s.get("pool"),
                 ubatch=s.get("chunk") or DEFAULT_CHUNK,
@@ -623,8 +622,12 @@ class Place:
 def _devices(asked: str | Sequence[str] | None, env: Mapping[str, str]) -> dict[str, int | None]:
     """Where engines may load, with limits, as far as can be said without PyTorch; an engine on the CPU corrects it."""
     if asked is not None and asked != "cuda":
-        found = [_DEVICE.fullmatch(name) for name in ([asked] if isinstance(asked, str) else asked)]  # the rest an engine refuses
-        return {m[1]: int(float(m[2]) * (2**20 if m[3] == "MiB" else 2**30)) if m[2] else None for m in found if m} or {"cpu": None}
+        found: dict[str, int | None] = {}
+        for name in [asked] if isinstance(asked, str) else asked:
+            with contextlib.suppress(UsageError):  # the engine refuses it
+                named = device_name(name)
+                found[named.device] = named.limit_bytes
+        return found or {"cpu": None}
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:

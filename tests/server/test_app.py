@@ -236,7 +236,8 @@ def test_a_client_hears_at_once_and_again_while_it_waits(
 
 
 @pytest.mark.parametrize(
-    ("path", "body"), [("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSES), ("/v1/messages", MESSAGES), ("/api/chat", CHAT)]
+    ("path", "body"),
+    [("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSES), ("/v1/messages", MESSAGES), ("/api/chat", CHAT)],
 )
 def test_a_client_hears_while_the_prompts_before_its_own_become_tokens(
     live: Any, path: str, body: Any, monkeypatch: pytest.MonkeyPatch

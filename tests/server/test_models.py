@@ -157,6 +157,15 @@ async def until(true: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
+async def in_the_way(models: Models) -> tuple[asyncio.Task[list[Event]], asyncio.Task[list[Event]]]:
+    """A long answer of a, and a request for b that waits for its room."""
+    slow = asyncio.create_task(answer(models, "a", 60))
+    await until(lambda: models.loaded["a"].uses == 1)
+    other = asyncio.create_task(answer(models, "b"))
+    await until(lambda: models.waiting("b") == 1)
+    return slow, other
+
+
 def names(models: Models) -> list[str]:
     return sorted(models.loaded)
 
@@ -180,10 +189,7 @@ def test_a_model_in_use_answers_to_its_end_before_it_goes(monkeypatch: pytest.Mo
 
     async def test() -> None:
         async with pretended(monkeypatch, tmp_path, room=1) as models:
-            slow = asyncio.create_task(answer(models, "a", 60))
-            await until(lambda: models.loaded["a"].uses == 1)
-            other = asyncio.create_task(answer(models, "b"))
-            await until(lambda: models.waiting("b") == 1)
+            slow, other = await in_the_way(models)
             late = asyncio.create_task(answer(models, "a"))  # comes later than b, and waits behind it
             await asyncio.sleep(0.05)
             assert names(models) == ["a"]
@@ -223,10 +229,7 @@ def test_a_small_model_does_not_overtake_a_large_one_for_ever(monkeypatch: pytes
 def test_who_gives_up_waiting_sends_nobody_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def test() -> None:
         async with pretended(monkeypatch, tmp_path, room=1) as models:
-            slow = asyncio.create_task(answer(models, "a", 30))
-            await until(lambda: models.loaded["a"].uses == 1)
-            other = asyncio.create_task(answer(models, "b"))
-            await until(lambda: models.waiting("b") == 1)
+            slow, other = await in_the_way(models)
             other.cancel()
             await slow
             await answer(models, "a")
