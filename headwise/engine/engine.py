@@ -312,7 +312,7 @@ class Engine:
 
 
 def _copies(llm: LLM) -> int:
-    """Copies of rings: as planned; none where the host has no room."""
+    """Copies of rings: as planned, or as many as the host has room for."""
     if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
         return llm.plan.n_copies  # of pages alone
-    return llm.plan.n_copies if cpu_memory()[1] >= llm.plan.kept_bytes + CPU_MARGIN_BYTES else 0
+    return max(0, min(llm.plan.n_copies, (cpu_memory()[1] - CPU_MARGIN_BYTES) // llm.plan.ring_bytes))
