@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from headwise.errors import UsageError
 
@@ -245,6 +250,22 @@ def _wrong(option: Option, where: str, shown: str) -> UsageError:
     example = {"text": '"..."', "whole": "8", "number": "0.5", "switch": "true", "list": '["a", "b"]'}[option.kind]
     do = f"{option.name} = {example}" if ":" in where else f"{where}={'a,b' if option.kind == 'list' else example.strip(chr(34))}"
     return UsageError(f"{where} must be {_KINDS[option.kind]}", why=f"{option.flag}: {option.help}{shown}", do=do)
+
+
+def settings_view(found: Sequence[Setting]) -> RenderableType:
+    """A row an option and value, with who said it and the verbs that it holds for."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("option", "value", "said by", "for"):
+        table.add_column(head, overflow="fold")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for s in found:
+        unset = f"({s.option.unset})" if s.option.unset else ""
+        value = "(hidden)" if s.option.secret and s.value else unset if s.value is None else json.dumps(s.value)
+        rows.setdefault((s.option.name, value, s.source), []).append(s.verb)
+    order = [o.name for o in OPTIONS]
+    for (name, value, source), whose in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
+        table.add_row(name, Text(value), Text(source), ", ".join(whose), style=None if source != "default" else "dim")
+    return table
 
 
 def settings_json(found: Sequence[Setting]) -> dict[str, object]:

@@ -11,14 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from headwise.cli import _parser, main
+from headwise.arguments import parser
+from headwise.cli import main
 from headwise.errors import UsageError
 from headwise.options import BY_NAME, OPTIONS, VERBS, fill, settings
 from headwise.planner.memory import SERVE_SLOTS
 
 
 def resolved(verb: str, argv: list[str], env: dict[str, str], directory: Path) -> dict[str, object]:
-    args = _parser().parse_args([verb, *argv])
+    args = parser().parse_args([verb, *argv])
     fill(args, verb, env, directory)
     return vars(args)
 
@@ -138,8 +139,8 @@ def test_a_variable_is_refused_where_it_is_misspelt_and_let_be_where_it_is_none_
 def test_the_flags_are_the_table(verb: str) -> None:
     """A second list would drift."""
     names = {o.name for o in OPTIONS if verb in o.verbs}
-    parsed = _parser().parse_args([verb])
-    action = next(a for a in _parser()._actions if getattr(a, "choices", None) and verb in a.choices)
+    parsed = parser().parse_args([verb])
+    action = next(a for a in parser()._actions if getattr(a, "choices", None) and verb in a.choices)
     flags = {a.dest for a in action.choices[verb]._actions}
 
     assert names <= flags
