@@ -14,7 +14,7 @@ from headwise.attention.measured import mix_figures
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Target, Workload, fewest
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Room, Target, Workload, fewest, server_rooms
 from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
@@ -39,6 +39,18 @@ def read_model(source: str | Path | None = None, *, ignore_keys: Sequence[str] =
 
 def kv_formats(kv: str | None, kv_global: str | None, kv_sliding: str | None, default: str) -> dict[Kind, KVFormat]:
     return {"global": kv_format(kv_global or kv or default), "sliding": kv_format(kv_sliding or kv or default)}
+
+
+def kv_by_kind(kv: str | Mapping[str, str] | None) -> dict[Kind, str | None]:
+    """The KV type that is asked for of each kind of layer, None where nothing is; of all layers where `kv` is one type.
+
+    Raises:
+        UsageError: it names another kind.
+    """
+    named: Mapping[str, str | None] = {"global": kv, "sliding": kv} if kv is None or isinstance(kv, str) else kv
+    if unknown := set(named) - {"global", "sliding"}:
+        raise UsageError(f"kv names {min(unknown)!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}')
+    return {"global": named.get("global"), "sliding": named.get("sliding")}
 
 
 def targets_for(gpus: Sequence[str], device: str | None) -> list[Target]:
@@ -70,19 +82,23 @@ def work_on(
     kv: Mapping[Kind, str | None],
     dtype: str | None,
     pool: int | None = None,
+    rooms: Sequence[Room] = (),
     forced: Mapping[Kind, str] | None = None,
 ) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
     """What is asked of devices of these kinds together, and what each kind would run every layer on.
 
     Args:
         kv: default the activations' type; dtype: default what all of the devices multiply.
+        rooms: in place of slots and pool, see `Workload`.
     Raises:
         UsageError, BackendError: see `choose_layers`.
     """
     dtype = activation_type(dtype, kinds)
     formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
     choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
-    work = Workload(context=context, slots=slots, pool=pool, chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds)
+    work = Workload(
+        context=context, slots=slots, pool=pool, rooms=tuple(rooms), chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds
+    )
     if choices:
         work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
     return work, choices
@@ -104,7 +120,7 @@ def plan(
     kv: str | None = None,
     kv_global: str | None = None,
     kv_sliding: str | None = None,
-    slots: int = 1,
+    slots: int | None = 1,
     pool: int | None = None,
     ubatch: int = DEFAULT_CHUNK,
     weights: str | None = None,
@@ -119,7 +135,8 @@ def plan(
     Args:
         source: as `read_model` takes.
         context: tokens of one sequence; default 32,768 or the model's maximum.
-        slots: sequences at once; pool: tokens that the global layers hold of all of them, default a context of each.
+        slots: sequences at once; None: what `serve` takes by default, see `planner.memory.server_rooms`.
+        pool: tokens that the global layers hold of all sequences, default a context of each.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24", to be used together; default as few of the detected cards
@@ -134,14 +151,16 @@ def plan(
     stored = stored_weights(model, weights)
     targets = targets_for(gpus, device) if targets is None else list(targets)
     kinds = [CPU if device == "cpu" else None if t.gpu is None else DeviceKind.of(t.gpu) for t in targets]
+    context = min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context
 
     def plan_on(some: Sequence[int]) -> Plan:
         work, _ = work_on(
             model.spec,
             {kind for i in some if (kind := kinds[i])},
-            context=min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context,
-            slots=slots,
+            context=context,
+            slots=1 if slots is None else slots,
             pool=pool,
+            rooms=server_rooms(context, pool) if slots is None else (),
             chunk=ubatch,
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
@@ -197,6 +216,7 @@ def plan_json(p: Plan) -> dict[str, object]:
         "weights_bytes": p.weights_bytes,
         "compute_bytes": p.compute_bytes,
         "total_bytes": p.total_bytes,
+        "kept_bytes": p.kept_bytes,
         "fits": p.fits,
         "max_context": p.max_context,
         "gpus": [
@@ -213,6 +233,18 @@ def plan_json(p: Plan) -> dict[str, object]:
             for s in p.shares
         ],
         "notes": list(p.notes),
+    }
+
+
+def serve_json(p: Plan) -> dict[str, object]:
+    """What `serve` takes by default, of its plan."""
+    return {
+        "slots": p.workload.slots,
+        "pool_tokens": p.workload.pool_tokens,
+        "kv_bytes": p.kv_bytes,
+        "total_bytes": p.total_bytes,
+        "kept_bytes": p.kept_bytes,
+        "why": p.notes[0],
     }
 
 

@@ -12,6 +12,8 @@ A caller's bug (a wrong type, a negative count inside the library) is a plain Va
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 
 class HeadwiseError(Exception):
     """What (one line), why (the numbers), do (a command or setting to paste; computed, not guessed)."""
@@ -22,6 +24,19 @@ class HeadwiseError(Exception):
         super().__init__(what)
         self.what, self.why, self.do = what, why, do
 
+    @property
+    def parts(self) -> tuple[str, str, str]:
+        """What, why, do: as it travels between processes."""
+        return self.what, self.why, self.do
+
+    @property
+    def sentence(self) -> str:
+        """For where there is one line."""
+        return sentence(self.parts)
+
+    def to_json(self) -> dict[str, str]:
+        return {"what": self.what, "why": self.why, "do": self.do}
+
     def __str__(self) -> str:
         lines = [self.what]
         if self.why:
@@ -29,6 +44,11 @@ class HeadwiseError(Exception):
         if self.do:
             lines.append(f"  do:  {self.do}")
         return "\n".join(lines)
+
+
+def sentence(parts: Iterable[str]) -> str:
+    """The parts of an error that there are, in one line."""
+    return ". ".join(part for part in parts if part)
 
 
 class UsageError(HeadwiseError):

@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
+
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
 
 from headwise.errors import UsageError
 
@@ -36,6 +41,7 @@ class Option:
         verbs: whose flag it is.
         default: where nobody says anything; `defaults` has those of single verbs that differ.
         secret: its value is not printed.
+        unset: what happens where nobody says anything and there is no default to name.
     """
 
     name: str
@@ -46,6 +52,7 @@ class Option:
     default: Value = None
     defaults: Mapping[str, Value] = field(default_factory=dict[str, Value])
     secret: bool = False
+    unset: str = ""
 
     @property
     def flag(self) -> str:
@@ -77,8 +84,10 @@ OPTIONS = (
     Option("dtype", "text", (*_LOADING, "plan"), "type of the activations", "f32|bf16|f16"),
     Option("backend", "text", (*_LOADING, "explain"), "force backends, where their rows take the layers", "X|sliding=X,global=Y"),
     Option("allow_fallback", "switch", _LOADING, "accept layers that do not run fused", default=False),
-    Option("slots", "whole", ("serve", "plan"), "sequences at once", "N", 1),
-    Option("pool", "whole", ("serve", "plan"), "tokens that global layers hold of all sequences; default a context each", "N"),
+    Option("slots", "whole", ("serve", "plan"), "sequences at once; serve: default up to 4, without a shorter context", "N",
+           unset="serve: up to 4, as many as fit without a shorter context, because agents make parallel calls"),
+    Option("pool", "whole", ("serve", "plan"), "tokens that global layers hold of all sequences; default a context each", "N",
+           unset="a context for each slot; with slots unset too, as many as fit"),
     Option("deterministic", "switch", ("serve",), "answers do not depend on what else runs", default=False),
     Option("speculate", "switch", ("serve",), "draft tokens from what a text repeats, where that pays", default=True),
     Option("max_tokens", "whole", ("run", "serve"), "of an answer, default 128; serve: of those whose request sets none",
@@ -89,6 +98,7 @@ OPTIONS = (
     Option("seed", "whole", ("run",), "the same seed gives the same tokens", "S"),
     Option("host", "text", ("serve",), "default: this machine only", "ADDRESS", "127.0.0.1"),
     Option("port", "whole", ("serve",), "default 7433; 0 takes a free one", "N", 7433),
+    Option("ollama_compat", "switch", ("serve",), "also on 127.0.0.1:11434, where clients look for Ollama", default=False),
     Option("api_key", "text", ("serve",), "what clients must send; default: none", "KEY", secret=True),
     Option("alias", "list", ("serve",), "a further name of the first model; repeat for several", "NAME", default=[]),
     Option("keep_alive", "text", ("serve",), "how long an idle model stays; default: for ever if named at start, else 5m", "10m"),
@@ -240,6 +250,22 @@ def _wrong(option: Option, where: str, shown: str) -> UsageError:
     example = {"text": '"..."', "whole": "8", "number": "0.5", "switch": "true", "list": '["a", "b"]'}[option.kind]
     do = f"{option.name} = {example}" if ":" in where else f"{where}={'a,b' if option.kind == 'list' else example.strip(chr(34))}"
     return UsageError(f"{where} must be {_KINDS[option.kind]}", why=f"{option.flag}: {option.help}{shown}", do=do)
+
+
+def settings_view(found: Sequence[Setting]) -> RenderableType:
+    """A row an option and value, with who said it and the verbs that it holds for."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for head in ("option", "value", "said by", "for"):
+        table.add_column(head, overflow="fold")
+    rows: dict[tuple[str, str, str], list[str]] = {}
+    for s in found:
+        unset = f"({s.option.unset})" if s.option.unset else ""
+        value = "(hidden)" if s.option.secret and s.value else unset if s.value is None else json.dumps(s.value)
+        rows.setdefault((s.option.name, value, s.source), []).append(s.verb)
+    order = [o.name for o in OPTIONS]
+    for (name, value, source), whose in sorted(rows.items(), key=lambda row: order.index(row[0][0])):
+        table.add_row(name, Text(value), Text(source), ", ".join(whose), style=None if source != "default" else "dim")
+    return table
 
 
 def settings_json(found: Sequence[Setting]) -> dict[str, object]:

@@ -11,13 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from headwise.cli import _parser, main
+from headwise.arguments import parser
+from headwise.cli import main
 from headwise.errors import UsageError
-from headwise.options import OPTIONS, VERBS, fill, settings
+from headwise.options import BY_NAME, OPTIONS, VERBS, fill, settings
+from headwise.planner.memory import SERVE_SLOTS
 
 
 def resolved(verb: str, argv: list[str], env: dict[str, str], directory: Path) -> dict[str, object]:
-    args = _parser().parse_args([verb, *argv])
+    args = parser().parse_args([verb, *argv])
     fill(args, verb, env, directory)
     return vars(args)
 
@@ -137,8 +139,8 @@ def test_a_variable_is_refused_where_it_is_misspelt_and_let_be_where_it_is_none_
 def test_the_flags_are_the_table(verb: str) -> None:
     """A second list would drift."""
     names = {o.name for o in OPTIONS if verb in o.verbs}
-    parsed = _parser().parse_args([verb])
-    action = next(a for a in _parser()._actions if getattr(a, "choices", None) and verb in a.choices)
+    parsed = parser().parse_args([verb])
+    action = next(a for a in parser()._actions if getattr(a, "choices", None) and verb in a.choices)
     flags = {a.dest for a in action.choices[verb]._actions}
 
     assert names <= flags
@@ -168,6 +170,19 @@ def test_a_wrong_file_stops_a_command_with_status_2(
 
     assert main(["plan", "gemma-4-e2b", "--json"]) == 2
     assert "slots is one" in json.loads(capsys.readouterr().out)["error"]["do"]
+
+
+def test_slots_that_nobody_sets_are_said_with_their_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The planner's number stands in the words of the option: an import would cost every start a fifth of a second."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    assert main(["config", "serve"]) == 0
+    assert "agents make parallel" in capsys.readouterr().out
+    for words in (BY_NAME["slots"].help, BY_NAME["slots"].unset):
+        assert f"up to {SERVE_SLOTS}" in words
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

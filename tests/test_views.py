@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 
 import pytest
 from checkpoints import load
@@ -131,3 +132,20 @@ def test_the_prompt_comes_from_standard_input(capsys: pytest.CaptureFixture[str]
 
     assert main(["run", "-", "--max-tokens", "1", "--device", "cpu", "--no-check", "--json"]) == 0
     assert '"prefill_tokens": 7' in capsys.readouterr().out
+
+
+def test_a_plan_says_what_serve_takes_and_what_it_keeps(capsys: pytest.CaptureFixture[str]) -> None:
+    """`run` has one sequence; who reads its plan and starts a server met other numbers there."""
+    asked = ["plan", "gemma-4-31b", "--gpu", "rtx5090", "--weights", "q4_k_m", "--context", "32768"]
+    main(asked)
+    text = " ".join(capsys.readouterr().out.split())
+    main([*asked, "--json"])
+    by_default = json.loads(capsys.readouterr().out)["serve"]
+    main([*asked, "--slots", "4", "--json"])
+    said = json.loads(capsys.readouterr().out)
+
+    assert "`headwise serve` with 4 slots" in text
+    assert "4 slots by default: agents make parallel calls" in text
+    assert by_default["total_bytes"] == said["total_bytes"]
+    assert by_default["kept_bytes"] == said["kept_bytes"] == 5 * said["kv"]["sliding_bytes"] // 4
+    assert said["serve"] is None

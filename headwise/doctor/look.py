@@ -21,6 +21,8 @@ from headwise.doctor.rules import settings
 from headwise.doctor.servers import Http, Server, Transport, http_at, identify
 from headwise.doctor.verdicts import flags
 from headwise.errors import HeadwiseError, ProbeError, UsageError
+from headwise.hardware.gpus import Gpu
+from headwise.spec.layers import ModelSpec
 
 
 @contextmanager
@@ -172,18 +174,18 @@ def _output(folder: Path) -> Path | None:
     return None
 
 
-def of_process(p: Process, env: Mapping[str, str]) -> Diagnosis:
+def of_process(p: Process, env: Mapping[str, str], *, model: ModelSpec | None = None, gpus: Sequence[Gpu] = ()) -> Diagnosis:
     """From its log, where its output goes to a file that may be read; else from its command line and environment alone."""
     more = [*_environment(p, env)]
     if p.log is not None:
         with contextlib.suppress(OSError), p.log.open("rb") as file:
-            found = diagnose(file, str(p.log), env=env)
+            found = diagnose(file, str(p.log), model=model, env=env, gpus=gpus)
             if found.engine is not None:
                 return replace(found, findings=worst_first((*found.findings, *more)))
     load = Load(p.name, "vllm" if p.engine == "vllm" else "ggml")
     for fact in requests_of(p.engine, p.argv, Evidence(p.name, None, " ".join(p.argv)[:400])):
         load.add(fact)
-    return of_load(load, env=env, more=more)
+    return of_load(load, model=model, env=env, more=more, gpus=gpus)
 
 
 def requests_of(engine: Engine, argv: Sequence[str], where: Evidence) -> Iterator[Fact]:
@@ -225,7 +227,7 @@ def _environment(p: Process, shell: Mapping[str, str]) -> Iterator[Finding]:
         )
 
 
-def of_server(server: Server, env: Mapping[str, str]) -> Diagnosis:
+def of_server(server: Server, env: Mapping[str, str], *, model: ModelSpec | None = None, gpus: Sequence[Gpu] = ()) -> Diagnosis:
     """What a live server says of itself: which model and context, and nothing about attention."""
     engine: Engine = "vllm" if server.engine == "openai" else server.engine
     load = Load("ollama" if engine == "ollama" else "server", "vllm" if engine == "vllm" else "ggml")
@@ -237,7 +239,7 @@ def of_server(server: Server, env: Mapping[str, str]) -> Diagnosis:
         load.add(Fact("model_file", {"path": server.path or server.model}, said))
     if server.context and engine == "llama.cpp":
         load.add(Fact("slots", {"slots": 1, "context": server.context}, said))
-    found = of_load(load, env=env)
+    found = of_load(load, model=model, env=env, gpus=gpus)
     return replace(found, model=server.model or found.model, version=server.version or found.version)
 
 
@@ -267,13 +269,19 @@ def around(
     return sorted(found, key=lambda d: not d.wrong)
 
 
-def at_url(url: str, env: Mapping[str, str], *, key: str | None = None) -> Diagnosis:
-    """The server at `url`; where it runs here and its log can be found, that log is read too."""
+def at_url(
+    url: str, env: Mapping[str, str], *, key: str | None = None, model: ModelSpec | None = None, gpus: Sequence[Gpu] = ()
+) -> Diagnosis:
+    """The server at `url`; where it runs here and its log can be found, that log is read too.
+
+    Args:
+        model, gpus: as `diagnose` takes them.
+    """
     server = identify(http_at(url, key=key))
-    return beside(server, env) or of_server(server, env)
+    return beside(server, env, model=model, gpus=gpus) or of_server(server, env, model=model, gpus=gpus)
 
 
-def beside(server: Server, env: Mapping[str, str]) -> Diagnosis | None:
+def beside(server: Server, env: Mapping[str, str], *, model: ModelSpec | None = None, gpus: Sequence[Gpu] = ()) -> Diagnosis | None:
     """The diagnosis of a server's own process, where it is one of this machine's."""
     transport = server.transport
     if not isinstance(transport, Http) or not transport.local:
@@ -281,4 +289,4 @@ def beside(server: Server, env: Mapping[str, str]) -> Diagnosis | None:
     running = [p for p in processes() if p.engine == server.engine]
     port = str(transport.port)
     mine = [p for p in running if port in p.argv or f"--port={port}" in p.argv] or (running if len(running) == 1 else [])
-    return of_process(mine[0], env) if mine else None
+    return of_process(mine[0], env, model=model, gpus=gpus) if mine else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
@@ -12,11 +11,9 @@ import torch
 
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.errors import UsageError
+from headwise.hardware.names import device_name
 from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Target
-
-_NAME = re.compile(r"(?P<type>[a-z]+)(:(?P<index>\d{1,3}))?(:(?P<size>\d{1,6}(\.\d{1,9})?)(?P<unit>GiB|MiB)?)?")
-_UNITS = {"GiB": 2**30, "MiB": 2**20, None: 2**30}
 
 
 class Seat(NamedTuple):
@@ -61,23 +58,12 @@ def seats(asked: str | Sequence[str] | None) -> tuple[list[Seat], bool]:
 
 
 def _seat(name: str) -> Seat:
-    m = _NAME.fullmatch(name)
-    if m is None or (m["type"] == "cpu" and m["index"]):
-        raise UsageError(
-            f"unknown device {name!r}",
-            why="a device is cpu, cuda or cuda:N, and with a limit cuda:N:12GiB",
-            do="--device cpu or --gpu 0,1",
-        )
-    if m["type"] not in ("cpu", "cuda"):
-        raise UsageError(f"device {name!r} is not supported", why="headwise runs on CPU and CUDA", do="--device cpu")
-    limit = None if m["size"] is None else int(float(m["size"]) * _UNITS[m["unit"]])
-    if m["type"] == "cpu":
-        return Seat(torch.device("cpu"), limit)
-    _require_cuda()
-    index = int(m["index"] or 0)
-    if index >= (n := torch.cuda.device_count()):
-        raise UsageError(f"there is no cuda:{index}", why=f"PyTorch sees {n}, from cuda:0 on", do="--gpu 0")
-    return Seat(torch.device("cuda", index), limit)
+    found = device_name(name)
+    if found.type == "cuda":
+        _require_cuda()
+        if found.index >= (n := torch.cuda.device_count()):
+            raise UsageError(f"there is no {found.device}", why=f"PyTorch sees {n}, from cuda:0 on", do="--gpu 0")
+    return Seat(torch.device(found.device), found.limit_bytes)
 
 
 def _require_cuda() -> None:

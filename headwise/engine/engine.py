@@ -165,8 +165,7 @@ class Engine:
                     )
                 constraint = self._constraint(request, min(room, request.sampling.max_tokens))
             except HeadwiseError as error:
-                said = (error.what, error.why, error.do)
-                self.emit(Finish(request=request.id, reason="error", prompt_tokens=len(request.prompt), error=said))
+                self.emit(Finish(request=request.id, reason="error", prompt_tokens=len(request.prompt), error=error.parts))
                 return
             r = _Running(request, Sampler(request.sampling), constraint, list(request.prompt), w.arrived, now)
         r.slot, r.done, r.parting = self.prefixes.admit(r.tokens)
@@ -201,7 +200,7 @@ class Engine:
             best = logits.argmax(-1).tolist()
         except HeadwiseError as error:
             for r, _ in due:
-                self._finish(r, "error", (error.what, error.why, error.do))
+                self._finish(r, "error", error.parts)
             return
         if all(r.answers for r, _ in due) and len({n for _, n in due}) == 1:
             key, seconds = (len(due), due[0][1]), time.perf_counter() - start
@@ -313,9 +312,7 @@ class Engine:
 
 
 def _copies(llm: LLM) -> int:
-    """Copies of rings: one a slot, and one for what prompts begin with; none where the host has no room (planned as rings are)."""
+    """Copies of rings: as planned, or as many as the host has room for."""
     if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
-        return llm.plan.workload.slots + 1  # of pages alone
-    most = llm.plan.workload.slots + 1
-    need = llm.plan.kv_sliding_bytes // llm.plan.workload.slots * most
-    return most if cpu_memory()[1] >= need + CPU_MARGIN_BYTES else 0
+        return llm.plan.n_copies  # of pages alone
+    return max(0, min(llm.plan.n_copies, (cpu_memory()[1] - CPU_MARGIN_BYTES) // llm.plan.ring_bytes))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from headwise.api import work_on
+from headwise.api import kv_by_kind, work_on
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
@@ -24,7 +24,7 @@ from headwise.engine.sample import Sampler
 from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.model.arena import TORCH
-from headwise.planner.memory import DEFAULT_CHUNK, Plan, Workload, fewest, plan
+from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest, plan
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
 from headwise.spec.layers import ModelSpec
@@ -138,6 +138,7 @@ class LLM:
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
         slots: sequences at once; `generate`, `stream` and `logits` use the first.
         pool: tokens that the global layers hold of all sequences together; default `context` of each.
+        rooms: in place of both, the first that fits; see `planner.memory.server_rooms`.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -157,6 +158,7 @@ class LLM:
         backend: str | Mapping[str, str] | None = None,
         slots: int = 1,
         pool: int | None = None,
+        rooms: Sequence[Room] = (),
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -173,18 +175,14 @@ class LLM:
                 f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH"
             )
         self.spec = self.source.spec
-        names = {"global": None, "sliding": None} | ({"global": kv, "sliding": kv} if isinstance(kv, str) else dict(kv or {}))
-        if unknown := set(names) - {"global", "sliding"}:
-            raise UsageError(
-                f"kv names {sorted(unknown)[0]!r}", why="a layer is global or sliding", do='kv={"global": T, "sliding": T}'
-            )
         allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
             "slots": slots,
             "pool": pool,
+            "rooms": rooms,
             "chunk": chunk,
-            "kv": names,
+            "kv": kv_by_kind(kv),
             "dtype": dtype,
             "forced": forced_backends(backend),
         }

@@ -31,7 +31,7 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
         llm = LLM(model, **how, progress=lambda *said: send(("loading", *said)))
         engine = Engine(llm, send, **{k: settings[k] for k in ENGINE_SETTINGS if k in settings})
     except HeadwiseError as error:
-        send(("refused", type(error).__name__, error.what, error.why, error.do))
+        send(("refused", type(error).__name__, *error.parts))
         return
     for stage in llm.runner.stages:
         decoder = stage.decoder
@@ -71,7 +71,7 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
         "device": llm.where,
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
-        "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.kv_sliding_bytes // llm.plan.workload.slots},
+        "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.ring_bytes},
         "measured": {
             "weights_bytes": allocated_bytes([s.weights for s in llm.runner.stages]),
             "kv_global_bytes": cache_bytes("global"),

@@ -23,6 +23,7 @@ GPU_MARGIN_BYTES = 768 * MIB  # driver context, cuBLAS workspace and allocator r
 CPU_MARGIN_BYTES = 512 * MIB  # the Python process with PyTorch loaded
 DEFAULT_CHUNK = 512
 MAX_TOKENS = 2**63 - 1
+SERVE_SLOTS = 4  # most that a server takes unasked: agents make parallel calls
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +41,28 @@ class Target:
         return max(0, self.total_bytes - self.others_bytes - self.margin_bytes)
 
 
+class Room(NamedTuple):
+    """Sequences at once, and the tokens that global layers hold of them together; None: a context each."""
+
+    slots: int
+    pool: int | None
+
+
+def server_rooms(context: int, pool: int | None = None) -> tuple[Room, ...]:
+    """What a server takes when nobody says how many sequences it is to serve at once: the first of these that fits.
+
+    Every sequence may always have the whole context, so a user alone loses nothing. Sequences come before pages: one more costs
+    rings only, and where pages run short the youngest waits.
+
+    Args:
+        pool: where it is said it stays so.
+    """
+    if pool is not None:
+        return tuple(Room(n, pool) for n in range(SERVE_SLOTS, 0, -1))
+    whole = -(-context // PAGE_TOKENS) * PAGE_TOKENS
+    return tuple(Room(n, None if k == n else k * whole) for n in range(SERVE_SLOTS, 0, -1) for k in range(n, 0, -1))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
     """What the model is to hold at once."""
@@ -47,6 +70,7 @@ class Workload:
     context: int  # tokens of prompt and answer of one sequence
     slots: int = 1  # sequences at once
     pool: int | None = None  # tokens that the global layers hold of all sequences together; None: `context` of each
+    rooms: tuple[Room, ...] = ()  # in place of both: the first that fits, the last if none does
     chunk: int = DEFAULT_CHUNK  # most tokens of one prefill step
     kv: Mapping[Kind, KVFormat]
     dtype: str  # of the activations
@@ -149,6 +173,21 @@ class Plan:
         return sum(s.kv_sliding_bytes for s in self.stages)
 
     @property
+    def ring_bytes(self) -> int:
+        """What one sequence has in sliding layers."""
+        return self.kv_sliding_bytes // self.workload.slots
+
+    @property
+    def n_copies(self) -> int:
+        """Rings that a server copies to host memory for prompts to come: one a slot, and one for what prompts begin with."""
+        return self.workload.slots + 1
+
+    @property
+    def kept_bytes(self) -> int:
+        """Host memory of those copies; not part of `total_bytes`: `run` makes none."""
+        return self.n_copies * self.ring_bytes
+
+    @property
     def compute_bytes(self) -> int:
         return sum(s.compute_bytes for s in self.stages)
 
@@ -192,27 +231,47 @@ def check_workload(spec: ModelSpec, w: Workload, *, limit: bool = True) -> None:
 def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Sequence[Target] = ()) -> Plan:
     """The plan for `w` on `targets`.
 
+    `max_context` is that of the last of its rooms, where it has several.
+
     Args:
         stored: our tensor name -> the type its weights are stored in (`quantise.weight_types`, `weights.names`).
     Raises:
         UsageError, PlanError: a number that makes no sense, a context beyond the model's maximum, a KV type that does
             not fit a head. Not fitting is no error: `fits` says so.
     """
-    check_workload(spec, w)
-    asked, w = w, w.at(w.context)
+    tries = [replace(w, slots=room.slots, pool=room.pool, rooms=()) for room in w.rooms] or [w]
+    check_workload(spec, tries[-1])
     resident = resident_types(spec, stored, cpu=w.cpu, dtype=w.dtype)
     sizes = weight_bytes(spec, resident)
-    stages, used = _split(spec, sizes, w, _quantised(spec, w, resident), targets)
-    return Plan(
-        spec=spec,
-        workload=w,
-        stored=stored,
-        resident=resident,
-        stages=stages,
-        targets=used,
-        max_context=max_context(spec, sizes, asked, resident, targets) if targets else None,
-        notes=tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used)),
-    )
+    quantised = _quantised(spec, w, resident)
+
+    def planned(w: Workload) -> Plan:
+        w = w.at(w.context)
+        stages, used = _split(spec, sizes, w, quantised, targets)
+        notes = tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
+        return Plan(spec=spec, workload=w, stored=stored, resident=resident, stages=stages, targets=used, notes=notes)
+
+    if not targets:
+        return planned(tries[-1])
+    found = next((p for t in tries[:-1] if _holds_copies(p := planned(t))), None) or planned(tries[-1])
+    notes = (_room_words(found), *found.notes) if w.rooms else found.notes
+    return replace(found, notes=notes, max_context=max_context(spec, sizes, tries[-1], resident, targets))
+
+
+def _holds_copies(p: Plan) -> bool:
+    """Whether it fits, on the CPU with the copies of rings, which lie in the same memory."""
+    free = sum(s.target.usable_bytes - s.planned_bytes for s in p.shares)
+    return bool(p.fits) and (not p.workload.cpu or p.kept_bytes <= free)
+
+
+def _room_words(p: Plan) -> str:
+    """Why a server that was not told how many slots to take has so many."""
+    w = p.workload
+    if w.slots == 1:
+        return f"1 slot by default: the rings of a second sequence do not fit beside {w.context:,} tokens of context"
+    most = "" if w.slots == SERVE_SLOTS else f", of {SERVE_SLOTS} at most"
+    pages = "pages for all of it each" if w.pool_tokens >= w.slots * w.context else f"{w.pool_tokens:,} tokens of pages together"
+    return f"{w.slots} slots by default{most}: agents make parallel calls; each may have the whole context, and there are {pages}"
 
 
 class _Quantised(NamedTuple):

@@ -70,7 +70,8 @@ def parts_of(plan: Plan | StagePlan) -> list[tuple[str, int]]:
     ]
 
 
-def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> RenderableType:
+def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = (), served: Plan | None = None) -> RenderableType:
+    """A plan; with `served`, the plan of `serve` where nobody says how many slots, a word on that."""
     w = plan.workload
     head = Text(f"{plan.spec.name}: {w.context:,} tokens", style="bold")
     if w.slots > 1:
@@ -99,8 +100,19 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = ()) -> Renderable
         rows.append(verdict)
     else:
         rows.append(Text("no GPU given and none detected: --gpu NAME[:GiB] says whether it fits", style="dim"))
-    rows += [Text(f"note: {note}", style="dim") for note in plan.notes]
+    if served or w.slots > 1:
+        rows.append(_served_view(served or plan))
+    rows += [Text(f"note: {note}", style="dim") for note in (*plan.notes, *(served.notes[:1] if served else ()))]
     return Group(*rows)
+
+
+def _served_view(p: Plan) -> Text:
+    """What `serve` takes, and the copies of rings beside the plan."""
+    w = p.workload
+    head = f"\n`headwise serve` with {w.slots} slot{'s' * (w.slots > 1)}"
+    pages = f": {gib(p.total_bytes)}, pages for {w.pool_tokens:,} tokens in all"
+    copies = f"; beside it {gib(p.kept_bytes)} of host memory for copies of rings, from which the next turn goes on"
+    return Text.assemble((head, "bold"), pages, copies if p.kept_bytes else "")
 
 
 def _share_view(plan: Plan, share: Share, ceiling: Ceiling | None) -> RenderableType:

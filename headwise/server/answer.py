@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from headwise.engine.request import Event, Finish, Grammar, Prefill, Request, Sampling, Token
-from headwise.errors import HeadwiseError
+from headwise.errors import HeadwiseError, sentence
 from headwise.server.ask import (
     Ask,
     Done,
@@ -129,7 +129,7 @@ def prompt_ids(ask: Ask, model: Served) -> list[int]:
         if isinstance(ask.prompt, str):
             return model.tokenizer.encode(ask.prompt)
     except HeadwiseError as error:
-        raise bad(" ".join(part for part in (f"{error.what}.", error.why) if part)) from error
+        raise bad(sentence((error.what, error.why))) from error
     ids = list(ask.prompt)
     if any(not 0 <= i < model.source.spec.vocab_size for i in ids):
         raise bad(f"a token id is not below {model.source.spec.vocab_size}", "prompt")
@@ -362,8 +362,7 @@ class _Reader:
     def _finish(self, event: Finish) -> list[Happening]:
         if event.reason in ("error", "cancelled"):
             self.ended = True
-            what, why, do = event.error or ("the request was cancelled", "", "")
-            return [Failed(". ".join(part for part in (what, why, do) if part), event.retry)]
+            return [Failed(sentence(event.error or ("the request was cancelled",)), event.retry)]
         out = self._text(self.stream.flush(), final=True)
         if self.ended:  # a stop text came with the last letters
             return out

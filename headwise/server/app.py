@@ -12,6 +12,7 @@ import hmac
 import ipaddress
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,12 +25,14 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from headwise.server import anthropic, chat, metrics, ollama, openapi, page, pull, responses
-from headwise.server.answer import Prepared, Served, happenings, prepare, prompt_ids
-from headwise.server.ask import Ask, Happening, Opening, Refusal, Waiting, bad
+from headwise.server.answer import HEARTBEAT_S, Prepared, Served, happenings, prepare, prompt_ids
+from headwise.server.ask import Ask, Failed, Happening, Opening, Refusal, Waiting, bad
 from headwise.server.models import Models, Place
 from headwise.server.state import health, ready, state
+from headwise.spec.shelf import Held
 
 BODY_BYTES = 32 * 1024 * 1024
+SOON_S = 0.05  # a stream's first event waits for no more
 BODY_S = 30.0  # without a byte of a body that is not complete
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 _OPEN = ("/health", "/ready", "/metrics", "/")  # without an API key
@@ -155,6 +158,7 @@ class _Rooms:
 
     def __init__(self, models: Models) -> None:
         self.models = models
+        self._encoders = ThreadPoolExecutor(2, "headwise-encoder")  # of their own: long prompts must not delay a look at a name
 
     async def _model(self, name: object) -> Served:
         """A model by name, as it would meet a request. Raises Refusal: there is none."""
@@ -173,17 +177,19 @@ class _Rooms:
             ask = protocol.parse(body)
             if not ask.client:
                 ask = replace(ask, client=_client(request))
-            place = await self._place(ask)
-            prepared = await asyncio.to_thread(prepare, ask, place.model)
-            opening = Opening(place.model.name, prepared.prompt_tokens)
+            held = await asyncio.to_thread(self.models.find, ask.model)
+            work = asyncio.create_task(self._prepared(held, ask))
             if ask.stream:
+                await asyncio.wait({work}, timeout=SOON_S)  # a refusal that comes soon has a status of its own
+                n_tokens = work.result()[1].prompt_tokens if work.done() else 0
                 return StreamingResponse(
-                    self._stream(protocol, prepared, place, opening),
+                    self._stream(protocol, ask, Opening(held.name, n_tokens), work),
                     media_type=protocol.media_type,
                     headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
                 )
+            place, prepared = await work
             happened = await self._collected(request, prepared, place)
-            return JSONResponse(protocol.whole(ask, opening, happened))
+            return JSONResponse(protocol.whole(ask, Opening(held.name, prepared.prompt_tokens), happened))
 
         return handle
 
@@ -198,9 +204,25 @@ class _Rooms:
         await place.load()
         return JSONResponse(ollama.loaded(place.held.name, "load", chat=chat))
 
-    async def _stream(self, protocol: Protocol, prepared: Prepared, place: Place, opening: Opening) -> AsyncIterator[bytes]:
-        renderer = protocol.stream(prepared.ask, opening)
+    async def _prepared(self, held: Held, ask: Ask) -> tuple[Place, Prepared]:
+        place = await self.models.place(held, context=ask.context, keep_s=ask.keep_s)
+        return place, await asyncio.get_running_loop().run_in_executor(self._encoders, prepare, ask, place.model)
+
+    async def _stream(
+        self, protocol: Protocol, ask: Ask, opening: Opening, work: asyncio.Task[tuple[Place, Prepared]]
+    ) -> AsyncIterator[bytes]:
+        """The client hears at once, also while hundreds of prompts before its own become tokens."""
+        renderer = protocol.stream(ask, opening)
         yield b"".join(renderer.start())
+        try:
+            while not (await asyncio.wait({work}, timeout=HEARTBEAT_S))[0]:
+                yield b"".join(renderer.frames(Waiting(0, "queue", 0, 0, 0)))
+            place, prepared = work.result()
+        except Refusal as refusal:
+            yield b"".join(renderer.frames(Failed(refusal.message, refusal.status >= 500, refusal.code)))
+            return
+        finally:
+            work.cancel()
         async with contextlib.aclosing(happenings(prepared, place.model, place)) as stream:
             async for happening in stream:
                 yield b"".join(renderer.frames(happening))
@@ -235,11 +257,10 @@ class _Rooms:
     async def ready(self, _: Request) -> Response:
         """Of each loaded model, every self-check of every backend in use passed, and a prompt of production length was answered.
 
-        Idle is ready: a request loads.
+        Idle is ready: a request loads. So is a server with a ready model while a further one loads.
         """
-        found = [ready(m) for m in self.models.loaded.values() if not m.ending]
-        fine = all(m["ready"] for m in found) and (bool(found) or not self.models.failed)
-        return JSONResponse({"ready": fine, "models": found}, 200 if fine else 503)
+        body = ready(self.models)
+        return JSONResponse(body, 200 if body["ready"] else 503)
 
     async def metrics(self, _: Request) -> Response:
         """Prometheus's text format."""

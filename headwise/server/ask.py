@@ -169,10 +169,11 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The end of the request by an error. `retry`: the engine was at fault."""
+    """The end of the request by an error. `retry`: the engine was at fault. `code`: as of a `Refusal`."""
 
     message: str
     retry: bool
+    code: str = "invalid_request_error"
 
 
 Happening = Waiting | Text | Thought | ToolCall | Done | Failed

@@ -298,7 +298,7 @@ def _said_to(ask: Ask, name: str, arguments: str) -> tuple[str, str, str]:
 
 
 def failure(failed: Failed) -> Refusal:
-    return Refusal(503 if failed.retry else 400, "server_error" if failed.retry else "invalid_request_error", failed.message)
+    return Refusal(503 if failed.retry else 400, "server_error" if failed.retry else failed.code, failed.message)
 
 
 def whole(ask: Ask, opening: Opening, happened: Iterable[Happening]) -> dict[str, Any]:

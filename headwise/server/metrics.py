@@ -25,9 +25,8 @@ def _fact(loaded: Loaded | None, *path: str) -> Any:
 
 
 def _used(loaded: Loaded | None) -> float:
-    if loaded is None:
-        return 0.0
-    return min(1.0, loaded.engine.held_tokens() / (loaded.context * loaded.engine.settings.get("slots", 1)))
+    pool = _fact(loaded, "plan", "pool_tokens")
+    return min(1.0, loaded.engine.held_tokens() / pool) if loaded and pool else 0.0
 
 
 ROWS: tuple[Row, ...] = (

@@ -23,9 +23,10 @@ from typing import Any
 from headwise import api
 from headwise.engine.process import STALL_S, EngineProcess, Totals
 from headwise.engine.request import Event, Finish, Prefill, Request
-from headwise.errors import HeadwiseError, PlanError
+from headwise.errors import HeadwiseError, PlanError, UsageError
+from headwise.hardware.names import device_name
 from headwise.hardware.probe import Device, cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Target
+from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Room, Target, Workload, server_rooms
 from headwise.planner.render import gib
 from headwise.server.answer import Served, served
 from headwise.server.ask import Refusal, bad
@@ -39,7 +40,6 @@ KEEP_S = 300.0  # Ollama's default
 FAILED_S = 10.0  # a model that could not be loaded is not tried again at once
 _SHELF_S = 5.0
 _TOKENIZERS = 8  # of models that are not loaded
-_DEVICE = re.compile(r"(cpu|cuda:\d+)(?::(\d+(?:\.\d+)?)(GiB|MiB)?)?")  # as engine.devices reads it, without PyTorch
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -69,6 +69,7 @@ class Loaded:
 
     Args:
         n_bytes: planned, with the margin of its process.
+        rooms: how many slots and pages its engine may take, the best first; none where they are said.
         keep_s: how long it stays when its last request has ended.
         uses: requests that hold it.
         turn: when its last request ended, as a count.
@@ -82,6 +83,7 @@ class Loaded:
     context: int
     engine: EngineProcess
     n_bytes: int
+    rooms: Sequence[Room]
     keep_s: float
     uses: int = 0
     turn: int = 0
@@ -105,6 +107,7 @@ class _Want:
     context: int
     keep_s: float | None
     n_bytes: int
+    rooms: Sequence[Room]
     granted: asyncio.Future[Loaded]
 
 
@@ -153,7 +156,8 @@ class Models:
 
     Args:
         named: given at start, the first is loaded at once and is meant where a request names none.
-        settings: as `LLM` takes them, the same for all; without a context, 32,768 or the model's maximum.
+        settings: as `LLM` takes them, the same for all; without a context, 32,768 or the model's maximum; without slots, those of
+            `planner.memory.server_rooms` that fit beside the other models.
         env: the environment, for the places of Ollama's store.
         max_tokens: of answers whose request sets no limit.
         keep_s: of models whose requests say nothing; None: for ever for those named at start, 5 minutes for others.
@@ -295,25 +299,32 @@ class Models:
         loaded = self.loaded.get(held.name)
         wanted = max(context or 0, model.context)
         if loaded and wanted <= loaded.context:
-            n_bytes = loaded.n_bytes
+            n_bytes, rooms = loaded.n_bytes, loaded.rooms
         else:
             plan = await self._plan(held, wanted)
             if plan.fits is False and context is not None and context < wanted:  # the client asks for less than is the default
                 wanted, plan = context, await self._plan(held, context)
             if plan.fits is False:
                 raise _too_large(held.name, wanted, plan)
-            n_bytes = self._bytes(plan)
-        return Place(self, held, replace(model, context=context or wanted), wanted, keep_s, n_bytes)
+            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+        return Place(self, held, replace(model, context=context or wanted), wanted, keep_s, n_bytes, rooms)
 
     def _bytes(self, plan: Plan) -> int:
         """What a plan takes of its devices, with the margins of its process and what `engine.prefixes` copies."""
-        slots = plan.workload.slots
-        kept = plan.kv_sliding_bytes * (slots + 1) // slots if "cpu" in self.devices else 0
+        kept = plan.kept_bytes if "cpu" in self.devices else 0
         return plan.total_bytes + kept + sum(s.target.margin_bytes for s in plan.shares)
+
+    def _rooms(self, w: Workload) -> Sequence[Room]:
+        """What an engine may take: as planned, and less where it sees less memory; nothing to choose where slots are said."""
+        if self.settings.get("slots") is not None:
+            return ()
+        rooms = server_rooms(w.context, self.settings.get("pool"))
+        return rooms[rooms.index(Room(w.slots, w.pool)) :]
 
     async def _plan(self, held: Held, context: int) -> Plan:
         """The plan of a model alone with what others, not our models, hold of the devices now; that bounds all ours from now on.
 
+        Slots that nobody asked for take no room of models that are loaded or were named at start, where the device is one.
         Ours are counted as planned: a cache that was never written to is not in use yet, and will be. Of several devices the sum
         is counted: how ours lie on each is for their engines to plan, which refuse what a single card has no room for.
         """
@@ -328,12 +339,23 @@ class Models:
             self._used = used
         others = self._used if len(used) > 1 else [max(self._used[0], used[0] - ours)]
         self._capacity = sum(totals) - max(sum(others), sum(used) - ours)
-        return await asyncio.to_thread(self._plan_beside, held, context, totals, others)
+        return await asyncio.to_thread(self._roomiest, held, context, totals, others)
 
-    def _plan_beside(self, held: Held, context: int, totals: Sequence[int], others: Sequence[int]) -> Plan:
+    def _roomiest(self, held: Held, context: int, totals: Sequence[int], others: Sequence[int]) -> Plan:
+        if self.settings.get("slots") is None and len(others) == 1:
+            beside = sum(m.n_bytes for m in self.loaded.values() if m.name != held.name)
+            for named in self.named:
+                if named.name != held.name and named.name not in self.loaded:
+                    with contextlib.suppress(Refusal):
+                        beside += self._bytes(self._plan_beside(named, self.context(named), totals, others, slots=1))
+            if beside and (plan := self._plan_beside(held, context, totals, [others[0] + beside])).fits:
+                return plan
+        return self._plan_beside(held, context, totals, others)
+
+    def _plan_beside(
+        self, held: Held, context: int, totals: Sequence[int], others: Sequence[int], slots: int | None = None
+    ) -> Plan:
         s, cpu = self.settings, "cpu" in self.devices
-        kv = s.get("kv")
-        names = dict.fromkeys(("global", "sliding"), kv) if kv is None or isinstance(kv, str) else dict(kv)
         targets = [
             Target(
                 name=device,
@@ -345,12 +367,13 @@ class Models:
             for device, total, of_others in zip(self.devices, totals, others, strict=True)
         ]
         try:
+            kv = api.kv_by_kind(s.get("kv"))
             return api.plan(
                 self.source(held),
                 context=context,
-                kv_global=names.get("global"),
-                kv_sliding=names.get("sliding"),
-                slots=s.get("slots") or 1,
+                kv_global=kv["global"],
+                kv_sliding=kv["sliding"],
+                slots=slots or s.get("slots"),
                 pool=s.get("pool"),
                 ubatch=s.get("chunk") or DEFAULT_CHUNK,
                 gpus=() if s.get("device") in (None, "cuda") else list(self.devices),  # those named are used together
@@ -359,16 +382,19 @@ class Models:
                 targets=targets,
             )
         except HeadwiseError as error:
-            raise bad(_sentences(error)) from error
+            raise bad(error.sentence) from error
 
     @contextlib.asynccontextmanager
-    async def hold(self, held: Held, *, context: int, keep_s: float | None, n_bytes: int) -> AsyncIterator[Loaded]:
+    async def hold(
+        self, held: Held, *, context: int, keep_s: float | None, n_bytes: int, rooms: Sequence[Room]
+    ) -> AsyncIterator[Loaded]:
         """The loaded model, for as long as the block runs; waits in turn for its memory.
 
         Raises:
             NotLoaded: it cannot be loaded.
         """
-        want = _Want(held=held, context=context, keep_s=keep_s, n_bytes=n_bytes, granted=asyncio.get_running_loop().create_future())
+        granted = asyncio.get_running_loop().create_future()
+        want = _Want(held=held, context=context, keep_s=keep_s, n_bytes=n_bytes, rooms=rooms, granted=granted)
         self._queue.append(want)
         self._arrange()
         try:
@@ -434,7 +460,7 @@ class Models:
             return True
         go = [m for m in staying if m.name in names] + ([there] if there is not None else [])
         if not go and sum(m.n_bytes for m in self.loaded.values()) + want.n_bytes <= self._capacity:
-            self._grant(want, self._start(want.held, want.context, want.n_bytes))
+            self._grant(want, self._start(want.held, want.context, want.n_bytes, want.rooms))
             return True
         for m in go:
             m.leaving = True
@@ -458,12 +484,13 @@ class Models:
 
     # --- processes ---
 
-    def _start(self, held: Held, context: int, n_bytes: int) -> Loaded:
-        engine = EngineProcess(held.loads, {**self.settings, "context": context}, stall_s=self.stall_s)
+    def _start(self, held: Held, context: int, n_bytes: int, rooms: Sequence[Room]) -> Loaded:
+        settings = {**self.settings, "context": context} | ({"slots": 1, "rooms": rooms} if rooms else {})
+        engine = EngineProcess(held.loads, settings, stall_s=self.stall_s)
         engine.totals = self.totals.setdefault(held.name, engine.totals)
         keep_s = self.keep_s if self.keep_s is not None else math.inf if held in self.named else KEEP_S
         probe = Probe(engine, context, self.source(held).spec.vocab_size)
-        loaded = Loaded(held=held, context=context, engine=engine, n_bytes=n_bytes, keep_s=keep_s, probe=probe)
+        loaded = Loaded(held=held, context=context, engine=engine, n_bytes=n_bytes, rooms=rooms, keep_s=keep_s, probe=probe)
         self.loaded[held.name] = loaded
         loaded.task = asyncio.create_task(self._run(loaded))
         return loaded
@@ -521,9 +548,11 @@ class Models:
     async def start(self) -> None:
         """Begins to load the first model; whether it fits, its engine says."""
         n_bytes, context = 0, await asyncio.to_thread(self.context, self.first)
+        rooms = () if self.settings.get("slots") is not None else server_rooms(context, self.settings.get("pool"))
         with contextlib.suppress(Refusal):
-            n_bytes = self._bytes(await self._plan(self.first, context))
-        self._first = self._start(self.first, context, n_bytes).engine
+            plan = await self._plan(self.first, context)
+            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+        self._first = self._start(self.first, context, n_bytes, rooms).engine
         self._started.set()
 
     async def first_engine(self) -> EngineProcess:
@@ -553,6 +582,7 @@ class Place:
         model: with the context that the request may have.
         context: that the model must be loaded with at least.
         n_bytes: what loading it takes.
+        rooms: what its engine may take, see `Loaded`.
     """
 
     models: Models
@@ -561,9 +591,10 @@ class Place:
     context: int
     keep_s: float | None
     n_bytes: int
+    rooms: Sequence[Room]
 
     def _hold(self) -> contextlib.AbstractAsyncContextManager[Loaded]:
-        return self.models.hold(self.held, context=self.context, keep_s=self.keep_s, n_bytes=self.n_bytes)
+        return self.models.hold(self.held, context=self.context, keep_s=self.keep_s, n_bytes=self.n_bytes, rooms=self.rooms)
 
     async def ask(self, request: Request) -> AsyncGenerator[Event, None]:
         """The events of the engine; the time until the model was there is in `queue_s`."""
@@ -575,8 +606,7 @@ class Place:
                         queued = time.perf_counter() - began
                     yield event if queued is None or not isinstance(event, Finish) else replace(event, queue_s=queued)
         except NotLoaded as refused:
-            error = refused.error
-            yield Finish(request=request.id, reason="error", error=(error.what, error.why, error.do), retry=True)
+            yield Finish(request=request.id, reason="error", error=refused.error.parts, retry=True)
 
     async def load(self) -> None:
         """Loads the model and waits until it is there. Raises Refusal: it cannot be loaded."""
@@ -592,8 +622,12 @@ class Place:
 def _devices(asked: str | Sequence[str] | None, env: Mapping[str, str]) -> dict[str, int | None]:
     """Where engines may load, with limits, as far as can be said without PyTorch; an engine on the CPU corrects it."""
     if asked is not None and asked != "cuda":
-        found = [_DEVICE.fullmatch(name) for name in ([asked] if isinstance(asked, str) else asked)]  # the rest an engine refuses
-        return {m[1]: int(float(m[2]) * (2**20 if m[3] == "MiB" else 2**30)) if m[2] else None for m in found if m} or {"cpu": None}
+        found: dict[str, int | None] = {}
+        for name in [asked] if isinstance(asked, str) else asked:
+            with contextlib.suppress(UsageError):  # the engine refuses it
+                named = device_name(name)
+                found[named.device] = named.limit_bytes
+        return found or {"cpu": None}
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -629,11 +663,7 @@ def _card(device: str, env: Mapping[str, str]) -> Device:
 
 
 def _unreadable(error: HeadwiseError) -> Refusal:
-    return Refusal(400, "model_unreadable", _sentences(error), param="model")
-
-
-def _sentences(error: HeadwiseError) -> str:
-    return ". ".join(part for part in (error.what, error.why, error.do) if part)
+    return Refusal(400, "model_unreadable", error.sentence, param="model")
 
 
 def _too_large(name: str, context: int, plan: Plan) -> Refusal:

@@ -54,7 +54,7 @@ async def pulling(models: Models, name: str) -> AsyncIterator[bytes]:
         except _Stopped:
             return {}
         except HeadwiseError as error:
-            return {"error": ". ".join(part for part in (error.what, error.why, error.do) if part)}
+            return {"error": error.sentence}
         return {"status": "success"}
 
     yield line({"status": "pulling manifest"})

@@ -225,9 +225,9 @@ class Responses:
                 else:
                     self.response["completed_at"] = int(self.opening.created)
                 return [*out, self._event(f"response.{self.response['status']}", response=self.response)]
-            case Failed(message, retry):
+            case Failed(message, retry, code):
                 self.item = None
-                code = "server_error" if retry else "invalid_prompt"
+                code = "server_error" if retry else code if code == "context_length_exceeded" else "invalid_prompt"
                 self.response |= {"status": "failed", "error": {"code": code, "message": message}}
                 return [self._event("response.failed", response=self.response)]
 

@@ -18,6 +18,7 @@ from headwise.spec.read import Source
 from headwise.spec.shelf import held
 
 HOST, PORT = "127.0.0.1", 7433
+OLLAMA_ADDRESS = ("127.0.0.1", 11434)  # where clients look for Ollama when nobody tells them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,7 @@ class Options:
 
     Args:
         port: 0 takes a free one.
+        ollama_compat: listens on `OLLAMA_ADDRESS` too; the same there as here.
         aliases: further names of the first model.
         keep_alive: Ollama's: for how long a model stays loaded when nobody uses it; None: for ever those that were named, 5
             minutes others.
@@ -36,6 +38,7 @@ class Options:
 
     host: str = HOST
     port: int = PORT
+    ollama_compat: bool = False
     api_key: str | None = None
     aliases: tuple[str, ...] = ()
     keep_alive: str | None = None
@@ -51,7 +54,7 @@ def serve(
     options: Options,
     *,
     env: Mapping[str, str],
-    on_ready: Callable[[str, EngineProcess], None],
+    on_ready: Callable[[Sequence[str], EngineProcess], None],
 ) -> None:
     """Serves until interrupted.
 
@@ -60,7 +63,7 @@ def serve(
             at once.
         settings: as `LLM` takes them, for all models.
         env: the environment, for the places of Ollama's store.
-        on_ready: called with the URL when the first model is loaded, the first time.
+        on_ready: called with the server's URLs when the first model is loaded, the first time.
     Raises:
         HeadwiseError: the port is taken, the model cannot be loaded, or the server's packages are not installed.
     """
@@ -79,8 +82,8 @@ def serve(
         models.served(models.first)  # its tokenizer is read, or refused, before the port opens
     except Refusal as refusal:
         raise refusal.__cause__ or refusal from None
-    listening = _socket(options.host, options.port)
-    host, port = listening.getsockname()[:2]
+    listening = sockets_of(options)
+    addresses = [s.getsockname()[:2] for s in listening]
     app = create_app(
         models,
         api_key=options.api_key,
@@ -103,10 +106,10 @@ def serve(
         async def announce() -> None:
             engine = await models.first_engine()
             if await engine.until_settled() == "ready":
-                on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}", engine)
+                on_ready([f"http://{f'[{host}]' if ':' in host else host}:{port}" for host, port in addresses], engine)
 
-        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(models, (host, port), os.environ))]
-        await server.serve(sockets=[listening])
+        tasks = [asyncio.create_task(announce()), asyncio.create_task(report(models, addresses[0], os.environ))]
+        await server.serve(sockets=listening)
         for task in tasks:
             task.cancel()
 
@@ -145,7 +148,23 @@ def models_of(
     )
 
 
-def _socket(host: str, port: int) -> socket.socket:
+def sockets_of(options: Options) -> list[socket.socket]:
+    """What is listened on; the server's own address first.
+
+    Raises:
+        UsageError: an address is taken or not of this machine.
+    """
+    listening = [_socket(options.host, options.port)]
+    if options.ollama_compat and not (options.port == OLLAMA_ADDRESS[1] and options.host in ("127.0.0.1", "localhost", "0.0.0.0")):
+        try:
+            listening.append(_socket(*OLLAMA_ADDRESS, do="systemctl stop ollama, if it is Ollama; or leave out --ollama-compat"))
+        except UsageError:
+            listening[0].close()
+            raise
+    return listening
+
+
+def _socket(host: str, port: int, *, do: str = "--port 0 takes a free port") -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, kind, protocol)
@@ -153,5 +172,5 @@ def _socket(host: str, port: int) -> socket.socket:
         listening.bind(address)
         listening.listen(1024)  # from here on a client waits instead of being refused
     except (OSError, OverflowError) as error:
-        raise UsageError(f"{host}:{port} cannot be listened on", why=str(error), do="--port 0 takes a free port") from error
+        raise UsageError(f"{host}:{port} cannot be listened on", why=str(error), do=do) from error
     return listening

@@ -5,21 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from headwise.engine.rates import KEPT_S
-from headwise.errors import HeadwiseError
 from headwise.server.models import Loaded, Models
 
 
 def health(models: Models) -> dict[str, Any]:
-    """`status`: ok, idle (nothing is loaded; a request loads), loading, or error; of the whole, and of each loaded model."""
+    """`status`: ok, idle (nothing is loaded; a request loads), loading, or error; of the whole, and of each loaded model.
+
+    A model that goes is `unloading`, and no error.
+    """
     each = [_health(m) for m in models.loaded.values()]
-    states = {m["status"] for m in each}
+    states = {m["status"] for m in each} - {"unloading"}
     body: dict[str, Any] = {"model": models.first.name, "models": each}
     if "ok" in states or not states:
         status = "ok" if states else "idle"
     else:
         status = "loading" if "loading" in states else "error"
     for name, (error, _) in models.failed.items():
-        body["error"] = {"model": name, **_words(error)}
+        body["error"] = {"model": name, **error.to_json()}
         status = "error" if status == "idle" else status
     return {"status": status, **body}
 
@@ -29,28 +31,37 @@ def _health(loaded: Loaded) -> dict[str, Any]:
     engine = loaded.engine
     body: dict[str, Any] = {
         "model": loaded.name,
-        "status": {"ready": "ok", "loading": "loading"}.get(engine.state, "error"),
+        "status": "unloading" if loaded.ending else {"ready": "ok", "loading": "loading"}.get(engine.state, "error"),
         "context": loaded.context,
     }
     if engine.error is not None:
-        body["error"] = _words(engine.error)
+        body["error"] = engine.error.to_json()
     if engine.state == "loading" and engine.loading is not None:
         what, done, of = engine.loading
         body["loading"] = {"what": what, "done": done, "of": of}
     return body
 
 
-def _words(error: HeadwiseError) -> dict[str, Any]:
-    return {"what": error.what, "why": error.why, "do": error.do}
+def ready(models: Models) -> dict[str, Any]:
+    """Whether requests can be sent: idle, as a request loads, or a model is ready and none has broken.
+
+    A model that loads or is probed for the first time beside a ready one is no reason to send nobody: `coming`.
+    """
+    each = [_ready(m) for m in models.loaded.values() if not m.ending]
+    fine = all(m["ready"] or m["coming"] for m in each) and (any(m["ready"] for m in each) or not (each or models.failed))
+    return {"ready": fine, "models": each}
 
 
-def ready(loaded: Loaded) -> dict[str, Any]:
+def _ready(loaded: Loaded) -> dict[str, Any]:
     """Whether every self-check passed and the probe was answered; asking begins the probe."""
     engine, probe = loaded.engine, loaded.probe.look()
     checks = engine.facts.get("checks") or []
+    up = engine.state == "ready" and all(c["ok"] for c in checks)
+    first_load = engine.state == "loading" and not engine.facts
     return {
         "model": loaded.name,
-        "ready": engine.state == "ready" and all(c["ok"] for c in checks) and probe["passed"],
+        "ready": up and probe["passed"],
+        "coming": first_load or (up and not probe["passed"] and probe["error"] is None),
         "state": engine.state,
         "checks": len(checks),
         "fused": engine.facts.get("fused"),

@@ -89,7 +89,7 @@ class Tokenizer:
                 if seams:  # control tokens are found before a text is normalised
                     drop = Replace(SEAM, "")
                     self._rust.normalizer = Sequence([drop] if normalizer is None else [drop, normalizer])
-                encoded = self._rust.encode(text, add_special_tokens=False)
+                (encoded,) = self._rust.encode_batch([text], add_special_tokens=False)  # `encode` would hold the GIL
             finally:
                 if seams:
                     self._rust.normalizer = normalizer or Sequence([])

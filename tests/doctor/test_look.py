@@ -15,6 +15,8 @@ from headwise.doctor import look
 from headwise.doctor.diagnosis_page import html
 from headwise.doctor.servers import Exchange, Transport
 from headwise.errors import ProbeError, UsageError
+from headwise.hardware.gpus import find_gpu
+from headwise.spec import catalogue
 
 LOGS = Path(__file__).parent / "logs"
 
@@ -118,6 +120,17 @@ def test_a_server_that_answers_is_found_by_its_port(tmp_path: Path) -> None:
     assert (d.engine, d.version, d.model) == ("llama.cpp", "b9999-abc", "gemma-4-31b.gguf")
     assert [(v.kind, v.count, v.verdict) for v in d.layers] == [("sliding", 50, "unproven"), ("global", 10, "unproven")]
     assert {"log-too-quiet", "context-in-use"} <= {f.id for f in d.findings}
+
+
+def test_the_model_and_card_that_are_named_are_those_of_a_server_at_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """--url passed --model and --gpu over in silence: the verdicts were those of whatever the server's file name led to."""
+    pages = {"/props": {"default_generation_settings": {"n_ctx": 4096}, "model_path": "/m/mine.gguf", "build_info": "b9999-abc"}}
+    monkeypatch.setattr(look, "http_at", lambda *_, **__: server(pages)("http://127.0.0.1:8080"))
+    d = look.at_url("http://127.0.0.1:1", {}, model=catalogue.spec("gemma-4-31b"), gpus=[find_gpu("rtx4090")])
+
+    assert [(v.kind, v.count) for v in d.layers] == [("sliding", 50), ("global", 10)]
+    assert [g.name for g in d.gpus] == ["rtx4090"]
+    assert main(["doctor", "--gpu", "rtx4090"]) == 2  # of which of the servers here?
 
 
 def test_nothing_here_is_an_error_with_a_way_on(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from headwise.cache.storage import LayerCache
+from headwise.engine import engine
 from headwise.engine.prefixes import Prefixes, keep_after, whole
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS, PAGE_TOKENS
@@ -135,3 +137,13 @@ def test_refused_drafts_have_gone_through_the_ring() -> None:
     c.prefixes.grow(slot, 3)
     c.prefixes.wrote(slot, [1, 2], drafts=7)
     assert c.prefixes.slots[slot].written == 9
+
+
+@pytest.mark.parametrize(("free_rings", "copies"), [(100.0, 5), (5.0, 5), (2.5, 2), (0.0, 0), (-3.0, 0)])
+def test_a_host_with_room_for_some_copies_makes_some(monkeypatch: pytest.MonkeyPatch, free_rings: float, copies: int) -> None:
+    """With room for four of five there was none, and every agent's turn was its first."""
+    ring = 1 << 30
+    monkeypatch.setattr(engine, "cpu_memory", lambda: (1 << 40, engine.CPU_MARGIN_BYTES + int(free_rings * ring)))
+    plan = SimpleNamespace(workload=SimpleNamespace(context=4096), ring_bytes=ring, n_copies=5)
+
+    assert engine._copies(SimpleNamespace(plan=plan, runner=SimpleNamespace(rings={256: 776}))) == copies  # type: ignore[arg-type]

@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 import headwise
+from headwise import arguments
 from headwise.attention.docs import markdown
-from headwise.cli import _parser
 from headwise.doctor.docs import pages
 from headwise.hardware.gpus import GPUS
 from headwise.spec.catalogue import specs
@@ -98,7 +98,7 @@ def test_every_command_shown_parses(page: Path) -> None:
     for line in lines:
         words = shlex.split(line, comments=True)
         if words[:1] == ["headwise"] and words[1:]:
-            _parser().parse_args(words[1:])
+            arguments.parser().parse_args(words[1:])
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -107,7 +107,7 @@ def test_every_script_and_flag_shown_exists(page: Path) -> None:
     text = page.read_text()
     for script in re.findall(r"`(?:python )?((?:benchmarks|docs|tools|tests|headwise)/[\w/.]+\.\w+)", text):
         assert (ROOT / script).exists(), script
-    known = {flag for parser in _parsers(_parser()) for action in parser._actions for flag in action.option_strings}
+    known = {flag for parser in _parsers(arguments.parser()) for action in parser._actions for flag in action.option_strings}
     for span in re.findall(r"`(--[a-z][^`]*)`", text):
         if page.parts[-2] != "tiny_hybrid" and page.name != "tiny-hybrid.md":  # those speak of their scripts' flags
             assert span.split()[0].split("=")[0] in known | THEIRS, span
@@ -208,7 +208,7 @@ def test_pictures_are_complete_and_made_of_commands_that_parse() -> None:
     made = _pictures()
     assert {p.stem for p in (ROOT / "docs/img").glob("*.svg")} == {*made, "tiny-hybrid-loss", "attention-roofline"}
     for name, command in made.items():
-        _parser().parse_args(command.split()[1:])
+        arguments.parser().parse_args(command.split()[1:])
         drawn = html.unescape((ROOT / f"docs/img/{name}.svg").read_text()).replace("\xa0", " ")
         assert command in drawn
 

@@ -16,13 +16,13 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted((ROOT / "headwise").rglob("*.py"))
 ROOMS = (
     "errors hardware spec planner text kernels cache attention weights api doctor advice model engine bench integrations server "
-    "options cli"
+    "options arguments cli"
 ).split()
 TORCH_FREE = (
     "__init__", "__main__", "errors", "hardware.", "spec.", "planner.", "text.", "attention.capability", "attention.choose",
     "attention.engines", "attention.render", "attention.docs", "kernels.configs", "weights.names", "weights.listing", "api",
     "doctor.", "advice.", "engine.request", "engine.schedule", "engine.process", "engine.rates", "engine.worker", "server.",
-    "options", "cli",
+    "options", "arguments", "cli",
 )  # fmt: skip
 HEAVY = {"torch", "triton", "transformers"}
 

@@ -12,7 +12,7 @@ from headwise import api
 from headwise.errors import HeadwiseError, PlanError, UsageError
 from headwise.hardware.gpus import find_gpu
 from headwise.planner.ceiling import ceiling
-from headwise.planner.memory import Target, Workload, plan
+from headwise.planner.memory import SERVE_SLOTS, Plan, Room, Target, Workload, plan, server_rooms
 from headwise.planner.quantise import weight_types
 from headwise.planner.rank import rank
 from headwise.planner.workspace import arena_bytes, offsets, workspace
@@ -174,3 +174,55 @@ def test_ranking_leaves_out_what_does_not_fit_and_prefers_better_weights() -> No
     assert fits["gemma-4-31b"].weights == "q4_k_m"
     assert "qwen3-32b" in fits
     assert rank(catalogue.specs(), [card(0.9)]) == []
+
+
+def served(context: int, gib: float, **more: object) -> Plan:
+    return plan(G31, Q4, workload(context, rooms=server_rooms(context), **more), [card(gib)])
+
+
+@given(gib=st.integers(190, 420).map(lambda n: n / 10), context=st.integers(1, 100_000))
+@settings(max_examples=25, deadline=None)
+def test_a_server_takes_the_most_that_fits_and_a_user_alone_loses_nothing(gib: float, context: int) -> None:
+    """More slots at the cost of the context would refuse prompts that were answered."""
+    alone = plan(G31, Q4, workload(context), [card(gib)])
+    p = served(context, gib)
+    w, at = p.workload, server_rooms(context).index(Room(p.workload.slots, p.workload.pool))
+
+    assert (p.fits, p.max_context) == (alone.fits, alone.max_context)
+    assert w.pool_tokens >= context == w.context
+    for better in server_rooms(context)[:at]:
+        assert not plan(G31, Q4, workload(context, slots=better.slots, pool=better.pool), [card(gib)]).fits
+
+
+def test_slots_come_before_pages_and_the_reason_says_what_is_shared() -> None:
+    """0.75 GiB margin, 17.72 weights and workspace, 1.18 a sequence's rings, 1.56 the pages of a context of 32,768."""
+    found = [served(32_768, gib).workload for gib in (48, 27, 23, 22)]
+    slots_and_contexts = [(w.slots, w.pool_tokens // 32_768) for w in found]
+
+    assert slots_and_contexts == [(4, 4), (4, 2), (2, 1), (1, 1)]
+    assert served(32_768, 48).notes[0].endswith("there are pages for all of it each")
+    assert "65,536 tokens of pages together" in served(32_768, 27).notes[0]
+    assert served(32_768, 23).notes[0].startswith("2 slots by default, of 4 at most")
+    assert "do not fit beside 32,768 tokens" in served(32_768, 22).notes[0]
+
+
+def test_a_pool_that_is_said_stays_so() -> None:
+    p = plan(G31, Q4, workload(8192, rooms=server_rooms(8192, 20_000)), [card(24)])
+
+    assert (p.workload.slots, p.workload.pool) == (3, 20_000)
+    assert SERVE_SLOTS == len(server_rooms(8192, 20_000)) == 4
+
+
+def test_on_a_cpu_copies_of_rings_fit_beside_the_slots() -> None:
+    """They lie in the same memory; a slot more and no copy would make every agent's turn the first."""
+    spec = catalogue.spec("gemma-4-e2b")
+    stored = weight_types(spec, "bf16")
+    four = plan(spec, stored, workload(8192, slots=4, cpu=True))
+
+    def taken(n_bytes: int) -> Plan:
+        target = Target(name="cpu", gpu=None, total_bytes=n_bytes, margin_bytes=0)
+        return plan(spec, stored, workload(8192, cpu=True, rooms=server_rooms(8192)), [target])
+
+    assert taken(four.total_bytes + four.kept_bytes).workload.slots == 4
+    assert taken(four.total_bytes + four.kept_bytes - 1).workload.pool_tokens < four.workload.pool_tokens
+    assert four.kept_bytes == 5 * four.kv_sliding_bytes // 4

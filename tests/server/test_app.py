@@ -235,6 +235,38 @@ def test_a_client_hears_at_once_and_again_while_it_waits(
     assert len(held) > 5
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [("/v1/chat/completions", CHAT), ("/v1/responses", RESPONSES), ("/v1/messages", MESSAGES), ("/api/chat", CHAT)],
+)
+def test_a_client_hears_while_the_prompts_before_its_own_become_tokens(
+    live: Any, path: str, body: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 200 long prompts at once the last heard nothing for 7 seconds: all had to be encoded first. And what is refused late is
+    refused in the stream, as it would have been before it."""
+    from headwise.server import app
+
+    prepared, waits = app.prepare, threading.Event()
+    monkeypatch.setattr(app, "prepare", lambda *given: (waits.wait(20), prepared(*given))[1])
+    until_ready(live)
+    began, stream = time.monotonic(), events(live, path, body)
+    next(stream)
+    heard = time.monotonic() - began
+    waits.set()
+    rest = list(stream)
+    waits.clear()
+    long = {"messages": [{"role": "user", "content": "x y " * 4000}], "input": "x y " * 4000}
+    refused = events(live, path, {**body, **{k: v for k, v in long.items() if k in body}})
+    next(refused)
+    waits.set()
+    last = json.dumps(list(refused)[-1])
+
+    assert heard < 2
+    assert len(rest) > 2
+    assert "and the context is 4096" in last
+    assert ("context_length_exceeded" in last) == path.startswith("/v1/") or "/messages" in path
+
+
 def test_progress_is_told_in_tokens(live: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from headwise.server import answer
 

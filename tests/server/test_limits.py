@@ -13,6 +13,9 @@ from urllib.parse import urlsplit
 import pytest
 from server.test_app import CHAT, call, until_ready
 
+from headwise.errors import UsageError
+from headwise.server import serve
+
 
 def address(live: Any) -> tuple[str, int]:
     parts = urlsplit(live.url)
@@ -188,3 +191,34 @@ def test_only_four_paths_are_open_without_the_key(live: Any) -> None:
     assert {path for (path, _), status in answers.items() if status != 401} == {"/", "/health", "/ready", "/metrics"}
     assert client.get("/openapi.json").status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer sesame\u00e9".encode()}).status_code == 401
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def test_ollamas_address_is_listened_on_beside_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(serve, "OLLAMA_ADDRESS", ollamas := ("127.0.0.1", free_port()))
+    both = serve.sockets_of(serve.Options(port=0, ollama_compat=True))
+    try:
+        assert both[1].getsockname() == ollamas
+        for listening in both:
+            socket.create_connection(listening.getsockname(), timeout=5).close()
+    finally:
+        for listening in both:
+            listening.close()
+    (own,) = serve.sockets_of(serve.Options(port=ollamas[1], ollama_compat=True))  # the same one
+    own.close()
+
+
+def test_an_address_that_ollama_holds_is_said_with_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And our own port is free again: who starts a second time meets no other error."""
+    port = free_port()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr(serve, "OLLAMA_ADDRESS", taken.getsockname())
+        with pytest.raises(UsageError, match="cannot be listened on") as refused:
+            serve.sockets_of(serve.Options(port=port, ollama_compat=True))
+
+    assert "systemctl stop ollama" in refused.value.do
+    socket.create_server(("127.0.0.1", port)).close()

@@ -22,7 +22,7 @@ from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, T
 from headwise.errors import ProbeError
 from headwise.hardware.gpus import find_gpu
 from headwise.hardware.probe import Device
-from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES
+from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, SERVE_SLOTS
 from headwise.server import models as models_module
 from headwise.server.ask import Refusal
 from headwise.server.metrics import metrics
@@ -157,6 +157,15 @@ async def until(true: Callable[[], bool]) -> None:
     raise AssertionError("it never came true")
 
 
+async def in_the_way(models: Models) -> tuple[asyncio.Task[list[Event]], asyncio.Task[list[Event]]]:
+    """A long answer of a, and a request for b that waits for its room."""
+    slow = asyncio.create_task(answer(models, "a", 60))
+    await until(lambda: models.loaded["a"].uses == 1)
+    other = asyncio.create_task(answer(models, "b"))
+    await until(lambda: models.waiting("b") == 1)
+    return slow, other
+
+
 def names(models: Models) -> list[str]:
     return sorted(models.loaded)
 
@@ -180,10 +189,7 @@ def test_a_model_in_use_answers_to_its_end_before_it_goes(monkeypatch: pytest.Mo
 
     async def test() -> None:
         async with pretended(monkeypatch, tmp_path, room=1) as models:
-            slow = asyncio.create_task(answer(models, "a", 60))
-            await until(lambda: models.loaded["a"].uses == 1)
-            other = asyncio.create_task(answer(models, "b"))
-            await until(lambda: models.waiting("b") == 1)
+            slow, other = await in_the_way(models)
             late = asyncio.create_task(answer(models, "a"))  # comes later than b, and waits behind it
             await asyncio.sleep(0.05)
             assert names(models) == ["a"]
@@ -223,10 +229,7 @@ def test_a_small_model_does_not_overtake_a_large_one_for_ever(monkeypatch: pytes
 def test_who_gives_up_waiting_sends_nobody_away(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     async def test() -> None:
         async with pretended(monkeypatch, tmp_path, room=1) as models:
-            slow = asyncio.create_task(answer(models, "a", 30))
-            await until(lambda: models.loaded["a"].uses == 1)
-            other = asyncio.create_task(answer(models, "b"))
-            await until(lambda: models.waiting("b") == 1)
+            slow, other = await in_the_way(models)
             other.cancel()
             await slow
             await answer(models, "a")
@@ -334,15 +337,62 @@ def test_the_server_tells_of_each_loaded_model(monkeypatch: pytest.MonkeyPatch, 
         async with pretended(monkeypatch, tmp_path, room=2) as models:
             await answer(models, "b")
             a, b = models.loaded["a"], models.loaded["b"]
-            assert not ready(a)["ready"]  # its probe has just begun
-            await until(lambda: ready(a)["ready"])
-            assert not ready(b)["ready"]
+            assert not ready(models)["ready"]  # the probes have just begun
+            await until(lambda: all(m["ready"] for m in ready(models)["models"]))
             assert [(s["model"], s["status"]) for s in map(state, (a, b))] == [("a", "ok"), ("b", "ok")]
             up = [line for line in metrics(models).splitlines() if line.startswith("headwise_up{")]
             assert up == ['headwise_up{model_name="a"} 1', 'headwise_up{model_name="b"} 1']
             models.unload(b.held)
             await until(lambda: names(models) == ["a"])
             assert 'headwise_up{model_name="b"} 0' in metrics(models)
+
+    run(test)
+
+
+def test_a_further_model_that_loads_is_no_reason_to_send_a_ready_one_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A load balancer took the server out for the minutes in which a second model was read from disk."""
+
+    async def test() -> None:
+        async with pretended(monkeypatch, tmp_path, room=2) as models:
+            assert not ready(models)["ready"]  # the first is loading
+            await until(lambda: ready(models)["ready"])
+            slow = asyncio.Event()
+
+            async def load_slowly(engine: Pretended) -> None:
+                await slow.wait()
+                await Pretended.run(engine)
+
+            monkeypatch.setattr(models_module, "EngineProcess", type("Slow", (Pretended,), {"run": load_slowly}))
+            asked = asyncio.create_task(answer(models, "b"))
+            await until(lambda: "b" in models.loaded)
+            told = ready(models)
+            assert (told["ready"], [(m["model"], m["ready"], m["coming"]) for m in told["models"]]) == (
+                True, [("a", True, False), ("b", False, True)],
+            )  # fmt: skip
+            assert (health(models)["status"], health(models)["models"][1]["status"]) == ("ok", "loading")
+            slow.set()
+            await asked
+            await until(lambda: all(m["ready"] for m in ready(models)["models"]))
+            models.loaded["b"].engine.state = "loading"  # it died, and is started again
+            assert not ready(models)["ready"]
+            models.loaded["b"].engine.state = "ready"
+            models.loaded["b"].probe.passed, models.loaded["b"].probe.error = False, "a step made no progress"
+            assert not ready(models)["ready"]
+
+    run(test)
+
+
+def test_a_model_that_is_let_go_is_no_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """For as long as its process took to end, /health said error and a supervisor would have restarted the server."""
+
+    async def test() -> None:
+        async with pretended(monkeypatch, tmp_path, room=1) as models:
+            await until(lambda: models.loaded["a"].engine.state == "ready")
+            models._unload(models.loaded["a"])
+            models.loaded["a"].engine.state = "stopped"
+            assert (health(models)["status"], [m["status"] for m in health(models)["models"]]) == ("idle", ["unloading"])
 
     run(test)
 
@@ -387,7 +437,7 @@ def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -
     """Planned for the first card alone, such a model is refused although its engine would take both."""
     monkeypatch.setattr(models_module.metadata, "version", lambda _: "2.13.0+cu130")
     monkeypatch.setattr(models_module, "detect", lambda: [_card(), _card()])
-    models = Models([held(None, open_model(None, env={}))], {}, {}, memory=lambda *_: (room, GIB // 4))
+    models = Models([held(None, open_model(None, env={}))], {"slots": 1}, {}, memory=lambda *_: (room, GIB // 4))
     room = 24 * GIB
     small = asyncio.run(models._plan(models.first, 2048))
     assert (small.fits, len(small.shares), models._capacity) == (True, 1, 2 * (room - GIB // 4))
@@ -397,6 +447,27 @@ def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -
 
     assert (split.fits, len(split.shares)) == (True, 2)
     assert models._bytes(split) == split.total_bytes + 2 * GPU_MARGIN_BYTES
+
+
+def test_slots_that_nobody_asked_for_take_no_room_of_named_models(tmp_path: Path) -> None:
+    """A first model with four slots sent the second away that had stayed beside it."""
+    path = tmp_path / "second.gguf"
+    path.symlink_to(EMBEDDED)
+    named = [held(None, open_model(None, env={})), held(str(path), open_model(path, env={}))]
+    settings = {"device": "cpu", "context": 32_768}
+    roomy = Models(named, settings, ELSEWHERE, memory=lambda *_: (64 * GIB, 0))
+    most = asyncio.run(roomy._plan(roomy.first, 32_768))
+    one = roomy._plan_beside(roomy.first, 32_768, [64 * GIB], [0], slots=1)
+    room = roomy._bytes(most) + roomy._bytes(one) - 1
+    models = Models(named, settings, ELSEWHERE, memory=lambda *_: (room, 0))
+    alone = Models(named[:1], settings, ELSEWHERE, memory=lambda *_: (room, 0))
+    beside = asyncio.run(models._plan(models.first, 32_768))
+
+    assert most.workload.slots == SERVE_SLOTS
+    assert asyncio.run(alone._plan(models.first, 32_768)).workload == most.workload
+    assert roomy._bytes(beside) + roomy._bytes(one) <= room < roomy._bytes(most) + roomy._bytes(one)
+    assert roomy._rooms(beside.workload)[0] == (beside.workload.slots, beside.workload.pool)
+    assert len(roomy._rooms(one.workload)) == 1
 
 
 # --- names ---
