@@ -69,6 +69,7 @@ class EngineProcess:
         self.model, self.settings, self.stall_s = model, dict(settings), stall_s
         self.state: State = "loading"
         self.facts: dict[str, Any] = {}
+        self.pool: dict[str, int] = {}  # pages and slots, as `engine.prefixes` counts them
         self.loading: tuple[str, int, int] | None = None
         self.error: HeadwiseError | None = None
         self.totals = Totals()
@@ -203,7 +204,7 @@ class EngineProcess:
             self._connection = None
             await asyncio.shield(asyncio.to_thread(process.join, 10))
             ours.close()
-        was_ready = self.state == "ready"
+        was_ready, self.pool = self.state == "ready", {}
         if self.error is None:
             self._set("loading")
             what = "a step of the engine made no progress" if self._stalled_at else "the engine's process died"
@@ -241,6 +242,8 @@ class EngineProcess:
                     self._set("ready")
                     for live in self._live.values():
                         self._send("submit", live.request)
+                case ("pool", counts):
+                    self.pool = counts
                 case ("refused", name, what, why, do):
                     self.error = getattr(errors, name)(what, why=why, do=do)
                 case _:

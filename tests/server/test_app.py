@@ -278,3 +278,21 @@ def test_many_at_once_all_end(live: Any) -> None:
     assert sorted({status for status, _ in answers}) == [200, 400]
     assert len(answers) == len(asked)
     assert live.engine.running == live.engine.waiting == 0
+
+
+def test_pages_and_slots_are_counted_when_all_is_quiet(live: Any) -> None:
+    """A page that a cancelled request keeps is missed days later, by somebody else."""
+    until_ready(live)
+    stream = events(live, "/v1/chat/completions", {**CHAT, "max_tokens": 300, "logit_bias": {"1": -100, "6": -100, "11": -100}})
+    assert sum(1 for _ in zip(stream, range(20), strict=False)) == 20
+    assert live.engine.running == 1
+    stream.close()
+    for _ in range(200):
+        pool = call(live, "/v1/state")[1]["models"][0]["pool"]
+        if not live.engine.running and pool["slots_used"] == 0:
+            break
+        time.sleep(0.05)
+
+    assert pool == {"pages": 128, "pages_free": pool["pages_free"], "pages_lost": 0, "slots": 2, "slots_used": 0}
+    assert 0 < pool["pages_free"] < 128  # the cache keeps what was computed
+    assert "headwise_pages_lost" in call(live, "/metrics")[1]
