@@ -66,6 +66,10 @@ HOSTILE = [
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "options": {"num_predict": 2}, "response_format":'
     b' {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}}',
     b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"messages": [{"role": "user", "content": "x"}], "input": "x", "tools": [{"type": "function", "name": "f", "parameters": {0},'
+    b' "function": {"name": "f", "parameters": {0}}}]}'.replace(b"{0}", b'{"a":' * 800 + b"0" + b"}" * 800),
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "keep_alive": 1' + b"0" * 400 + b"}",
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "keep_alive": 1e18}',
 ]  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def test_no_body_is_too_strange(live: Any, path: str) -> None:
         if status != 200:
             assert "error" in answer, (body[:80], answer)
     assert live.engine.totals.restarts == before  # a body that kills the engine ends other people's answers too
+    assert call(live, "/api/ps")[0] == 200
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(live: Any) -> None:
