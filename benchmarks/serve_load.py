@@ -38,6 +38,7 @@ from headwise.text.demo import demo_prompt
 CONTEXT, SLOTS, POOL, MAX_BODY = 4096, 4, 8192, 1  # tokens, sequences, tokens, MiB
 SILENCE_S = 10.0  # longest wait of a stream for an event
 CUT_OFF_S = 45.0  # most time for headers or a body that do not come
+SHOWN_S = 5.0
 PATIENCE_S = 300.0  # for what still runs at the end
 FLAT = 0.05  # of its memory that a process may grow by in the half of the time that follows the kills
 FLAT_BYTES = 8 * 2**20
@@ -131,6 +132,7 @@ class Load:
         self.samples: list[tuple[float, int, int, int | None]] = []  # seconds, bytes of server and engine, the engine's pid
         self.alone: dict[int, Answer] = {}
         self.busy: dict[int, str] = {}
+        self.shown = 0.0
 
     # --- what a client may do; each gives its outcome in a few words ---
 
@@ -249,9 +251,10 @@ class Load:
         return Exchange(self.address, post(PATHS[protocol], asked))
 
     def prompt(self, draw: random.Random, most: int = 14_000) -> str:
-        n = min(most, draw.choice((30, 120, 400, 400, 1000, 1000, 3000, 9000, 14_000)))
+        (n,) = draw.choices(*zip((30, 20), (120, 20), (400, 25), (1000, 20), (3000, 10), (9000, 3), (14_000, 2), strict=True))
+        n = min(n, most)
         start = draw.randrange(max(1, len(TEXT) - n))
-        return (draw.choice(HEADS) if draw.random() < 0.4 else "") + TEXT[start : start + n] + str(draw.randrange(10**6))
+        return (draw.choice(HEADS) if draw.random() < 0.3 else "") + TEXT[start : start + n] + str(draw.randrange(10**6))
 
     def died(self, answer: Answer) -> bool:
         return bool(self.kills) and answer.error is not None and any(word in answer.error for word in DIED)
@@ -319,23 +322,28 @@ class Load:
 
     def beside(self) -> None:
         """Kills in the first 40 % of the time; samples memory and shows what is going on."""
-        start, shown = time.time(), 0.0
+        start = time.time()
         for i in range(self.args.kills):
             at = start + self.args.seconds * 0.4 * (i + 0.7) / self.args.kills
             threading.Thread(target=self.kill, args=(at,), daemon=True).start()
         while (now := time.time()) < self.until:
             engine = self.server.engine()
             self.samples.append((now - start, served.rss(self.server.pid), served.rss(engine), engine))
-            if now - shown > 5:
-                shown = now
-                done = sum(sum(c.values()) for c in self.outcomes.values())
-                _, of_server, of_engine, _ = self.samples[-1]
-                print(
-                    f"{now - start:5.0f} s  {done} ended, {len(self.busy)} under way, {len(self.kills)} kills, "
-                    f"{len(self.violations)} violations; MiB: server {of_server / 2**20:.0f}, engine {of_engine / 2**20:.0f}",
-                    file=sys.stderr, flush=True,
-                )  # fmt: skip
+            self.show()
             time.sleep(min(1.0, self.args.seconds / 40))
+
+    def show(self) -> None:
+        now = time.time()
+        if now - self.shown < SHOWN_S:
+            return
+        self.shown = now
+        done = sum(sum(found.values()) for found in self.outcomes.values())
+        _, server, engine, _ = self.samples[-1]
+        print(
+            f"{now - self.until + self.args.seconds:5.0f} s  {done} ended, {len(self.busy)} under way, {len(self.kills)} kills, "
+            f"{len(self.violations)} violations; MiB: server {server / 2**20:.0f}, engine {engine / 2**20:.0f}",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
         print(f"{len(FIXED)} prompts alone", file=sys.stderr, flush=True)
@@ -375,8 +383,9 @@ class Load:
     def quiet(self, clients: list[threading.Thread]) -> dict[str, Any]:
         """Waits until nothing runs; what is not given back then is lost."""
         ended = time.time()
-        for client in clients:
-            client.join(max(0.0, ended + PATIENCE_S - time.time()))
+        while self.busy and time.time() < ended + PATIENCE_S:
+            self.show()
+            next((c for c in clients if c.is_alive()), clients[0]).join(SHOWN_S)
         for act in self.busy.values():
             self.violations.append(f"{act}: neither answer nor error {PATIENCE_S:g} s after the end")
         last = time.time() - ended

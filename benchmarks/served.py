@@ -67,7 +67,8 @@ class Server:
 
     def __init__(self, words: Sequence[str], url: str | None = None, ready: str = "/health") -> None:
         """Starts it; without `url` it says its own in a line of JSON."""
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE if url else None, text=True)
+        out, err = (subprocess.PIPE, None) if url is None else (subprocess.DEVNULL, subprocess.DEVNULL)
+        self.process = subprocess.Popen(words, stdout=out, stderr=err, text=True)
         if url is None:
             assert self.process.stdout is not None
             said = self.process.stdout.readline()
