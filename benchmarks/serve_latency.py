@@ -183,10 +183,10 @@ def decode(llm: Any, ids: list[int], n: int) -> tuple[list[int], list[float]]:
 def streams(server: Server, tokenizer: Any, n_streams: int, n: int) -> dict[str, Any]:
     """All at once; a stream's rate is between its first and its last token."""
     answers: list[Answer] = []
+    prompts = [texts(tokenizer, 100 + 10 * i, 200 + i) for i in range(n_streams)]
 
     def one(i: int) -> None:
-        prompt = texts(tokenizer, 100 + 10 * i, 200 + i)
-        asked = body("chat", prompt, max_tokens=n, stream=True, temperature=0.7, seed=i)
+        asked = body("chat", prompts[i], max_tokens=n, stream=True, temperature=0.7, seed=i)
         answers.append(ask(server.address, "chat", asked | {"logit_bias": NEVER, "user": str(i)}))
 
     threads = [threading.Thread(target=one, args=(i,)) for i in range(n_streams)]

@@ -1,7 +1,7 @@
 """What the benchmarks of `headwise serve` share: a server of their own, a client that sees when bytes arrived, the protocols.
 
-Times are seconds since 1970. An arrival is the kernel's (SO_TIMESTAMPNS, Linux), so a client that is late itself blames nobody;
-elsewhere it is when the client read it.
+Times are seconds since 1970. An arrival is the kernel's (SO_TIMESTAMPNS, Linux), so a client that is late itself blames nobody, as
+long as it reads before the next bytes come; elsewhere it is when the client read it.
 """
 
 from __future__ import annotations
