@@ -188,3 +188,21 @@ def test_only_four_paths_are_open_without_the_key(live: Any) -> None:
     assert {path for (path, _), status in answers.items() if status != 401} == {"/", "/health", "/ready", "/metrics"}
     assert client.get("/openapi.json").status_code == 401
     assert client.get("/v1/models", headers={"authorization": "Bearer sesame\u00e9".encode()}).status_code == 401
+
+
+def test_the_first_client_does_not_wait_for_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was compiled for the first request, whose first event took 200 ms and the next one's 10."""
+    from headwise.server import serve
+    from headwise.spec.read import open_model
+
+    prepared: list[str] = []
+
+    def no_port(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "prepare", lambda ask, model: prepared.append(model.name))
+    monkeypatch.setattr(serve, "_socket", no_port)
+    with pytest.raises(KeyboardInterrupt):
+        serve.serve([(None, open_model(None, env={}))], {}, serve.Options(), env={}, on_ready=lambda url, engine: None)
+
+    assert prepared == ["tiny-hybrid"]
