@@ -35,12 +35,12 @@ from served import PATHS, Answer, Exchange, Server, Violation, ask, body, post, 
 
 from headwise.text.demo import demo_prompt
 
-CONTEXT, SLOTS, POOL, MAX_BODY = 4096, 4, 8192, 1  # tokens, sequences, tokens, MiB
+CONTEXT, SLOTS, POOL, MAX_BODY = 4096, 8, 16_384, 1  # tokens, sequences, tokens, MiB
 SILENCE_S = 10.0  # longest wait of a stream for an event
 CUT_OFF_S = 45.0  # most time for headers or a body that do not come
 SHOWN_S = 5.0
-PATIENCE_S = 300.0  # for what still runs at the end
-FLAT = 0.05  # of its memory that a process may grow by in the half of the time that follows the kills
+PATIENCE_S = 600.0  # for what still runs at the end
+FLAT = 0.05  # of its memory that a process may grow by in what is left of the time when the last engine is warm
 FLAT_BYTES = 8 * 2**20
 PROTOCOLS = tuple(PATHS)
 DIED = ("the engine's process died", "the engine does not run")
@@ -132,6 +132,7 @@ class Load:
         self.samples: list[tuple[float, int, int, int | None]] = []  # seconds, bytes of server and engine, the engine's pid
         self.alone: dict[int, Answer] = {}
         self.busy: dict[int, str] = {}
+        self.fixed_prompts = FIXED[: max(len(PROTOCOLS), args.requests)]
         self.shown = 0.0
 
     # --- what a client may do; each gives its outcome in a few words ---
@@ -150,7 +151,7 @@ class Load:
 
     def same(self, draw: random.Random) -> str:
         """One of the fixed prompts; token for token as alone."""
-        i = draw.randrange(len(FIXED))
+        i = draw.randrange(len(self.fixed_prompts))
         stream = draw.random() < 0.5
         got = self.fixed(i, stream)
         if got.error is not None or self.args.shared:
@@ -346,8 +347,8 @@ class Load:
         )  # fmt: skip
 
     def run(self) -> dict[str, Any]:
-        print(f"{len(FIXED)} prompts alone", file=sys.stderr, flush=True)
-        for i in range(len(FIXED)):
+        print(f"{len(self.fixed_prompts)} prompts alone", file=sys.stderr, flush=True)
+        for i in range(len(self.fixed_prompts)):
             self.alone[i] = self.fixed(i, stream=False)
             if self.alone[i].error is not None:
                 raise SystemExit(f"a prompt alone: {self.alone[i].error}")
@@ -358,7 +359,7 @@ class Load:
             client.start()
         self.beside()
         quiet = self.quiet(clients)
-        for i in range(len(FIXED)):
+        for i in range(len(self.fixed_prompts)):
             again = self.fixed(i, stream=True)
             if not self.args.shared and (again.text, again.n_tokens) != (self.alone[i].text, self.alone[i].n_tokens):
                 self.violations.append(f"afterwards, prompt {i}: {again.text!r} {again.error}, before {self.alone[i].text!r}")
@@ -410,12 +411,12 @@ class Load:
         return {"last_ended_s": round(last, 1)} | counts | {"requests_at_the_model": users}
 
     def memory(self) -> dict[str, Any]:
-        """MiB of both processes after the last kill; a straight line through them must be flat."""
+        """MiB of both processes when the last engine is warm; a straight line through them must be flat."""
         out: dict[str, Any] = {}
-        after = self.args.seconds / 2
+        last = self.kills[-1] if self.kills else {"at_s": 0.0}
+        after = max(self.args.seconds / 2, last["at_s"] + last.get("back_s", 0.0) + self.args.seconds / 10)
         steady = [s for s in self.samples if s[0] > after and s[3] == self.samples[-1][3]]
-        for who, at in (("server", 1), ("engine", 2)):
-            values = [s[at] for s in steady]
+        for who, values in (("server", [s[1] for s in steady]), ("engine", [s[2] for s in steady])):
             if len(values) < 10:
                 continue
             line = statistics.linear_regression([s[0] for s in steady], values)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import platform
+import select
 import socket
 import struct
 import subprocess
@@ -71,14 +72,16 @@ class Server:
         self.process = subprocess.Popen(words, stdout=out, stderr=err, text=True)
         if url is None:
             assert self.process.stdout is not None
-            said = self.process.stdout.readline()
+            told, _, _ = select.select([self.process.stdout], [], [], STARTS_S)
+            said = self.process.stdout.readline() if told else ""
             if not said:
+                self.stop()
                 raise SystemExit(f"{' '.join(words)} did not start")
             url = json.loads(said)["url"]
-        self.url = url
-        parts = urlsplit(self.url)
+        self.url = str(url)
+        parts = urlsplit(url)
         assert parts.hostname and parts.port
-        self.address = (parts.hostname, parts.port)
+        self.address: tuple[str, int] = (str(parts.hostname), parts.port)
         until = time.monotonic() + STARTS_S
         while not self.answers(ready):
             if self.process.poll() is not None or time.monotonic() > until:
