@@ -151,12 +151,23 @@ def tokens(rivals: dict[str, Server], llm: Any, n: int, rounds: int) -> dict[str
     ids = llm.tokenize(prompt)
     asked = body("completions", prompt, max_tokens=n, stream=True, temperature=0)
     steps: dict[str, list[float]] = {"library": [], **{who: [] for who in rivals}}
+    cpu = dict.fromkeys(("library", "server", "engine"), 0.0)  # seconds of a core, with the prompt's
+    ours = rivals["headwise"]
+
+    def used() -> dict[str, float]:
+        return {"library": time.process_time(), "server": served.cpu_s(ours.pid), "engine": served.cpu_s(ours.engine())}
+
     for i in range(rounds + 1):
+        before = used()
         said, times = decode(llm, ids, n)
+        cpu["library"] += (used()["library"] - before["library"]) if i else 0.0
         if i:
             steps["library"] += times
         for who, server in rivals.items():
+            before = used()
             answer = ask(server.address, "completions", asked)
+            if who == "headwise" and i:
+                cpu |= {key: cpu[key] + used()[key] - before[key] for key in ("server", "engine")}
             if who == "headwise" and not llm.tokenizer.decode(said).startswith(answer.text):
                 raise SystemExit(f"refusing to time: the server says {answer.text!r}, the library {llm.tokenizer.decode(said)!r}")
             if i:  # the first is to warm up
@@ -164,6 +175,7 @@ def tokens(rivals: dict[str, Server], llm: Any, n: int, rounds: int) -> dict[str
     out: dict[str, Any] = {who: spread(found) for who, found in steps.items()}
     for who in rivals:
         print(f"tokens, {who}: {out[who]}, library {out['library']}", file=sys.stderr, flush=True)
+    out["cpu_ms"] = {who: ms(seconds / (rounds * n)) for who, seconds in cpu.items()}
     out["overhead_ms"] = round(out["headwise"]["median_ms"] - out["library"]["median_ms"], 2)
     return out
 
@@ -306,7 +318,9 @@ def table(result: dict[str, Any]) -> str:
             f"beside it, {found['alone_tok_s']} alone, longest gap {found['longest_gap_ms']} ms"
         )
     for who, found in result.get("tokens", {}).items():
-        if isinstance(found, dict):
+        if who == "cpu_ms":
+            lines.append(f"tokens   a core's ms per token, with the prompt's: {found}")
+        elif isinstance(found, dict):
             lines.append(f"tokens   {who:13} {found['median_ms']} ms between two")
     if found := result.get("streams"):
         lines.append(f"streams  {found}")

@@ -149,6 +149,14 @@ def rss(pid: int | None) -> int:
     return 0
 
 
+def cpu_s(pid: int | None) -> float:
+    """Seconds of a core that a process has used."""
+    with contextlib.suppress(OSError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return 0.0
+
+
 class Exchange:
     """One request on a connection of its own, and what comes back.
 
