@@ -42,6 +42,7 @@ SHOWN_S = 5.0
 PATIENCE_S = 600.0  # for what still runs at the end
 FLAT = 0.05  # of its memory that a process may grow by in what is left of the time when the last engine is warm
 FLAT_BYTES = 8 * 2**20
+FLAT_AFTER_S = 60.0  # shorter runs are all warming up
 PROTOCOLS = tuple(PATHS)
 DIED = ("the engine's process died", "the engine does not run")
 TEXT = demo_prompt()
@@ -424,7 +425,7 @@ class Load:
             of = statistics.median(values)
             out[who] = {"median_mib": round(of / 2**20, 1), "grown_mib": round(grown / 2**20, 2),
                         "mib_an_hour": round(line.slope * 3600 / 2**20, 1)}  # fmt: skip
-            if grown > max(FLAT * of, FLAT_BYTES):
+            if self.args.seconds >= FLAT_AFTER_S and grown > max(FLAT * of, FLAT_BYTES):
                 self.violations.append(f"the {who} grew by {grown / 2**20:.1f} MiB in {steady[-1][0] - steady[0][0]:.0f} s")
         step = max(1, len(self.samples) // 60)
         out["samples"] = [[round(t, 1), round(s / 2**20, 1), round(e / 2**20, 1)] for t, s, e, _ in self.samples[::step]]

@@ -19,11 +19,11 @@ def test_a_few_clients_and_a_killed_engine_leave_nothing_behind(tmp_path: Path) 
     for package in ("uvicorn", "starlette", "llguidance"):
         pytest.importorskip(package)
     out = tmp_path / "out.json"
-    words = [sys.executable, str(ROOT / "benchmarks/serve_load.py"), "--requests", "8", "--seconds", "4", "--kills", "1", str(out)]
+    words = [sys.executable, str(ROOT / "benchmarks/serve_load.py"), "--requests", "6", "--seconds", "3", "--kills", "1", str(out)]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
 
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())
     assert found["violations"] == []
-    assert found["outcomes"]["answer"]["answered"] > 0
+    assert sum(seen.get("answered", 0) for seen in found["outcomes"].values()) > 0
     assert (found["quiet"]["engine_restarts_total"], found["quiet"]["pages_lost"], found["quiet"]["slots_used"]) == (1, 0, 0)
