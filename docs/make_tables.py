@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,7 +234,77 @@ def in_transformers() -> str:
     return table("| prompt | attention | prefill tok/s | decode tok/s |", rows, above)
 
 
+def serve_load() -> str:
+    names = [name for name in ("serve_load_cpu", "serve_load_shared_cpu") if any(RESULTS.glob(f"{name}_*.json"))]
+    if not names:
+        return ""
+    results = [newest(name) for name in names]
+    first = results[0]
+    above = (
+        f"{first['date']}, commit {first['commit']}, torch {first['torch']}, uvicorn {first['uvicorn']}, {first['machine']}; "
+        f"{first['slots']} slots, {first['context']:,} tokens of context, a pool of {first['pool_tokens']:,}."
+    )
+    rows = []
+    for found in results:
+        outcomes = found["outcomes"]
+        died = sum(seen.get("the engine was killed", 0) for seen in outcomes.values())
+        how = "`--deterministic`" if found["deterministic"] else "steps shared, drafts"
+        memory, quiet = found["memory"], found["quiet"]
+        rows.append((
+            how, f"{found['requests']}, {found['seconds']:.0f} s", f"{found['ended']:,}", str(died), str(len(found["kills"])),
+            f"{found['compared']:,}", str(quiet["pages_lost"] + quiet["slots_used"]),
+            *(f"{memory[who]['grown_mib']:.1f} of {memory[who]['median_mib']:.0f}" for who in ("server", "engine")),
+            f"{found['longest_silence_s']:.1f}", str(len(found["violations"])),
+        ))  # fmt: skip
+    head = (
+        "| | clients, time | requests ended | by a killed engine | kills | compared with alone | pages and slots lost | MiB grown: "
+        "server | engine | longest silence, s | violations |"
+    )
+    return table(head, rows, above)
+
+
+def serve_latency() -> str:
+    if not any(RESULTS.glob("serve_latency_cpu_*.json")):
+        return ""
+    found = newest("serve_latency_cpu")
+    rival = f"; llama-server {found['llama_server']}" if "llama_server" in found else ""
+    above = f"{found['date']}, commit {found['commit']}, torch {found['torch']}, {found['machine']}{rival}."
+    rivals = list(found["turns"])
+
+    def row(what: str, of: str, cell: Callable[[dict[str, Any]], str], target: str = "") -> tuple[str, ...]:
+        return (what, *(cell(found[of][who]) for who in rivals), target)
+
+    prompt, other = (f"{found[of]['headwise']['prompt_tokens']:,.0f} tokens" for of in ("turns", "prefill"))
+    rows = [
+        row(f"first token, {prompt}", "turns", lambda f: f"{f['turn_1']['median_ms']:,.0f} ms"),
+        row("the same in the conversation's second turn", "turns", lambda f: f"{f['turn_2']['median_ms']:,.0f} ms"),
+        row("second turn over first", "turns", lambda f: f"{f['ratio']:.1%}", "10%"),
+        row("cached of the second turn", "turns", lambda f: f"{f['turn_2_cached_tokens'] / f['turn_2_prompt_tokens']:.1%}"),
+        row("a stream alone", "prefill", lambda f: f"{f['alone_tok_s']:.0f} tok/s"),
+        row(f"beside a prompt of {other}", "prefill", lambda f: f"{f['during_tok_s']:.0f} tok/s"),
+        row("its longest gap meanwhile", "prefill", lambda f: f"{f['longest_gap_ms']:,.0f} ms"),
+        row("time of that prefill", "prefill", lambda f: f"{f['prefill_s']:.1f} s"),
+        row("between two tokens of one stream", "tokens", lambda f: f"{f['median_ms']:.2f} ms"),
+    ]  # fmt: skip
+    blank = [""] * (len(rivals) - 1)
+    rows.append(("of that, what the library alone does not take", f"{found['tokens']['overhead_ms']:.2f} ms", *blank, "1 ms"))
+    cpu = found["tokens"]["cpu_ms"]
+    rows.append(("a core's time per token, server's process", f"{cpu['server']:.2f} ms", *blank, ""))
+    streams = found["streams"]
+    rows.append((f"slowest of {streams['streams']} streams over the median", f"{streams['slowest_of_median']:.0%}", *blank, "50%"))
+    rows.append(("first event of a server's first request", f"{found['first_request_ms']:.0f} ms", *blank, "100 ms"))
+    for f in found["first"]:
+        cell = f"{f['median_ms']:.0f} ms, at most {f['most_ms']:.0f}"
+        rows.append((f"first event of a request beside {f['beside']} others", cell, *blank, "100 ms"))
+        if "at_once_most_ms" in f:
+            cell = f"{f['at_once_median_ms']:.0f} ms, at most {f['at_once_most_ms']:.0f}"
+            rows.append((f"first event of {f['beside']} that come in the same instant", cell, *blank, ""))
+    return table(f"| | {' | '.join(rivals)} | at most, or least |", rows, above)
+
+
 TABLES = {
+    "serve-load": ("docs/measurements.md", serve_load),
+    "serve-latency": ("docs/measurements.md", serve_latency),
     "transformers": ("docs/transformers.md", in_transformers),
     "kv-types": ("docs/kv-quality.md", kv_types),
     "kv-one": ("docs/kv-quality.md", kv_one),

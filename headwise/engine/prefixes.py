@@ -8,6 +8,7 @@ conversations begin with).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
@@ -109,6 +110,17 @@ class Prefixes:
     @property
     def free(self) -> list[int]:
         return [slot for slot, held in self.slots.items() if not held.busy]
+
+    def counts(self) -> dict[str, int]:
+        """Pages and slots now. `pages_lost` are those whose owners are not the slots and copies that hold them: none, or a bug."""
+        owners = Counter(page for x in (*self.slots.values(), *self.kept) for page in x.pages)
+        return {
+            "pages": len(self.pool.users),
+            "pages_free": self.pool.free,
+            "pages_lost": sum(users != owners[page] for page, users in enumerate(self.pool.users)),
+            "slots": len(self.slots),
+            "slots_used": sum(held.busy for held in self.slots.values()),
+        }
 
     def admit(self, prompt: Sequence[int]) -> tuple[int, int, int | None]:
         """A free slot for `prompt`, and how many of its tokens need not be computed; one at least is: its logits are wanted.

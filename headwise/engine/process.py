@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import itertools
 import multiprocessing
+import queue
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field, replace
-from multiprocessing.connection import Connection
 from typing import Any, Literal
 
 from headwise import errors
@@ -69,13 +69,14 @@ class EngineProcess:
         self.model, self.settings, self.stall_s = model, dict(settings), stall_s
         self.state: State = "loading"
         self.facts: dict[str, Any] = {}
+        self.pool: dict[str, int] = {}  # pages and slots, as `engine.prefixes` counts them
         self.loading: tuple[str, int, int] | None = None
         self.error: HeadwiseError | None = None
         self.totals = Totals()
         self.pid: int | None = None
         self._live: dict[int, _Live] = {}
         self._ids = itertools.count(1)
-        self._connection: Connection | None = None
+        self._outbox: queue.SimpleQueue[tuple[str, object] | None] | None = None
         self._beat: Any = None
         self._stalled_at = ""
         self._told = time.monotonic()  # when the engine last told of a step
@@ -182,7 +183,8 @@ class EngineProcess:
         process = context.Process(target=main, args=(theirs, beat, self.model, self.settings), daemon=True, name="headwise-engine")
         await asyncio.to_thread(process.start)
         theirs.close()
-        self.pid, self._connection, self._beat, self._stalled_at = process.pid, ours, beat, ""
+        outbox = queue.SimpleQueue[tuple[str, object] | None]()
+        self.pid, self._outbox, self._beat, self._stalled_at = process.pid, outbox, beat, ""
         loop = asyncio.get_running_loop()
         dead = asyncio.Event()
 
@@ -193,17 +195,24 @@ class EngineProcess:
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(dead.set)
 
+        def write() -> None:  # not on the loop: the pipe is full while the engine is in a long step
+            with contextlib.suppress(OSError):  # it has just died: the reader notices
+                while (message := outbox.get()) is not None:
+                    ours.send(message)
+
         threading.Thread(target=read, name="headwise-engine-reader", daemon=True).start()
+        threading.Thread(target=write, name="headwise-engine-writer", daemon=True).start()
         watchdog = asyncio.create_task(self._watch(process))
         try:
             await dead.wait()
         finally:
             watchdog.cancel()
             process.kill()
-            self._connection = None
+            self._outbox = None
+            outbox.put(None)
             await asyncio.shield(asyncio.to_thread(process.join, 10))
             ours.close()
-        was_ready = self.state == "ready"
+        was_ready, self.pool = self.state == "ready", {}
         if self.error is None:
             self._set("loading")
             what = "a step of the engine made no progress" if self._stalled_at else "the engine's process died"
@@ -241,6 +250,8 @@ class EngineProcess:
                     self._set("ready")
                     for live in self._live.values():
                         self._send("submit", live.request)
+                case ("pool", counts):
+                    self.pool = counts
                 case ("refused", name, what, why, do):
                     self.error = getattr(errors, name)(what, why=why, do=do)
                 case _:
@@ -286,9 +297,8 @@ class EngineProcess:
                 live.events.put_nowait(finish)
 
     def _send(self, what: str, value: object) -> None:
-        if self._connection is not None:
-            with contextlib.suppress(OSError):  # it has just died: the reader notices
-                self._connection.send((what, value))
+        if self._outbox is not None:
+            self._outbox.put((what, value))
 
     def _set(self, state: State) -> None:
         self.state = state

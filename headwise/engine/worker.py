@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,10 +13,12 @@ from typing import Any
 from headwise.errors import HeadwiseError
 
 ENGINE_SETTINGS = ("deterministic", "speculate")
+TOLD_S = 1.0  # pages and slots are told no more often while requests run
 
 
 def main(connection: Connection, beat: Any, model: str | None, settings: Mapping[str, Any]) -> None:
-    """Sends ("loading", what, done, total), then ("ready", facts) or ("refused", class name, what, why, do), then events.
+    """Sends ("loading", what, done, total), then ("ready", facts) or ("refused", class name, what, why, do), then events,
+    and ("pool", counts) when all requests have ended and now and then before.
 
     Args:
         beat: four shared integers, written before each layer: a count, the layer, the step's first position, its tokens.
@@ -38,6 +41,8 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
         decoder.attends = [partial(_beating, beat, i, attend) for i, attend in zip(stage.layers, decoder.attends, strict=True)]
     try:
         send(("ready", facts(llm, [k.copies for k in engine.prefixes.kept])))
+        send(("pool", engine.prefixes.counts()))
+        told = time.monotonic()
         while True:
             while connection.poll(0 if engine.busy else None):
                 what, value = connection.recv()
@@ -46,6 +51,9 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
                 elif what == "cancel":
                     engine.cancel(value)
             engine.round()
+            if not engine.busy or time.monotonic() - told > TOLD_S:
+                send(("pool", engine.prefixes.counts()))
+                told = time.monotonic()
     except (EOFError, OSError):  # the server is gone
         return
 

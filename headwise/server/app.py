@@ -104,7 +104,7 @@ def create_app(
     ]
     for path in ("/v1/embeddings", "/embeddings", "/api/embed", "/api/embeddings"):
         routes.append(Route(path, rooms.no_embeddings, methods=["POST"]))
-    handlers = {Refusal: _refused, HTTPException: _http_error}
+    handlers = {Refusal: _refused, HTTPException: _http_error, RecursionError: _too_deep}
     return _Guard(Starlette(routes=routes, lifespan=lifespan, exception_handlers=handlers), api_key, body_bytes, hosts)  # type: ignore[arg-type]
 
 
@@ -141,6 +141,10 @@ def _http_error(request: Request, error: Exception) -> Response:
     return JSONResponse(
         _error_of(request.url.path)(Refusal(error.status_code, "invalid_request_error", error.detail)), error.status_code
     )
+
+
+def _too_deep(request: Request, _: Exception) -> Response:
+    return _refused(request, bad("the body is nested too deeply"))
 
 
 async def _body(request: Request) -> Mapping[str, Any]:

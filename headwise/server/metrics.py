@@ -24,6 +24,10 @@ def _fact(loaded: Loaded | None, *path: str) -> Any:
     return value or 0
 
 
+def _pool(loaded: Loaded | None, what: str) -> int:
+    return 0 if loaded is None else loaded.engine.pool.get(what, 0)
+
+
 def _used(loaded: Loaded | None) -> float:
     pool = _fact(loaded, "plan", "pool_tokens")
     return min(1.0, loaded.engine.held_tokens() / pool) if loaded and pool else 0.0
@@ -41,6 +45,11 @@ ROWS: tuple[Row, ...] = (
     ("headwise_allocated_bytes", "gauge", "memory measured after loading", lambda _, m: _fact(m, "measured", "total_bytes")),
     ("headwise_kv_planned_bytes", "gauge", "cache planned", lambda _, m: _fact(m, "plan", "kv", "total_bytes")),
     ("headwise_kv_allocated_bytes", "gauge", "cache measured after loading", lambda _, m: _fact(m, "measured", "kv_bytes")),
+    ("headwise_pages", "gauge", "pages of global layers", lambda _, m: _pool(m, "pages")),
+    ("headwise_pages_free", "gauge", "pages that hold nothing", lambda _, m: _pool(m, "pages_free")),
+    ("headwise_pages_lost", "gauge", "pages whose owners are not known; not 0 is a bug", lambda _, m: _pool(m, "pages_lost")),
+    ("headwise_slots", "gauge", "sequences at once, each with its rings", lambda _, m: _pool(m, "slots")),
+    ("headwise_slots_used", "gauge", "slots that requests hold", lambda _, m: _pool(m, "slots_used")),
     ("vllm:num_requests_running", "gauge", "requests that hold a slot", lambda _, m: m.engine.running if m else 0),
     ("vllm:num_requests_waiting", "gauge", "requests in the queue, or whose model is not loaded yet",
      lambda _, m: m.engine.waiting if m else 0),

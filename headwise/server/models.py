@@ -37,6 +37,7 @@ from headwise.text.tokenizer import read_tokenizer
 
 DEFAULT_CONTEXT = 32_768
 KEEP_S = 300.0  # Ollama's default
+_FOR_EVER_S = 1e9  # 30 years; what is longer has no date to be told by
 FAILED_S = 10.0  # a model that could not be loaded is not tried again at once
 _SHELF_S = 5.0
 _TOKENIZERS = 8  # of models that are not loaded
@@ -44,7 +45,7 @@ _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, 
 
 
 def keep_seconds(value: object) -> float:
-    """Ollama's keep_alive: seconds, or "10m", "1h30m"; 0 is none, and below 0 is for ever (math.inf).
+    """Ollama's keep_alive: seconds, or "10m", "1h30m"; 0 is none, and below 0, or in years, is for ever (math.inf).
 
     Raises:
         ValueError: it is neither.
@@ -58,9 +59,9 @@ def keep_seconds(value: object) -> float:
             value = float(text)
         elif parts and "".join(n + unit for n, unit in parts) == text.lstrip("+-"):
             value = sign * sum(float(n) * _UNITS[unit] for n, unit in parts)
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise ValueError(f"{value!r} is no duration: seconds, or a text such as 10m; 0 unloads, -1 keeps")
-    return math.inf if value < 0 else float(value)
+    return float(value) if 0 <= value < _FOR_EVER_S else math.inf
 
 
 @dataclass(slots=True, kw_only=True)

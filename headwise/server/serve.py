@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any
 
 from headwise.engine.process import STALL_S, EngineProcess
 from headwise.errors import UsageError
-from headwise.server.ask import Refusal
+from headwise.server.answer import prepare
+from headwise.server.ask import Ask, Refusal
 from headwise.server.models import Models, keep_seconds
 from headwise.server.notify import notify, report
 from headwise.spec.read import Source
@@ -79,9 +81,11 @@ def serve(
     models = models_of(sources, settings, options, env)
     models.on_failed = lambda: setattr(server, "should_exit", True)
     try:
-        models.served(models.first)  # its tokenizer is read, or refused, before the port opens
+        first = models.served(models.first)  # its tokenizer is read, or refused, before the port opens
     except Refusal as refusal:
         raise refusal.__cause__ or refusal from None
+    with contextlib.suppress(Refusal):  # reads the template and what compiles grammars: the first client need not wait for that
+        prepare(Ask(messages=({"role": "user", "content": "hello"},), schema={}), first)
     listening = sockets_of(options)
     addresses = [s.getsockname()[:2] for s in listening]
     app = create_app(

@@ -76,6 +76,7 @@ def state(loaded: Loaded) -> dict[str, Any]:
         **_health(loaded),
         "requests": engine.requests(),
         "at": engine.at(),
+        "pool": engine.pool,
         "restarts": t.restarts,
         "stalls": t.stalls,
         "ended": dict(t.requests),

@@ -101,8 +101,12 @@ def test_random_conversations_find_what_they_left(slots: int, pages: int, chunk:
         c.check(slot)
         talks[draw.randrange(len(talks))] = list(c.prefixes.slots[slot].tokens)
         c.prefixes.leave(slot)
+        assert c.prefixes.counts()["pages_lost"] == 0
     for other, *_ in running:
         c.prefixes.leave(other)
+    assert c.prefixes.counts()["slots_used"] == 0
+    c.prefixes.pool.share([page for page, users in enumerate(c.prefixes.pool.users) if users][:1])
+    assert c.prefixes.counts()["pages_lost"] == 1
     held = {page for x in (*c.prefixes.slots.values(), *c.prefixes.kept) for page in x.pages}
     assert {page for page, users in enumerate(c.prefixes.pool.users) if users} == held
     assert hits > (200 if chunk else 1500)

@@ -170,3 +170,29 @@ def test_a_served_model_runs_over_several_devices() -> None:
             assert engine._beat[1] == 9  # the last layer that was entered
 
     run(test)
+
+
+def test_a_full_pipe_stops_nobody() -> None:
+    """Long prompts for an engine that stands still: the server blocked in its pipe, and so did the watchdog that had to free it."""
+
+    async def test() -> None:
+        async with started(stall_s=1.0) as engine:
+            runs = ask(engine, 1500)
+            await until(lambda: engine.held_tokens() > len(PROMPT))
+            assert engine.pid is not None
+            os.kill(engine.pid, signal.SIGSTOP)
+            wait = [ask(engine, prompt=tuple(range(30, 2030))) for _ in range(150)]
+            await until(lambda: engine.waiting == len(wait))
+            finish = (await runs)[-1]
+            assert isinstance(finish, Finish)
+            assert finish.error is not None
+            assert "no progress" in finish.error[1]
+            for task in wait:
+                task.cancel()
+            await asyncio.gather(*wait, return_exceptions=True)
+            await until(lambda: engine.state == "ready")
+            answered = (await ask(engine))[-1]
+            assert isinstance(answered, Finish)
+            assert answered.reason == "length"
+
+    run(test)

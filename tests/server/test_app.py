@@ -66,6 +66,10 @@ HOSTILE = [
     b'{"messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "options": {"num_predict": 2}, "response_format":'
     b' {"type": "json_schema", "json_schema": {"schema": {"$ref": "#/nowhere"}}}}',
     b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
+    b'{"messages": [{"role": "user", "content": "x"}], "input": "x", "tools": [{"type": "function", "name": "f", "parameters": {0},'
+    b' "function": {"name": "f", "parameters": {0}}}]}'.replace(b"{0}", b'{"a":' * 800 + b"0" + b"}" * 800),
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "keep_alive": 1' + b"0" * 400 + b"}",
+    b'{"messages": [{"role": "user", "content": "x"}], "prompt": "x", "keep_alive": 1e18}',
 ]  # fmt: skip
 
 
@@ -81,6 +85,7 @@ def test_no_body_is_too_strange(live: Any, path: str) -> None:
         if status != 200:
             assert "error" in answer, (body[:80], answer)
     assert live.engine.totals.restarts == before  # a body that kills the engine ends other people's answers too
+    assert call(live, "/api/ps")[0] == 200
 
 
 def test_a_body_that_is_too_large_is_refused_before_it_is_read(live: Any) -> None:
@@ -310,3 +315,21 @@ def test_many_at_once_all_end(live: Any) -> None:
     assert sorted({status for status, _ in answers}) == [200, 400]
     assert len(answers) == len(asked)
     assert live.engine.running == live.engine.waiting == 0
+
+
+def test_pages_and_slots_are_counted_when_all_is_quiet(live: Any) -> None:
+    """A page that a cancelled request keeps is missed days later, by somebody else."""
+    until_ready(live)
+    stream = events(live, "/v1/chat/completions", {**CHAT, "max_tokens": 300, "logit_bias": {"1": -100, "6": -100, "11": -100}})
+    assert sum(1 for _ in zip(stream, range(20), strict=False)) == 20
+    assert live.engine.running == 1
+    stream.close()
+    for _ in range(200):
+        pool = call(live, "/v1/state")[1]["models"][0]["pool"]
+        if not live.engine.running and pool["slots_used"] == 0:
+            break
+        time.sleep(0.05)
+
+    assert pool == {"pages": 128, "pages_free": pool["pages_free"], "pages_lost": 0, "slots": 2, "slots_used": 0}
+    assert 0 < pool["pages_free"] < 128  # the cache keeps what was computed
+    assert "headwise_pages_lost" in call(live, "/metrics")[1]

@@ -222,3 +222,20 @@ def test_an_address_that_ollama_holds_is_said_with_the_cure(monkeypatch: pytest.
 
     assert "systemctl stop ollama" in refused.value.do
     socket.create_server(("127.0.0.1", port)).close()
+
+
+def test_the_first_client_does_not_wait_for_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was compiled for the first request, whose first event took 200 ms and the next one's 10."""
+    from headwise.spec.read import open_model
+
+    prepared: list[str] = []
+
+    def no_port(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serve, "prepare", lambda ask, model: prepared.append(model.name))
+    monkeypatch.setattr(serve, "sockets_of", no_port)
+    with pytest.raises(KeyboardInterrupt):
+        serve.serve([(None, open_model(None, env={}))], {}, serve.Options(), env={}, on_ready=lambda url, engine: None)
+
+    assert prepared == ["tiny-hybrid"]

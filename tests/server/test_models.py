@@ -39,7 +39,8 @@ GIB = 2**30
 @pytest.mark.parametrize(
     ("value", "seconds"),
     [(0, 0.0), ("0", 0.0), ("0s", 0.0), (300, 300.0), ("5m", 300.0), ("1h30m", 5400.0), ("1.5h", 5400.0), ("250ms", 0.25),
-     (-1, math.inf), ("-1", math.inf), ("-1m", math.inf), (0.5, 0.5)],
+     (-1, math.inf), ("-1", math.inf), ("-1m", math.inf), (0.5, 0.5), (1e18, math.inf),
+     (10**400, math.inf), ("9999999h", math.inf)],
 )  # fmt: skip
 def test_a_keep_alive_is_what_it_is_to_ollama(value: object, seconds: float) -> None:
     assert keep_seconds(value) == seconds
