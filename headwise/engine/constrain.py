@@ -26,12 +26,14 @@ from headwise.errors import UsageError
 from headwise.text.grammar import MOST_TEXTS
 from headwise.text.tokenizer import Tokenizer
 
-SLACK = 32  # tokens kept for what nests deeper than the start of the grammar
-MOST = 512  # tokens of the shortest answer; a grammar that needs more is cut by max_tokens
+SLACK = 32  # tokens kept beyond the way out
+GROWTH = 4  # one token, and those it adds to the way out, at most
+MOST = 256  # tokens of the shortest answer; a grammar that needs more is cut by max_tokens
 WALKS = 6
 _ESCAPED = [*map(chr, range(0x20)), '"', "\\"]  # characters that JSON does not write as they are
 _SPELT = {json.dumps(c)[2:-1]: k for k, c in enumerate(_ESCAPED)}  # what follows the backslash -> its place in _ESCAPED
 _ESCAPE = re.compile(rb'\\(["\\/bfnrt]|u00[01][0-9a-fA-F])')
+_ANY_TOKENS = '%llguidance {"no_forcing": true}'  # what has one spelling is not made of tokens that mean something else here
 _PLAIN = re.compile(rb'[^"\\\x00-\x1f]*')
 
 
@@ -69,21 +71,24 @@ class Constrainer:
         self._llguidance, self._tokenizer = llguidance, tokenizer
         self.eos_ids = tokenizer.eos_ids
         self.n = n = tokenizer.vocab_size
-        special = [i for i in range(n) if tokenizer.is_special(i)]
+        marks = {i for text in tokenizer.guarded_texts if (i := tokenizer.id(text)) is not None}  # none of them is ever text
+        special = [i for i in range(n) if tokenizer.is_special(i) or i in marks]
         self._tokens = [tokenizer.token_bytes(i) for i in range(n)]
-        by_text = {t: i for i, t in reversed(list(enumerate(self._tokens))) if t and not tokenizer.is_special(i)}
+        self._special = frozenset(special)
+        by_text = {t: i for i, t in reversed(list(enumerate(self._tokens))) if t and i not in self._special}
         texts = [b"<text %d>" % i for i in range(MOST_TEXTS)]
         self.table = self._table(
             [*self._tokens, *texts], [*special, *range(n, n + MOST_TEXTS)], sorted(self.eos_ids) or [0]
         )
         ends = sorted(self.eos_ids) + [i for i in special if i not in self.eos_ids]
-        ends += [i for text in tokenizer.guarded_texts if text.startswith("</") and (i := tokenizer.id(text)) is not None]
 
         def ids(*texts: bytes) -> list[int]:
             return [by_text[t] for t in texts if t in by_text]
 
-        lines = ids(b"\n", b"\\n")
-        self.closer = Closer(ends, ids(b"q", b"Z"), ids(b'"') + lines, ids(b"}", b"]", b'"', b":", b"0", b"false") + lines)
+        line_end = ids(b"\\", b"\\n", b"\n")
+        self.closer = Closer(
+            ends, ids(b"q", b"Z"), ids(b'"') + line_end, ids(b"}", b"]", b'"', b":", b"0", b"false", b")") + line_end, ids(b"\\", b"n")
+        )
         self.by_text = by_text
 
     def _table(self, tokens: list[bytes], special: list[int], eos: list[int]) -> Any:
@@ -93,7 +98,7 @@ class Constrainer:
     @functools.cached_property
     def inner_table(self) -> Any:
         """The tokens unescaped; behind them the characters that are escaped, and an end that is no token of the model."""
-        inner = [b"" if self._tokenizer.is_special(i) else unescaped(t) for i, t in enumerate(self._tokens)]
+        inner = [b"" if i in self._special else unescaped(t) for i, t in enumerate(self._tokens)]
         end = self.n + len(_ESCAPED)
         return self._table([*inner, *(c.encode() for c in _ESCAPED), b"<end>"], [end], [end])
 
@@ -112,7 +117,7 @@ class Constrainer:
 
     def start(self, grammar: Grammar, max_tokens: int) -> Constraint:
         """Raises UsageError where the grammar is none."""
-        texts = [self._matcher(text, self.inner_table) for text in grammar.texts]
+        texts = [self._matcher(f"{_ANY_TOKENS}\n{text}", self.inner_table) for text in grammar.texts]
         first = grammar.opening or (grammar.lark if grammar.trigger is None else None)
         again = None if grammar.trigger is None else self.place(grammar.lark, texts)
         return Constraint(
@@ -129,10 +134,15 @@ class Closer:
     letters: list[int]  # allowed together only inside a text
     in_text: list[int]
     outside: list[int]
+    escaped: list[int]  # allowed together only behind a backslash; the last one ends a line
 
-    def pick(self, mask: Tensor) -> int | None:
+    def pick(self, mask: Tensor, *, lines: bool) -> int | None:
+        """A token that closes; None where none does. `lines`: a text's line first, then the text itself."""
         free = all(mask[i] for i in self.letters)
-        order = [*self.ends, *(self.in_text if free else ()), *self.outside]
+        if not free and self.escaped and all(mask[i] for i in self.escaped):
+            return self.escaped[-1]
+        in_text = reversed(self.in_text) if lines else self.in_text
+        order = [*self.ends, *(in_text if free else ()), *self.outside]
         return next((i for i in order if mask[i]), None)
 
 
@@ -213,22 +223,21 @@ class Constraint:
     def _begin(self, place: Place | None) -> None:
         self._place = place
         self._way_out: list[int] | None = None
-        self._reserve: int | None = None
+        self._look = MOST + SLACK  # with so many tokens left the way out is looked for again
 
     def allowed(self) -> Tensor | None:
         """True for the tokens that may come next; for one of them when the end must come. None: any."""
         place = self._place or self._again
-        if self._reserve is None and place is not None and self._left <= MOST + SLACK:
-            self._reserve = len(_way_out(place, self._closer, min(MOST, self._left))) + SLACK
-        short = self._reserve is not None and self._left <= self._reserve
+        if place is not None and self._way_out is None and self._left <= self._look:
+            found = _way_out(place, self._closer, min(MOST, self._left))
+            room = self._left - len(found) - SLACK
+            self._look = self._left - max(SLACK // GROWTH, room // GROWTH) if found else self._left // 2
+            if room <= 0:
+                self._way_out = found
         if self._place is None:
-            return self._free if short else None
+            return None if self._way_out is None else self._any()
         mask = self._place.mask()
-        if not short or self._place.complete:
-            return mask
-        if self._way_out is None:
-            self._way_out = _way_out(self._place, self._closer, MOST)
-        if self._way_out and mask[self._way_out[0]]:
+        if self._way_out and not self._place.complete and mask[self._way_out[0]]:
             mask = torch.zeros_like(mask)
             mask[self._way_out.pop(0)] = True
         return mask
@@ -244,7 +253,11 @@ class Constraint:
                 self._begin(None)
 
     @property
-    def _free(self) -> Tensor:
+    def free(self) -> bool:
+        """Whether no grammar holds now."""
+        return self._place is None
+
+    def _any(self) -> Tensor:
         """Any token but the one that begins what there is no room for."""
         mask = torch.ones(self._n, dtype=torch.bool)
         if self._trigger is not None:
@@ -272,7 +285,7 @@ def _way_out(place: Place, closer: Closer, most: int) -> list[int]:
         state, draw, path = place.copy(), random.Random(seed), list[int]()
         while not state.complete and len(path) < (len(best) or most):
             mask = state.mask()
-            token = closer.pick(mask)
+            token = closer.pick(mask, lines=seed % 2 == 1)
             if token is None:
                 ids = mask.nonzero()[:, 0].tolist()
                 if not ids:

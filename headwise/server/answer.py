@@ -290,6 +290,7 @@ class _Reader:
             tools=bool(ask.tools) and ask.choice != "none",
             channel=prepared.channel if self.chat else "content",
             names=[t.name for t in ask.tools],
+            schema=ask.schema is not None,
         )
         self.stream = model.tokenizer.stream(skip_special=not self.chat, continues=True)
         self.held = ""  # text that may be the beginning of a stop text

@@ -310,6 +310,7 @@ class Parser:
         tools: the request has tools; without any, what looks like a call is content.
         channel: where the prompt has left the model: "reasoning" after a template that opens a thought, "header" after one that
             opens a message.
+        schema: content is JSON, so what a text in it holds is no mark.
         names: of the tools; an answer without marks is a call only to one of them. None: to any.
     """
 
@@ -317,7 +318,9 @@ class Parser:
     tools: bool = True
     channel: Channel = "content"
     names: Collection[str] | None = None
+    schema: bool = False
     _text: str = ""
+    _said: str = ""  # content so far, where it is JSON
     _opened: str = ""  # the mark that began a call
     _scanned: int = 0  # no mark begins before this character of a call's text
     _fresh: bool = True  # no content has been given out yet
@@ -378,6 +381,8 @@ class Parser:
             if found:
                 text, self._text = self._text[:found], self._text[found:]
                 self._fresh = self._fresh and not text.strip()
+                if self.schema and self.channel == "content":
+                    self._said += text
                 yield Part(self.channel, text, text)
             if mark is None:
                 return
@@ -408,6 +413,9 @@ class Parser:
                 return start, None  # a longer mark may still come of it
             if self.channel == "call" and self.dialect.inside(self._before + text[:start]):
                 skipped = skipped or (start, match[0])
+                at = start + 1
+                continue
+            if self.channel == "content" and self.schema and inside_json(self._said + text[:start]):
                 at = start + 1
                 continue
             self._scanned = 0
