@@ -123,6 +123,7 @@ class Constrainer:
         return Constraint(
             self, None if first is None else self.place(first, texts), max_tokens,
             trigger=grammar.trigger, again=again, loose=first is not grammar.lark,
+            thought_end=self._tokenizer.encode(grammar.thought_end or "", add_bos=False),
         )  # fmt: skip
 
 
@@ -210,14 +211,28 @@ class Constraint:
         place: where it begins; None: it is free until the trigger.
         again: where each trigger leads.
         loose: a complete grammar leaves what follows free, where it else ends the answer.
+        thought_end: the tokens that end a thought, where one does not.
     """
 
     def __init__(
-        self, constrainer: Constrainer, place: Place | None, max_tokens: int, *, trigger: int | None, again: Place | None, loose: bool
+        self,
+        constrainer: Constrainer,
+        place: Place | None,
+        max_tokens: int,
+        *,
+        trigger: int | None,
+        again: Place | None,
+        loose: bool,
+        thought_end: Sequence[int],
     ) -> None:
+        self._thought_end = thought_end
         self._eos_ids, self._closer, self._n = constrainer.eos_ids, constrainer.closer, constrainer.n
+        self._ends = torch.zeros(self._n, dtype=torch.bool)
+        self._ends[sorted(self._eos_ids)] = True
         self._trigger, self._again, self._loose = trigger, again, loose
         self._left = max_tokens
+        self._origin = again or (None if place is None else place.copy())
+        self._another: int | None = None  # tokens of the shortest call, or answer, that may begin where one is complete
         self._begin(place)
 
     def _begin(self, place: Place | None) -> None:
@@ -227,17 +242,21 @@ class Constraint:
 
     def allowed(self) -> Tensor | None:
         """True for the tokens that may come next; for one of them when the end must come. None: any."""
-        place = self._place or self._again
-        if place is not None and self._way_out is None and self._left <= self._look:
-            found = _way_out(place, self._closer, min(MOST, self._left))
+        if self._another is None and self._origin is not None and self._left <= MOST + SLACK:
+            self._another = len(_way_out(self._origin, self._closer, min(MOST, self._left), self._thought_end))
+        done = self._another is not None and self._left <= self._another + SLACK
+        if self._place is None:
+            return self._any() if done else None
+        mask = self._place.mask()
+        if self._place.complete:
+            return mask & self._ends if done else mask
+        if self._way_out is None and self._left <= self._look:
+            found = _way_out(self._place, self._closer, min(MOST, self._left), self._thought_end)
             room = self._left - len(found) - SLACK
             self._look = self._left - max(SLACK // GROWTH, room // GROWTH) if found else self._left // 2
             if room <= 0:
                 self._way_out = found
-        if self._place is None:
-            return None if self._way_out is None else self._any()
-        mask = self._place.mask()
-        if self._way_out and not self._place.complete and mask[self._way_out[0]]:
+        if self._way_out and mask[self._way_out[0]]:
             mask = torch.zeros_like(mask)
             mask[self._way_out.pop(0)] = True
         return mask
@@ -275,7 +294,7 @@ def _bits(matcher: Any) -> Tensor:
     return (bits[:, None] >> torch.arange(8, dtype=torch.uint8) & 1).flatten().bool()
 
 
-def _way_out(place: Place, closer: Closer, most: int) -> list[int]:
+def _way_out(place: Place, closer: Closer, most: int, thought_end: Sequence[int]) -> list[int]:
     """Tokens that complete the grammar from here: the shortest of a few walks.
 
     A walk takes what closes most and, where nothing closes, any token: a fixed choice could open a list in a list for ever.
@@ -283,6 +302,11 @@ def _way_out(place: Place, closer: Closer, most: int) -> list[int]:
     best: list[int] = []
     for seed in range(WALKS):
         state, draw, path = place.copy(), random.Random(seed), list[int]()
+        for token in thought_end if seed % 2 == 0 else ():
+            if not state.mask()[token]:
+                break
+            state.take(token)
+            path.append(token)
         while not state.complete and len(path) < (len(best) or most):
             mask = state.mask()
             token = closer.pick(mask, lines=seed % 2 == 1)

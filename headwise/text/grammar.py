@@ -71,12 +71,14 @@ class Grammar:
         opening: a grammar that holds from the first token until it is complete; what follows is free but for the trigger.
         texts: grammars of texts that stand within a JSON string, escaped: the i-th where a grammar above has the token of id
             vocabulary size + i, which no model writes.
+        thought_end: how a thought ends where that is no single token.
     """
 
     lark: str
     trigger: int | None = None
     opening: str | None = None
     texts: tuple[str, ...] = ()
+    thought_end: str | None = None
 
 
 def answer_grammar(
@@ -169,12 +171,13 @@ class _Rules:
     fixed: list[str] = field(default_factory=lambda: [_JSON])
     texts: list[str] = field(default_factory=list[str])
     named: dict[tuple[int, str], str] = field(default_factory=dict[tuple[int, str], str])  # a tool's schema, a $ref -> its rule
+    thought_end: str | None = None
     depth: int = 0
 
     def grammar(self, start: str, *, trigger: int | None = None, opening: str | None = None) -> Grammar:
         rest = [*(f"{name}: {body}" for name, body in self.lines.items()), *self.fixed]
         whole = "\n".join([start, *rest])
-        return Grammar(whole, trigger, opening and "\n".join([opening, *rest]), tuple(self.texts))
+        return Grammar(whole, trigger, opening and "\n".join([opening, *rest]), tuple(self.texts), self.thought_end)
 
     def spelt(self, text: str) -> str:
         """A text of the dialect: its marks as control tokens, or as letters in a vocabulary without them."""
@@ -209,6 +212,8 @@ class _Rules:
         mark, close = self.dialect.reasoning
         inside = {m.strip() for m in self.dialect.marks["reasoning"]} - {close}
         end = self.until(close, *inside)
+        if self.tokenizer.id(close) is None:
+            self.thought_end = close
         if begun:
             return f"{self.spelt(mark)} {end}"
         return f"{end} SPACE" if opened else f"({self.spelt(mark)} {end} SPACE)?"

@@ -241,7 +241,7 @@ def test_what_is_drawn_under_a_grammar_is_valid(models: Any, kind: str, asked: A
     model, constrainer = models[kind]
     ask = asked.ask()
     for seed in range(SEEDS):
-        ids, said, _, calls = answered(model, ask, constrainer, seed, most=(250, 90)[seed % 2])
+        ids, said, _, calls = answered(model, ask, constrainer, seed, most=(250, 120)[seed % 2])
         shown = f"seed {seed}: {model.tokenizer.decode(ids, skip_special=False)!r}"
         for call in calls:
             tool = ask.tool(call.name)
