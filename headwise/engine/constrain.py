@@ -77,9 +77,7 @@ class Constrainer:
         self._special = frozenset(special)
         by_text = {t: i for i, t in reversed(list(enumerate(self._tokens))) if t and i not in self._special}
         texts = [b"<text %d>" % i for i in range(MOST_TEXTS)]
-        self.table = self._table(
-            [*self._tokens, *texts], [*special, *range(n, n + MOST_TEXTS)], sorted(self.eos_ids) or [0]
-        )
+        self.table = self._table([*self._tokens, *texts], [*special, *range(n, n + MOST_TEXTS)], sorted(self.eos_ids) or [0])
         ends = sorted(self.eos_ids) + [i for i in special if i not in self.eos_ids]
 
         def ids(*texts: bytes) -> list[int]:
@@ -87,7 +85,11 @@ class Constrainer:
 
         line_end = ids(b"\\", b"\\n", b"\n")
         self.closer = Closer(
-            ends, ids(b"q", b"Z"), ids(b'"') + line_end, ids(b"}", b"]", b'"', b":", b"0", b"false", b")") + line_end, ids(b"\\", b"n")
+            ends,
+            ids(b"q", b"Z"),
+            ids(b'"') + line_end,
+            ids(b"}", b"]", b'"', b":", b"0", b"false", b")") + line_end,
+            ids(b"\\", b"n"),
         )
         self.by_text = by_text
 
@@ -186,7 +188,7 @@ class Place:
 
     def take(self, token: int) -> None:
         n, ids = self._constrainer.n, self._constrainer.by_text
-        if self._inner is None or token == ids.get(b'"') and self._escape is None:
+        if self._inner is None or (token == ids.get(b'"') and self._escape is None):
             self._inner = None
             self._outer.consume_token(token)
             for i, text in enumerate(self._texts):

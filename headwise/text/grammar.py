@@ -242,7 +242,7 @@ class _Rules:
             return f'({late} | {early}) "json" {self.spelt("<|message|>")} {arguments}'
         name = _word(json.dumps(tool.name, ensure_ascii=False))
         key = "parameters" if self.dialect.bare else "arguments"
-        return f'{name} ITEM_END {_word(json.dumps(key))} KEY_END {arguments}'
+        return f"{name} ITEM_END {_word(json.dumps(key))} KEY_END {arguments}"
 
     def quoted(self, body: str) -> str:
         """A text between Gemma's quotes."""
@@ -298,16 +298,15 @@ class _Rules:
         return self._object(schema, root) if schema.get("properties") else "gemma_any"
 
     def _array(self, item: str, schema: Mapping[str, Any]) -> str:
-        least, most = _counts(schema, "minItems", "maxItems") or (0, "")
+        least, most = _counts(schema, "minItems", "maxItems") or (0, None)
         if most == 0:
             return self.add('"[" "]"')
-        more = "{%s,%s}" % (max(0, least - 1), most - 1 if isinstance(most, int) else "")
-        some = f'{item} ("," {item}){more}'
+        some = f'{item} ("," {item}){_times(max(0, least - 1), None if most is None else most - 1)}'
         return self.add(f'"[" {some} "]"' if least else f'"[" ({some})? "]"')
 
     def _text(self, schema: Mapping[str, Any]) -> str:
         counts = _counts(schema, "minLength", "maxLength")
-        return self.add(self.quoted(self.free(_QUOTE, chars="{%s,%s}" % counts))) if counts else "gemma_text"
+        return self.add(self.quoted(self.free(_QUOTE, chars=_times(*counts)))) if counts else "gemma_text"
 
     def _object(self, schema: Mapping[str, Any], root: Mapping[str, Any]) -> str:
         """Members in sorted order: the required ones, and of the others any."""
@@ -338,13 +337,17 @@ class _Rules:
         return _word(json.dumps(value))
 
 
-def _counts(schema: Mapping[str, Any], least_key: str, most_key: str) -> tuple[int, int | str] | None:
-    """Least and most of a length, "" for no most; None where the schema says nothing that a grammar can count."""
+def _times(least: int, most: int | None) -> str:
+    return f"{{{least},{'' if most is None else most}}}"
+
+
+def _counts(schema: Mapping[str, Any], least_key: str, most_key: str) -> tuple[int, int | None] | None:
+    """Least and most of a length; None where the schema says nothing that a grammar can count."""
     least, most = schema.get(least_key) or 0, schema.get(most_key)
     if not isinstance(least, int) or not 0 <= least <= _MOST_COUNTED:
         return None
     if not isinstance(most, int) or not least <= most <= _MOST_COUNTED:
-        return (least, "") if least else None
+        return (least, None) if least else None
     return least, most
 
 

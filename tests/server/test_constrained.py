@@ -21,7 +21,7 @@ from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from headwise.engine.request import Finish, Grammar, Token
-from headwise.server import chat, responses
+from headwise.server import responses
 from headwise.server.answer import Served, _Reader, prepare, served
 from headwise.server.ask import Ask, Text, Thought, Tool, ToolCall, custom_input
 from headwise.spec.read import open_model
@@ -127,11 +127,11 @@ SCHEMA: dict[str, Any] = {
                        "required": ["x"], "additionalProperties": False}},
 }  # fmt: skip
 OTHER = {**SCHEMA, "$defs": {"deep": {"type": "integer"}}}  # the same words for something else
-PATCH = '''
+PATCH = """
 start: "*** Begin\\n" line+ "*** End"
 line: "+" TEXT "\\n" | "(" line* ")\\n"
 TEXT: /[^\\n]*/
-'''
+"""
 REGEX = r'[a-z]{1,5}/"[0-9]\\\t[0-9]\.py"'
 TOOLS = [
     {"type": "function", "name": "first", "parameters": SCHEMA},
@@ -177,7 +177,8 @@ class Asked:
     thinks: bool | None
 
     def __str__(self) -> str:
-        return f"{self.choice}-{'many' if self.parallel else 'one'}-{self.schema}-{ {None: '', True: 'thinks', False: 'quick'}[self.thinks]}"
+        thinks = "thinks" if self.thinks is None else "quick"
+        return f"{self.choice}-{'many' if self.parallel else 'one'}-{self.schema}-{thinks}"
 
     def ask(self) -> Ask:
         form = {None: None, "object": {"type": "json_object"}, "schema": {"type": "json_schema", "name": "s", "schema": SCHEMA}}
@@ -197,7 +198,8 @@ ASKED = [
         ["no tools", "auto", "required", "none", "first", "patch", "open"], [True, False], [None, "object", "schema"], [None, False]
     )
     if not (c in ("no tools", "none") and (s is None or not p))
-    and not (c in ("first", "patch", "open") and (s or p)) and not (c == "required" and s)
+    and not (c in ("first", "patch", "open") and (s or p))
+    and not (c == "required" and s)
 ]
 
 
@@ -254,5 +256,5 @@ def test_what_is_drawn_under_a_grammar_is_valid(models: Any, kind: str, asked: A
             assert not said.strip(), shown
         elif asked.schema and not calls:
             assert jsonschema_rs.is_valid(SCHEMA if asked.schema == "schema" else {"type": "object"}, json.loads(said)), shown
-        begun = model.tokenizer.id(model.dialect.call) if model.dialect.call else None
+        begun = -1 if model.dialect.call is None else model.tokenizer.id(model.dialect.call) or -1
         assert ids.count(begun) in (0, len(calls)), shown  # a call that has begun is one

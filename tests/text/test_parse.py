@@ -110,7 +110,7 @@ def test_a_broken_call_is_content(name: str, text: str) -> None:
 CHANNELS = ["assistant", "analysis", "final", "commentary", " to=functions.f", " json"]
 PIECES = st.sampled_from(
     [m for d in DIALECTS.values() for by in d.marks.values() for m in by]
-    + [m for m in DIALECTS["harmony"].marks["content"]] + CHANNELS
+    + [*DIALECTS["harmony"].marks["content"], *CHANNELS]
     + ['<|"|>', "call:f{", "}", ":", ",", "[", "]", '{"name": "f", "arguments": {', '"', "x", "\n", " ", "<", "<|", "é"]
 )  # fmt: skip
 
