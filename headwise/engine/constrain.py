@@ -244,16 +244,14 @@ class Constraint:
 
     def allowed(self) -> Tensor | None:
         """True for the tokens that may come next; for one of them when the end must come. None: any."""
-        if self._another is None and self._origin is not None and self._left <= MOST + SLACK:
-            self._another = len(_way_out(self._origin, self._closer, min(MOST, self._left), self._thought_end))
-        done = self._another is not None and self._left <= self._another + SLACK
         if self._place is None:
-            return self._any() if done else None
+            return None if self._room_for_another() else self._any()
         mask = self._place.mask()
         if self._place.complete:
-            return mask & self._ends if done else mask
+            ends = mask & self._ends
+            return mask if torch.equal(ends, mask) or self._room_for_another() else ends
         if self._way_out is None and self._left <= self._look:
-            found = _way_out(self._place, self._closer, min(MOST, self._left), self._thought_end)
+            found = self._found(self._place)
             room = self._left - len(found) - SLACK
             self._look = self._left - max(SLACK // GROWTH, room // GROWTH) if found else self._left // 2
             if room <= 0:
@@ -272,6 +270,17 @@ class Constraint:
             self._place.take(token)
             if self._loose and self._place.complete:
                 self._begin(None)
+
+    def _found(self, place: Place) -> list[int]:
+        return _way_out(place, self._closer, min(MOST, self._left), self._thought_end)
+
+    def _room_for_another(self) -> bool:
+        """Whether the tokens last for what may begin where an answer, or nothing, has been said."""
+        if self._origin is None or self._left > MOST + SLACK:
+            return True
+        if self._another is None:
+            self._another = len(self._found(self._origin))
+        return self._left > self._another + SLACK
 
     @property
     def free(self) -> bool:
@@ -297,12 +306,15 @@ def _bits(matcher: Any) -> Tensor:
 
 
 def _way_out(place: Place, closer: Closer, most: int, thought_end: Sequence[int]) -> list[int]:
-    """Tokens that complete the grammar from here: the shortest of a few walks.
+    """Tokens that complete the grammar from here: the shorter of two walks that lead out.
 
     A walk takes what closes most and, where nothing closes, any token: a fixed choice could open a list in a list for ever.
     """
     best: list[int] = []
+    found = 0
     for seed in range(WALKS):
+        if found == 2:
+            break
         state, draw, path = place.copy(), random.Random(seed), list[int]()
         for token in thought_end if seed % 2 == 0 else ():
             if not state.mask()[token]:
@@ -319,6 +331,7 @@ def _way_out(place: Place, closer: Closer, most: int, thought_end: Sequence[int]
                 token = draw.choice(ids)
             state.take(token)
             path.append(token)
+        found += state.complete or (bool(best) and len(path) >= len(best))
         if state.complete and (not best or len(path) < len(best)):
             best = path
     return best

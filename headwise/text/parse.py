@@ -190,7 +190,7 @@ _PEOPLE = ("assistant", "user", "all")
 
 
 def header_of_harmony(header: str) -> Channel:
-    """The channel of `ROLE to=TOOL<|channel|>CHANNEL to=TOOL <|constrain|>TYPE`, where TOOL stands in one of two places, or none."""
+    """The channel of `ROLE to=TOOL<|channel|>CHANNEL to=TOOL <|constrain|>TYPE`, where TOOL stands in one of two places or none."""
     match = _RECIPIENT.search(header)
     if match is not None and match[1] not in _PEOPLE:
         return "call"
