@@ -316,14 +316,13 @@ def _way_out(place: Place, closer: Closer, most: int, thought_end: Sequence[int]
         if found == 2:
             break
         state, draw, path = place.copy(), random.Random(seed), list[int]()
-        for token in thought_end if seed % 2 == 0 else ():
-            if not state.mask()[token]:
-                break
-            state.take(token)
-            path.append(token)
+        first = [] if seed % 2 else [*thought_end]
         while not state.complete and len(path) < (len(best) or most):
             mask = state.mask()
-            token = closer.pick(mask, lines=seed % 2 == 1)
+            if first and mask[first[0]]:
+                token = first.pop(0)
+            else:
+                token = closer.pick(mask, lines=seed % 2 == 1)
             if token is None:
                 ids = mask.nonzero()[:, 0].tolist()
                 if not ids:
