@@ -32,7 +32,7 @@ from headwise.server.ask import (
 from headwise.spec.read import Source
 from headwise.text.chat import encode_chat
 from headwise.text.grammar import MOST_TEXTS, Grammar, ToolShape, answer_grammar
-from headwise.text.parse import Channel, Dialect, Parser, Part, dialect_of
+from headwise.text.parse import DIALECTS, Channel, Dialect, Parser, Part, dialect_of
 from headwise.text.tokenizer import Tokenizer
 
 HEARTBEAT_S = 8.0  # Codex gives up after 300 s without a data event, other clients sooner
@@ -185,7 +185,7 @@ def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
 
     def make(*shapes: ToolShape) -> Grammar | None:
         return answer_grammar(
-            model.dialect,
+            model.dialect if ask.prompt is None else DIALECTS["json"],  # a text that is continued has no marks
             model.tokenizer,
             tools=shapes,
             schema=ask.schema,
@@ -203,7 +203,7 @@ def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
     shapes = [t.shape() for t in tools if ask.choice in ("auto", "required", t.name)]
     made = make(*shapes)
     if made is not None and _invalid(made) is not None:
-        plain = [ToolShape(name=s.name, parameters={}) for s in shapes]
+        plain = [ToolShape(name=s.name, parameters=s.parameters if s.lark else {}) for s in shapes]
         made = make(*(s if (one := make(s)) and _invalid(one) is None else p for s, p in zip(shapes, plain, strict=True)))
     if made is not None and (error := _invalid(made)) is not None:
         if required or ask.schema is not None:

@@ -258,3 +258,13 @@ def test_what_is_drawn_under_a_grammar_is_valid(models: Any, kind: str, asked: A
             assert jsonschema_rs.is_valid(SCHEMA if asked.schema == "schema" else {"type": "object"}, json.loads(said)), shown
         begun = -1 if model.dialect.call is None else model.tokenizer.id(model.dialect.call) or -1
         assert ids.count(begun) in (0, len(calls)), shown  # a call that has begun is one
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "gemma4"])
+def test_a_continued_text_by_a_schema_has_no_marks(models: Any, kind: str) -> None:
+    """gpt-oss's channel would stand in front of the JSON, for nobody to take it away."""
+    model, constrainer = models[kind]
+    for seed in range(SEEDS):
+        _, said, thought, _ = answered(model, Ask(prompt="x", schema=SCHEMA), constrainer, seed, most=200)
+        assert jsonschema_rs.is_valid(SCHEMA, json.loads(said)), said
+        assert not thought
