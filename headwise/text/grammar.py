@@ -237,9 +237,9 @@ class _Rules:
             arguments = self.json(object_)
         if self.dialect.name == "harmony":
             to, channel, typed = f" to=functions.{tool.name}", self.spelt("<|channel|>"), self.spelt("<|constrain|>")
-            late = f'{channel} {_word("commentary" + to)} " "? {typed}'
-            early = f'{_word(to)} {channel} "commentary" " "? {typed}?'
-            return f'({late} | {early}) "json" {self.spelt("<|message|>")} {arguments}'
+            form = f'(" "? {typed} "json" | " json" | " code")?'  # gpt-oss writes all of them
+            header = f'({channel} {_word("commentary" + to)} | {_word(to)} {channel} "commentary") {form}'
+            return f"{header} {self.spelt('<|message|>')} {arguments}"
         name = _word(json.dumps(tool.name, ensure_ascii=False))
         key = "parameters" if self.dialect.bare else "arguments"
         return f"{name} ITEM_END {_word(json.dumps(key))} KEY_END {arguments}"

@@ -109,6 +109,7 @@ def test_a_required_call_may_follow_a_thought_and_another_call(tokenizer: Tokeni
         ("json", '{"name": "any.thing", "parameters": {}}'),
         ("harmony", '<|channel|>commentary to=functions.any.thing <|constrain|>json<|message|>{"x": 1}'),
         ("harmony", ' to=functions.any.thing<|channel|>commentary json<|message|>{"x":1}'),
+        ("harmony", "<|channel|>commentary to=functions.any.thing code<|message|>{}"),
     ],
 )
 def test_calls_in_json(tokenizer: Tokenizer, dialect: str, text: str) -> None:
