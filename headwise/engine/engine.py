@@ -180,7 +180,7 @@ class Engine:
         if request.grammar is None:
             return None
         self._constrainer = self._constrainer or Constrainer(self.llm.tokenizer)
-        return self._constrainer.start(request.grammar, most) if request.grammar.trigger is None else None
+        return self._constrainer.start(request.grammar, most)
 
     def _step(self, due: list[tuple[_Running, int]]) -> None:
         """One forward pass over the next tokens of each, and what follows from it."""
@@ -250,8 +250,7 @@ class Engine:
     def _sample(self, r: _Running, logits_V: Tensor, best: int) -> int | None:
         """The next token of an answer; None where the answer has ended."""
         allowed = None
-        if r.constraint is not None:
-            mask = r.constraint.allowed()
+        if r.constraint is not None and (mask := r.constraint.allowed()) is not None:
             allowed = torch.zeros(logits_V.numel(), dtype=torch.bool)  # a model's padding rows have no token
             allowed[: min(mask.numel(), logits_V.numel())] = mask[: logits_V.numel()]
             if not allowed.any():
@@ -270,26 +269,13 @@ class Engine:
             top = tuple(zip(index.tolist(), values.tolist(), strict=True))
             logprob = float(logprobs[token])
         self.emit(Token(r.request.id, token, logprob, top))
-        self._follow(r, token)
+        if r.constraint is not None:
+            r.constraint.take(token)
         n = len(r.tokens) - len(r.request.prompt)
         if n >= r.request.sampling.max_tokens or len(r.tokens) > self.llm.plan.workload.context:
             self._finish(r, "stop" if r.constraint is not None and r.constraint.complete else "length")
             return None
         return token
-
-    def _follow(self, r: _Running, token: int) -> None:
-        """Moves the grammar on, begins it at its trigger, and drops it where it is complete."""
-        grammar = r.request.grammar
-        if grammar is None:
-            return
-        if r.constraint is not None:
-            r.constraint.take(token)
-            if grammar.trigger is not None and r.constraint.complete:
-                r.constraint = None
-        elif token == grammar.trigger and self._constrainer is not None:
-            answered = len(r.tokens) - len(r.request.prompt)
-            left = min(self.llm.plan.workload.context - len(r.tokens), r.request.sampling.max_tokens - answered)
-            r.constraint = self._constrainer.start(grammar, left)
 
     def _finish(self, r: _Running, reason: Reason, error: tuple[str, str, str] | None = None) -> None:
         now = time.perf_counter()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from headwise.errors import UsageError
+from headwise.text.grammar import Grammar
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,18 +47,6 @@ class Sampling:
                     why=f"it must lie from {least} to {most}",
                     do=f"--{name} {most if name == 'top-p' else least:g}",
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class Grammar:
-    """A llguidance grammar (Lark) that the answer follows.
-
-    Args:
-        trigger: from this token on, and until the grammar is complete; again at the next. None: from the first token.
-    """
-
-    lark: str
-    trigger: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from headwise.engine.request import Event, Finish, Grammar, Prefill, Request, Sampling, Token
+from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, Token
 from headwise.errors import HeadwiseError, sentence
 from headwise.server.ask import (
     Ask,
@@ -31,8 +31,8 @@ from headwise.server.ask import (
 )  # fmt: skip
 from headwise.spec.read import Source
 from headwise.text.chat import encode_chat
-from headwise.text.grammar import ToolShape, json_grammar, tool_grammar
-from headwise.text.parse import Channel, Dialect, Parser, Part, dialect_of
+from headwise.text.grammar import MOST_TEXTS, Grammar, ToolShape, answer_grammar
+from headwise.text.parse import DIALECTS, Channel, Dialect, Parser, Part, dialect_of
 from headwise.text.tokenizer import Tokenizer
 
 HEARTBEAT_S = 8.0  # Codex gives up after 300 s without a data event, other clients sooner
@@ -166,52 +166,63 @@ def prepare(ask: Ask, model: Served) -> Prepared:
 
 
 def _channel(ids: list[int], model: Served) -> Channel:
-    """Whether the prompt ends inside a thought that its template has opened."""
-    if model.dialect.name != "tags":
-        return "content"
-    return "reasoning" if model.tokenizer.decode(ids[-8:], skip_special=False).rstrip().endswith("<think>") else "content"
+    """Where the prompt leaves the model: in a thought, or at a message's header, that its template has begun."""
+    end = model.tokenizer.decode(ids[-8:], skip_special=False).rstrip()
+    if model.dialect.name == "harmony":
+        return "header" if end.endswith("<|start|>assistant") else "content"
+    return "reasoning" if model.dialect.name == "tags" and end.endswith("<think>") else "content"
 
 
 def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
     """The grammar of the answer. Tools whose schema no grammar can be made of take any arguments."""
-    thinks = model.thinks and ask.thinking is not False
-    token_id = model.tokenizer.id
     tools = ask.tools if ask.choice != "none" else ()
     required = bool(tools) and ask.choice != "auto"
     where = "tool_choice" if required else "response_format"
     if ask.schema is None and not tools:
         return None
-    if channel == "reasoning" and (required or ask.schema is not None):
-        raise bad("this model's template begins a thought, and what follows cannot be held to a grammar yet", where)
-    if not tools and ask.schema is not None:
-        if (lark := json_grammar(ask.schema, model.dialect, token_id, thinks=thinks)) is None:
-            raise bad(f"answers of this model cannot be held to a schema yet ({model.dialect.name})", where)
-        if (error := _invalid(lark)) is not None:
+    if sum(t.lark is not None for t in tools) > MOST_TEXTS:
+        raise bad(f"no more than {MOST_TEXTS} tools may have a grammar", "tools")
+
+    def make(*shapes: ToolShape) -> Grammar | None:
+        return answer_grammar(
+            model.dialect if ask.prompt is None else DIALECTS["json"],  # a text that is continued has no marks
+            model.tokenizer,
+            tools=shapes,
+            schema=ask.schema,
+            required=required,
+            parallel=ask.parallel,
+            thinks=model.thinks and ask.thinking is not False,
+            opened=channel == "reasoning",
+        )
+
+    if not tools:
+        made = make()
+        if made is not None and (error := _invalid(made)) is not None:
             raise bad(f"the schema cannot be followed: {error}", where)
-        return Grammar(lark)
+        return made
     shapes = [t.shape() for t in tools if ask.choice in ("auto", "required", t.name)]
-    schema = None if required else ask.schema
-
-    def make(shapes: list[ToolShape]) -> tuple[str, int | None] | None:
-        strict = required or schema is not None
-        made = tool_grammar(shapes, model.dialect, token_id, required=strict, parallel=ask.parallel, thinks=thinks, schema=schema)
-        return None if made is None or _invalid(made[0]) is not None else made
-
-    plain = [ToolShape(name=s.name, parameters={}) for s in shapes]
-    made = make(shapes) or make([s if make([s]) else p for s, p in zip(shapes, plain, strict=True)])
-    if made is None and (required or schema is not None):
-        raise bad(f"answers of this model cannot be held to {'calls' if required else 'this schema'} here", where)
-    return None if made is None else Grammar(*made)
+    made = make(*shapes)
+    if made is not None and _invalid(made) is not None:
+        plain = [ToolShape(name=s.name, parameters=s.parameters if s.lark else {}) for s in shapes]
+        made = make(*(s if (one := make(s)) and _invalid(one) is None else p for s, p in zip(shapes, plain, strict=True)))
+    if made is not None and (error := _invalid(made)) is not None:
+        if required or ask.schema is not None:
+            raise bad(f"answers of this model cannot be held to {'calls' if required else 'this schema'} here: {error}", where)
+        return None
+    return made
 
 
-def _invalid(lark: str) -> str | None:
+def _invalid(grammar: Grammar) -> str | None:
     """What is wrong with a grammar; None for nothing. Without llguidance nothing can be held to one."""
     try:
         from llguidance import LLMatcher
     except ImportError:
         return "llguidance is not installed: pip install 'headwise[serve]'"
-    error, said = LLMatcher.validate_grammar_with_warnings(lark)
-    return said[0].splitlines()[0] if error else None
+    for lark in (grammar.opening or grammar.lark, grammar.lark, *grammar.texts):
+        error, said = LLMatcher.validate_grammar_with_warnings(lark)
+        if error:
+            return said[0].splitlines()[0]
+    return None
 
 
 async def happenings(prepared: Prepared, model: Served, engine: Engine) -> AsyncGenerator[Happening, None]:
@@ -274,7 +285,13 @@ class _Reader:
         self.index, self.ask, self.tokenizer = index, ask, model.tokenizer
         self.chat = ask.prompt is None
         self.speaks = functools.cache(model.dialect.speaks)
-        self.parser = Parser(model.dialect, tools=bool(ask.tools) and ask.choice != "none", channel=prepared.channel)
+        self.parser = Parser(
+            model.dialect,
+            tools=bool(ask.tools) and ask.choice != "none",
+            channel=prepared.channel if self.chat else "content",
+            names=[t.name for t in ask.tools],
+            schema=ask.schema is not None,
+        )
         self.stream = model.tokenizer.stream(skip_special=not self.chat, continues=True)
         self.held = ""  # text that may be the beginning of a stop text
         self.logprobs: list[Logprob] = []

@@ -11,12 +11,13 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Channel = Literal["content", "reasoning", "call", "mark"]
+Channel = Literal["content", "reasoning", "call", "mark", "header"]
 _HUGE = 200_000  # characters of a JSON answer that is held back until it is known to be no call
+_HEADER = re.compile(r"[\w .:=/<|>-]{0,256}")  # what may stand before `<|message|>`; other text is content
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,17 +45,22 @@ class Dialect:
     Args:
         marks: channel -> {mark: the channel after it}; in that channel, the mark is not shown.
         read: a call's text between its marks -> calls, or None where it cannot be read.
+        inside: whether the beginning of a call's text ends within a text of its own, where a mark is none.
         bare: without marks, a whole answer that is JSON with a name is a call.
-        call, end: the tokens around a call, where they are single tokens (a grammar begins at `call`).
+        call, end: the marks around a call.
+        reasoning: the marks around a thought, and what else a thought begins with.
+        header: the words before a message -> its channel, where messages have some.
     """
 
     name: str
     marks: dict[str, dict[str, Channel]]
     read: Callable[[str], tuple[Call, ...] | None]
+    inside: Callable[[str], bool]
     bare: bool = False
     call: str | None = None
     end: str | None = None
-    reasoning: tuple[str, str] | None = None  # the marks around a thought
+    reasoning: tuple[str, str] | None = None
+    header: Callable[[str], Channel] | None = None
 
     def speaks(self, token: str) -> bool:
         """Whether a control token is part of what is read here; others, such as a second <bos>, say nothing."""
@@ -90,6 +96,15 @@ def _call(value: Any) -> Call | None:
     if not isinstance(name, str) or not name or not isinstance(arguments, dict | str):
         return None
     return Call(name, arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+
+
+def inside_json(text: str) -> bool:
+    """Whether a JSON value that begins like this is in the middle of a string."""
+    found = text.count('"') - text.count(r"\"") if r"\\" not in text else sum(m[0] == '"' for m in _QUOTES.finditer(text))
+    return found % 2 == 1
+
+
+_QUOTES = re.compile(r'\\.|"', re.DOTALL)
 
 
 def read_gemma4(text: str) -> tuple[Call, ...] | None:
@@ -170,15 +185,25 @@ def _after(text: str, at: int, close: str) -> int:
     return at
 
 
-_HARMONY_CALL = re.compile(r"to=(?:functions\.)?([^\s<]+)")
+_RECIPIENT = re.compile(r"\bto=(?:functions\.)?([^\s<]+)")
+_PEOPLE = ("assistant", "user", "all")
+
+
+def header_of_harmony(header: str) -> Channel:
+    """The channel of `ROLE to=TOOL<|channel|>CHANNEL to=TOOL <|constrain|>TYPE`, where TOOL stands in one of two places or none."""
+    match = _RECIPIENT.search(header)
+    if match is not None and match[1] not in _PEOPLE:
+        return "call"
+    return "reasoning" if re.search(r"<\|channel\|>\s*analysis\b", header) else "content"
 
 
 def read_harmony(text: str) -> tuple[Call, ...] | None:
     """`HEADER<|message|>ARGUMENTS`, where the header names the tool."""
     header, _, arguments = text.partition("<|message|>")
-    match = _HARMONY_CALL.search(header)
+    match = _RECIPIENT.search(header)
     if match is None:
         return None
+    arguments = arguments.strip()
     try:
         json.loads(arguments or "{}")
     except ValueError:
@@ -194,8 +219,9 @@ _TAGS: dict[str, dict[str, Channel]] = {
         **{f"{before}</think>{after}": "content" for before in ("", "\n") for after in ("", "\n", "\n\n")},
         "<tool_call>": "call",
     },
-    "call": {"</tool_call>": "content"},
+    "call": {"</tool_call>": "content", "</tool_call>\n": "content"},
 }  # fmt: skip
+_ENDS: dict[str, Channel] = {"<|end|>": "content", "<|return|>": "content", "<|call|>": "content", "<|start|>": "header"}
 DIALECTS = {
     "gemma4": Dialect(
         name="gemma4",
@@ -211,33 +237,42 @@ DIALECTS = {
             "call": {"<tool_call|>": "content"},
         },
         read=read_gemma4,
+        inside=lambda text: text.count(_QUOTE) % 2 == 1,
         call="<|tool_call>",
         end="<tool_call|>",
-        reasoning=("<|channel>", "<channel|>"),
+        reasoning=("<|channel>thought\n", "<channel|>"),
     ),
     "tags": Dialect(
-        name="tags", marks=_TAGS, read=read_json, call="<tool_call>", end="</tool_call>", reasoning=("<think>", "</think>")
+        name="tags",
+        marks=_TAGS,
+        read=read_json,
+        inside=inside_json,
+        call="<tool_call>",
+        end="</tool_call>",
+        reasoning=("<think>", "</think>"),
     ),
     "harmony": Dialect(
         name="harmony",
         marks={
-            "content": {
-                "<|channel|>analysis<|message|>": "reasoning", "<|channel|>final<|message|>": "content",
-                "<|channel|>commentary<|message|>": "content", "<|start|>assistant": "content", "<|channel|>commentary to=": "call",
-                "<|start|>assistant to=": "call", "<|end|>": "content", "<|return|>": "content",
-            },
-            "reasoning": {"<|end|>": "content", "<|channel|>final<|message|>": "content"},
-            "call": {"<|call|>": "content", "<|end|>": "content"},
+            "content": {**_ENDS, "<|channel|>": "header", "<|message|>": "content"},
+            "reasoning": {**_ENDS, "<|channel|>": "header"},
+            "call": _ENDS,
+            "header": {**_ENDS, "<|message|>": "content"},
         },
-        read=lambda text: read_harmony(f"to={text}"),
+        read=read_harmony,
+        inside=lambda text: inside_json(text.partition("<|message|>")[2]),
+        reasoning=("<|channel|>analysis<|message|>", "<|end|>"),
+        header=header_of_harmony,
     ),
     "llama3": Dialect(
         name="llama3",
         marks={"content": {"<|python_tag|>": "call", "<|eom_id|>": "content"}, "call": {"<|eom_id|>": "content"}},
         read=read_json,
+        inside=inside_json,
         bare=True,
+        call="<|python_tag|>",
     ),
-    "json": Dialect(name="json", marks={"content": {}}, read=read_json, bare=True),
+    "json": Dialect(name="json", marks={"content": {}}, read=read_json, inside=inside_json, bare=True),
 }  # fmt: skip
 
 
@@ -273,16 +308,23 @@ class Parser:
 
     Args:
         tools: the request has tools; without any, what looks like a call is content.
-        channel: where the prompt has left the model: "reasoning" after a template that opens a thought.
+        channel: where the prompt has left the model: "reasoning" after a template that opens a thought, "header" after one that
+            opens a message.
+        schema: content is JSON, so what a text in it holds is no mark.
+        names: of the tools; an answer without marks is a call only to one of them. None: to any.
     """
 
     dialect: Dialect
     tools: bool = True
     channel: Channel = "content"
+    names: Collection[str] | None = None
+    schema: bool = False
     _text: str = ""
+    _said: str = ""  # content so far, where it is JSON
     _opened: str = ""  # the mark that began a call
     _scanned: int = 0  # no mark begins before this character of a call's text
     _fresh: bool = True  # no content has been given out yet
+    _headed: bool = False  # a mark has begun a header; before, what a header lacks is text
 
     def push(self, text: str) -> list[Part]:
         """The parts that became certain."""
@@ -315,14 +357,41 @@ class Parser:
                 self.channel = self.dialect.marks["call"][mark]
                 yield self._read(text, mark)
                 continue
+            if self.channel == "header":
+                header = self._text[:found]
+                if (words := _HEADER.match(header)) is not None and words.end() < len(header):
+                    header, self._text = self._text[: words.end() + 1], self._text[words.end() + 1 :]
+                    self.channel, self._fresh = "content", False
+                    yield Part("content", header, header)
+                    continue
+                if mark is None:
+                    if final:
+                        self._text = ""
+                        yield Part("mark", "", header) if self._headed or "<|" in header else Part("content", header, header)
+                    return
+                self._text = self._text[found + len(mark) :]
+                self.channel = self.dialect.marks["header"][mark]
+                if mark == "<|message|>" and self.dialect.header is not None:
+                    self.channel = self.dialect.header(header)
+                if self.channel == "call":
+                    self._opened = header + mark
+                else:
+                    yield Part("mark", "", header + mark)
+                continue
             if found:
                 text, self._text = self._text[:found], self._text[found:]
                 self._fresh = self._fresh and not text.strip()
+                if self.schema and self.channel == "content":
+                    self._said += text
                 yield Part(self.channel, text, text)
             if mark is None:
                 return
-            self._text = self._text[len(mark) :]
             self.channel = self.dialect.marks[self.channel][mark]
+            if self.channel == "header":
+                self._headed = True
+                if mark not in self.dialect.marks["header"]:  # it is the header's first word
+                    continue
+            self._text = self._text[len(mark) :]
             if self.channel == "call":
                 self._opened = mark
             else:
@@ -332,17 +401,27 @@ class Parser:
             yield self._read("", "")
 
     def _next_mark(self, final: bool) -> tuple[int, str | None]:
-        """How much text is certain, and the mark that follows it; None where none does yet."""
-        marks, text, at = self.dialect.marks.get(self.channel, {}), self._text, self._scanned
+        """How much text is certain, and the mark that follows it; None where none does yet.
+
+        In a call a mark within a text counts only where the answer ends there and cannot be read otherwise.
+        """
+        marks, text, at = self.dialect.marks.get(self.channel, {}), self._text, 0 if final else self._scanned
+        skipped: tuple[int, str] | None = None
         while (match := _search(tuple(marks)).search(text, at)) is not None:
             start = match.start()
             if not final and any(m != match[0] and m.startswith(text[start:]) for m in marks):
                 return start, None  # a longer mark may still come of it
-            if self.channel == "call" and not final and text.count(_QUOTE, 0, start) % 2:
-                at = start + 1  # inside a text that is still open
+            if self.channel == "call" and self.dialect.inside(self._before + text[:start]):
+                skipped = skipped or (start, match[0])
+                at = start + 1
+                continue
+            if self.channel == "content" and self.schema and inside_json(self._said + text[:start]):
+                at = start + 1
                 continue
             self._scanned = 0
             return start, match[0]
+        if final and skipped and self._calls(text) is None:
+            return skipped
         longest = max(map(len, marks), default=1)
         certain = len(text)
         if not final:
@@ -350,9 +429,17 @@ class Parser:
         self._scanned = certain if self.channel == "call" else 0
         return certain, None
 
+    @property
+    def _before(self) -> str:
+        """What belongs to a call's text of the words that began it."""
+        return self._opened if self.dialect.header is not None else ""
+
+    def _calls(self, text: str) -> tuple[Call, ...] | None:
+        return self.dialect.read(self._before + text) if self.tools else None
+
     def _read(self, text: str, mark: str) -> Part:
+        calls = self._calls(text)
         raw, self._opened = self._opened + text + mark, ""
-        calls = self.dialect.read(text) if self.tools else None
         return Part("content", raw, raw) if calls is None else Part("call", "", raw, calls)
 
     def _bare(self, final: bool) -> Part | None:
@@ -365,7 +452,7 @@ class Parser:
             return None
         body = re.sub(r"^```(?:json|tool_call)?\s*\n(.*?)\n?```\s*$", r"\1", start, flags=re.DOTALL)
         calls = self.dialect.read(body)
-        if calls is None:
+        if calls is None or (self.names is not None and not all(c.name in self.names for c in calls)):
             self._fresh = False
             return None
         return Part("call", "", self._text, calls)

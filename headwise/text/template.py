@@ -277,9 +277,16 @@ def _tojson(
 
 
 def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
-    """A message's reasoning under the name every template reads, and under `thinking` for gpt-oss."""
+    """A message's reasoning under the name every template reads, and under `thinking` for gpt-oss.
+
+    That one refuses a call with both a thought and a text, which it writes where the thought would stand: the text stays.
+    """
     reasoning = next((message[key] for key in _REASONING if message.get(key) is not None), None)
-    return message if reasoning is None else {"thinking": reasoning, **message, "reasoning_content": reasoning}
+    if reasoning is None:
+        return message
+    if message.get("tool_calls") and message.get("content"):
+        return {**{k: v for k, v in message.items() if k != "thinking"}, "reasoning_content": reasoning}
+    return {"thinking": reasoning, **message, "reasoning_content": reasoning}
 
 
 def _plain(value: object) -> Any:

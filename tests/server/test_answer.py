@@ -137,7 +137,10 @@ def test_a_schema_that_is_none_is_refused_and_a_tool_that_has_none_takes_anythin
     grammar = prepare(ask, MODEL).requests[0].grammar
 
     assert grammar is not None
-    assert '"g" gemma_map' in grammar.lark
+    assert "%lark" not in grammar.lark
+    shaped = next(line for line in grammar.lark.splitlines() if line.startswith('tool_0: "g"'))
+    assert shaped.split()[-1] != "gemma_map"  # it is still one text
+    assert 'tool_1: "f" gemma_map' in grammar.lark
 
 
 def test_thinking_follows_the_effort() -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import Any
 
 import pytest
 
 from headwise.spec.read import open_model
-from headwise.text.grammar import ToolShape, json_grammar, tool_grammar
+from headwise.text.grammar import Grammar, ToolShape, answer_grammar
 from headwise.text.parse import DIALECTS
 from headwise.text.tokenizer import Tokenizer, read_tokenizer
 
@@ -38,14 +39,25 @@ def tokenizer() -> Tokenizer:
     return read_tokenizer(gguf)
 
 
-def accepts(tokenizer: Tokenizer, lark: str, text: str) -> bool:
+def made(tokenizer: Tokenizer, dialect: str, tools: list[ToolShape] | None = None, **how: Any) -> Grammar:
+    grammar = answer_grammar(DIALECTS[dialect], tokenizer, tools=TOOLS if tools is None else tools, **how)
+    assert grammar is not None
+    return grammar
+
+
+def accepts(tokenizer: Tokenizer, grammar: Grammar, *texts: str) -> bool:
+    """Whether a whole answer passes; after the trigger where the grammar has one. No token spans two of the texts."""
     pytest.importorskip("llguidance")
     from headwise.engine.constrain import Constrainer
-    from headwise.engine.request import Grammar
 
-    matcher: Any = Constrainer(tokenizer).start(Grammar(lark), 100)._matcher
-    ids = tokenizer.encode(text, add_bos=False, parse_special=True)
-    return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+    constraint = Constrainer(tokenizer).start(Grammar(grammar.lark, texts=grammar.texts), 4000)
+    for token in [i for text in texts for i in tokenizer.encode(text, add_bos=False, parse_special=True)]:
+        mask = constraint.allowed()
+        assert mask is not None
+        if not mask[token]:
+            return False
+        constraint.take(token)
+    return constraint.complete
 
 
 Q = '<|"|>'
@@ -69,28 +81,24 @@ Q = '<|"|>'
     ],
 )
 def test_calls_in_gemmas_syntax(tokenizer: Tokenizer, call: str, passes: bool) -> None:
-    made = tool_grammar(TOOLS, DIALECTS["gemma4"], tokenizer.id, required=False, parallel=True, thinks=False)
+    grammar = made(tokenizer, "gemma4")
 
-    assert made is not None
-    assert made[1] == tokenizer.id("<|tool_call>")
-    assert accepts(tokenizer, made[0], f"{call}<tool_call|>") is passes
+    assert grammar.trigger == tokenizer.id("<|tool_call>")
+    assert accepts(tokenizer, grammar, f"{call}<tool_call|>") is passes
 
 
 def test_a_required_call_may_follow_a_thought_and_another_call(tokenizer: Tokenizer) -> None:
     one, thought = "<|tool_call>call:any.thing{}<tool_call|>", "<|channel>thought\nhm\n<channel|>"
 
-    def made(**how: bool) -> str:
-        settings = {"required": True, "parallel": True, "thinks": False, **how}
-        found = tool_grammar(TOOLS, DIALECTS["gemma4"], tokenizer.id, **settings)
-        assert found is not None
-        assert found[1] is None
-        return found[0]
+    def required(**how: Any) -> Grammar:
+        return made(tokenizer, "gemma4", required=True, **how)
 
-    assert accepts(tokenizer, made(), one + one)
-    assert not accepts(tokenizer, made(parallel=False), one + one)
-    assert not accepts(tokenizer, made(), thought + one)
-    assert accepts(tokenizer, made(thinks=True), thought + one)
-    assert not accepts(tokenizer, made(), "I will.")
+    assert accepts(tokenizer, required(), one + one)
+    assert not accepts(tokenizer, required(parallel=False), one + one)
+    assert not accepts(tokenizer, required(), thought + one)
+    assert accepts(tokenizer, required(thinks=True), thought + one)
+    assert not accepts(tokenizer, required(thinks=True), thought.replace("thought\n", "") + one)  # it would be read as content
+    assert not accepts(tokenizer, required(), "I will.")
 
 
 @pytest.mark.parametrize(
@@ -99,38 +107,87 @@ def test_a_required_call_may_follow_a_thought_and_another_call(tokenizer: Tokeni
         ("tags", '<tool_call>\n{"name": "any.thing", "arguments": {"x": 1}}\n</tool_call>'),
         ("llama3", '{"name": "ls", "parameters": {"cmd": "x", "deep": {"y": true}}}'),
         ("json", '{"name": "any.thing", "parameters": {}}'),
+        ("harmony", '<|channel|>commentary to=functions.any.thing <|constrain|>json<|message|>{"x": 1}'),
+        ("harmony", ' to=functions.any.thing<|channel|>commentary json<|message|>{"x":1}'),
+        ("harmony", "<|channel|>commentary to=functions.any.thing code<|message|>{}"),
     ],
 )
 def test_calls_in_json(tokenizer: Tokenizer, dialect: str, text: str) -> None:
     """These marks are no tokens of this vocabulary: spelt out, they are text."""
-    made = tool_grammar(TOOLS, DIALECTS[dialect], tokenizer.id, required=True, parallel=True, thinks=False)
+    grammar = made(tokenizer, dialect, required=True)
 
-    assert made is not None
-    assert accepts(tokenizer, made[0], text)
+    assert accepts(tokenizer, grammar, text)
+    assert not accepts(tokenizer, grammar, text.replace("thing", "one").replace('"ls"', '"rm"'))
     assert DIALECTS[dialect].read(text.removeprefix("<tool_call>").removesuffix("</tool_call>"))
-    assert tool_grammar(TOOLS, DIALECTS[dialect], tokenizer.id, required=False, parallel=True, thinks=False) is None
 
 
 def test_an_answer_is_json_or_a_call(tokenizer: Tokenizer) -> None:
     """`codex exec --output-schema` sends tools and a schema: the schema must not forbid the tools."""
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"], "additionalProperties": False}
-    alone = json_grammar(schema, DIALECTS["gemma4"], tokenizer.id, thinks=True)
-    both = tool_grammar(TOOLS, DIALECTS["gemma4"], tokenizer.id, required=True, parallel=True, thinks=False, schema=schema)
+    alone = made(tokenizer, "gemma4", [], schema=schema, thinks=True)
+    both = made(tokenizer, "gemma4", schema=schema)
 
-    assert alone is not None
-    assert both is not None
     assert accepts(tokenizer, alone, '<|channel>thought\nhm<channel|>{"n": 4}')
-    for lark in (alone, both[0]):
-        assert accepts(tokenizer, lark, '{"n": 4}')
-        assert not accepts(tokenizer, lark, '{"n": "4"}')
-    assert accepts(tokenizer, both[0], "<|tool_call>call:any.thing{}<tool_call|>")
-    assert json_grammar(schema, DIALECTS["harmony"], tokenizer.id, thinks=False) is None
+    for grammar in (alone, both):
+        assert accepts(tokenizer, grammar, '{"n": 4}')
+        assert not accepts(tokenizer, grammar, '{"n": "4"}')
+    assert accepts(tokenizer, both, "<|tool_call>call:any.thing{}<tool_call|>")
+    messages = made(tokenizer, "harmony", schema=schema, thinks=True)
+    thought = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant"
+    assert accepts(tokenizer, messages, f'{thought}<|channel|>final<|message|>{{"n":4}}')
+    assert accepts(tokenizer, messages, '<|channel|>final <|constrain|>json<|message|>{"n": 4}')
+    assert not accepts(tokenizer, messages, f'{thought}<|channel|>commentary<|message|>{{"n": 4}}')
+    assert not accepts(tokenizer, messages, f'{thought}<|channel|>final<|message|>{{"n": "4"}}')
 
 
-def test_a_freeform_tool_follows_its_own_grammar(tokenizer: Tokenizer) -> None:
-    patch = ToolShape(name="patch", parameters={}, lark='start: "*** Begin" LF /[a-z]+/\n%import common.LF')
-    made = tool_grammar([patch], DIALECTS["gemma4"], tokenizer.id, required=False, parallel=True, thinks=False)
+# As Codex 0.169 sends it.
+APPLY_PATCH = r"""
+start: begin_patch hunk+ end_patch
+begin_patch: "*** Begin Patch" LF
+end_patch: "*** End Patch" LF?
 
-    assert made is not None
-    assert accepts(tokenizer, made[0], f"call:patch{{input:{Q}*** Begin\nabc{Q}}}<tool_call|>")
-    assert not accepts(tokenizer, made[0], f"call:patch{{input:{Q}*** Start\nabc{Q}}}<tool_call|>")
+hunk: add_hunk | delete_hunk | update_hunk
+add_hunk: "*** Add File: " filename LF add_line+
+delete_hunk: "*** Delete File: " filename LF
+update_hunk: "*** Update File: " filename LF change_move? change?
+
+filename: /(.+)/
+add_line: "+" /(.*)/ LF -> line
+
+change_move: "*** Move to: " filename LF
+change: (change_context | change_line)+ eof_line?
+change_context: ("@@" | "@@ " /(.+)/) LF
+change_line: ("+" | "-" | " ") /(.*)/ LF
+eof_line: "*** End of File" LF
+
+%import common.LF
+"""
+GOOD = [
+    '*** Begin Patch\n*** Add File: a b.py\n+print("hi\\n")\n+\n+\t# é \\ \x1b\n*** End Patch',
+    "*** Begin Patch\n*** Update File: x\n@@ def f():\n-a = '\\\"'\n+a = 1\n b\n*** End of File\n*** Delete File: y\n"
+    "*** End Patch\n",
+]
+
+
+@pytest.mark.parametrize(
+    ("dialect", "before", "after"),
+    [
+        ("gemma4", f"<|tool_call>call:apply_patch{{input:{Q}", f"{Q}}}<tool_call|>"),
+        ("tags", '<tool_call>\n{"name": "apply_patch", "arguments": {"input": "', '"}}\n</tool_call>'),
+        ("llama3", '{"name": "apply_patch", "parameters": {"input": "', '"}}'),
+        ("harmony", '<|channel|>commentary to=functions.apply_patch <|constrain|>json<|message|>{"input":"', '"}'),
+    ],
+)
+def test_a_patch_follows_codexs_grammar_wherever_it_stands(tokenizer: Tokenizer, dialect: str, before: str, after: str) -> None:
+    """In a JSON string a line ends with `\\n`, where a lexer that reads on past the backslash finds no way back."""
+    grammar = made(tokenizer, dialect, [ToolShape(name="apply_patch", parameters={}, lark=APPLY_PATCH)], required=True)
+
+    def written(patch: str) -> list[str]:
+        if dialect == "gemma4":
+            return [before + patch + after]
+        return [before, *json.dumps(patch, ensure_ascii=False)[1:-1], after[0], after[1:]]
+
+    for patch in GOOD:
+        assert accepts(tokenizer, grammar, *written(patch)), patch
+        assert not accepts(tokenizer, grammar, *written(patch.replace("*** End Patch", "*** The End")))
+        assert not accepts(tokenizer, grammar, *written(patch.replace("\n+", "\n?", 1)))

@@ -37,6 +37,29 @@ GOLDEN = [
         [("f", {"x": 1})],
     ),
     ("harmony", "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>yes", "hm", "yes", []),
+    (
+        "harmony",
+        "<|channel|>commentary<|message|>First ls.<|end|><|start|>assistant to=functions.ls<|channel|>commentary json<|message|>{}",
+        "",
+        "First ls.",
+        [("ls", {})],
+    ),
+    (
+        "harmony",
+        '<|channel|>commentary to=functions.f<|constrain|>json<|message|>{"a": "<|end|>\\\\\\""}<|end|><|start|>assistant'
+        '<|channel|>commentary to=functions.ns.g <|constrain|>json<|message|>{"a": "\\\\"}<|call|>',
+        "",
+        "",
+        [("f", {"a": '<|end|>\\"'}), ("ns.g", {"a": "\\"})],
+    ),
+    ("harmony", "<|channel|>final <|constrain|>json<|message|>{}<|return|>", "", "{}", []),
+    (
+        "tags",
+        '<tool_call>{"name": "f", "arguments": {"x": "</tool_call>"}}</tool_call>\n<tool_call>{"name": "g"}</tool_call>',
+        "",
+        "",
+        [("f", {"x": "</tool_call>"}), ("g", {})],
+    ),
 ]
 BROKEN = [
     ("gemma4", "<|tool_call>call:f{x:<tool_call|>"),
@@ -44,21 +67,30 @@ BROKEN = [
     ("tags", '<tool_call>{"name": "f", "arg</tool_call>'),
     ("llama3", '{"answer": 42}'),
     ("json", '{"name": "f", "argum'),
+    ("tags", '<tool_call>{"name": "f</tool_call>'),
+    ("tags", '<tool_call>{"name": "f</tool_call> and "more'),
+    ("harmony", "Hello, world"),
+    ("harmony", "Hello"),
 ]
 
 
-def parts(name: str, text: str, cuts: list[int], *, tools: bool = True) -> list:
-    parser = Parser(DIALECTS[name], tools)
+def parts(name: str, text: str, cuts: list[int], *, tools: bool = True, channel: str = "content") -> list:
+    parser = Parser(DIALECTS[name], tools, channel)  # type: ignore[arg-type]
     edges = sorted({0, len(text), *(c % (len(text) + 1) for c in cuts)})
     out = [p for a, b in itertools.pairwise(edges) for p in parser.push(text[a:b])]
     return out + parser.flush()
+
+
+def start_of(name: str) -> str:
+    """The channel in which a template leaves the model."""
+    return "header" if name == "harmony" else "content"
 
 
 @pytest.mark.parametrize("cuts", [[], list(range(400))], ids=["whole", "by characters"])
 @pytest.mark.parametrize(("name", "text", "reasoning", "content", "calls"), GOLDEN)
 def test_a_golden_text_is_read(name: str, text: str, reasoning: str, content: str, calls: list, cuts: list[int]) -> None:
     """A mark that comes in two pieces is still a mark."""
-    found = parts(name, text, cuts)
+    found = parts(name, text, cuts, channel=start_of(name))
 
     assert "".join(p.text for p in found if p.channel == "reasoning") == reasoning
     assert "".join(p.text for p in found if p.channel == "content") == content
@@ -69,16 +101,18 @@ def test_a_golden_text_is_read(name: str, text: str, reasoning: str, content: st
 @pytest.mark.parametrize(("name", "text"), BROKEN)
 def test_a_broken_call_is_content(name: str, text: str) -> None:
     """An answer that vanishes because its JSON was cut off."""
-    found = parts(name, text, [])
+    found = parts(name, text, [], channel=start_of(name))
 
     assert "".join(p.text for p in found) == text
     assert not any(p.calls for p in found)
 
 
+CHANNELS = ["assistant", "analysis", "final", "commentary", " to=functions.f", " json"]
 PIECES = st.sampled_from(
     [m for d in DIALECTS.values() for by in d.marks.values() for m in by]
+    + [*DIALECTS["harmony"].marks["content"], *CHANNELS]
     + ['<|"|>', "call:f{", "}", ":", ",", "[", "]", '{"name": "f", "arguments": {', '"', "x", "\n", " ", "<", "<|", "é"]
-)
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("tools", [True, False])
@@ -86,7 +120,7 @@ PIECES = st.sampled_from(
 @given(pieces=st.lists(PIECES, max_size=25), cuts=st.lists(st.integers(0, 500), max_size=12))
 def test_nothing_is_lost(name: str, tools: bool, pieces: list[str], cuts: list[int]) -> None:
     text = "".join(pieces)
-    found = parts(name, text, cuts, tools=tools)
+    found = parts(name, text, cuts, tools=tools, channel=start_of(name))
 
     assert "".join(p.raw for p in found) == text
     assert all(p.text in p.raw for p in found)
@@ -105,7 +139,8 @@ def test_where_a_text_is_cut_changes_nothing(name: str, pieces: list[str], cuts:
             "calls": [c for p in found for c in p.calls]
         }
 
-    assert shown(parts(name, text, cuts)) == shown(parts(name, text, []))
+    start = start_of(name)
+    assert shown(parts(name, text, cuts, channel=start)) == shown(parts(name, text, [], channel=start))
 
 
 def test_text_is_not_held_back() -> None:

@@ -251,6 +251,18 @@ def test_messages_are_not_changed():
     assert chat == [{"role": "assistant", "content": "x", "thinking": "y", "tool_calls": [{"id": "1"}]}]
 
 
+def test_a_call_with_a_thought_and_a_text_is_rendered():
+    """gpt-oss's template refuses such a message, which a model itself writes: every turn after it would be an error."""
+    gpt_oss = (
+        "{% for m in messages %}{% if m.content and m.thinking %}{{ raise_exception('Cannot pass both content and thinking') }}"
+        "{% endif %}[{{ m.content or m.thinking }}]{% endfor %}"
+    )
+    call = {"role": "assistant", "reasoning_content": "hm", "tool_calls": [{"id": "1"}]}
+
+    assert ours(gpt_oss, [{**call, "content": "I look."}, {**call, "content": ""}]) == "[I look.][hm]"
+    assert ours("{{ messages[0].reasoning_content }}", [{**call, "content": "I look."}]) == "hm"
+
+
 def test_a_refusal_is_the_templates_own_words():
     """'Conversation roles must alternate' is the user's to mend; a traceback hides it."""
     with pytest.raises(UsageError, match="refuses these messages") as caught:
