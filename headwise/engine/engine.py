@@ -31,7 +31,7 @@ BESIDE = {"cpu": 128, "cuda": 512}  # most prompt tokens in a step with answers
 UNKNOWN_COST = 1.3  # of a step with drafts over one without, until it is measured
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     """A request that holds a slot, or has held one and waits for another."""
 
@@ -55,7 +55,7 @@ class _Running:
         return self.done == len(self.tokens) - 1 >= len(self.request.prompt)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     request: Request
     arrived: float
@@ -116,8 +116,10 @@ class Engine:
             if not self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1):
                 break
             self._admit(self.waiting.pop(i))
+        answers = sum(r.answers for r in self.running)
+        room, costs = (self.runner.rows - len(self.running)) // max(1, answers), self._costs(answers)
         for r in self.running:
-            r.draft = self._draft(r)
+            r.draft = self._draft(r, room, costs)
         loads = [self._load(r) for r in self.running]
         beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
@@ -135,17 +137,18 @@ class Engine:
             left = max(1, len(r.request.prompt) - r.done)
         return Load(r.slot, left, prompt=True, until=r.parting - r.done if r.parting else None)
 
-    def _draft(self, r: _Running) -> Sequence[int]:
-        """Tokens to try behind the next one, as many as the step has room for."""
+    def _costs(self, answers: int) -> list[float]:
+        """Of a step of so many answers with each size of drafts, over one without."""
+        plain = self._seconds.get((answers, 1))
+        steps = [self._seconds.get((answers, 1 + n)) for n in SIZES]
+        return [step / plain if plain and step else UNKNOWN_COST for step in steps]
+
+    def _draft(self, r: _Running, room: int, costs: Sequence[float]) -> Sequence[int]:
+        """Tokens to try behind the next one: `room` at most, and no more than the context, a chunk and the answer have room for."""
         if not self.speculate or not r.answers:
             return ()
-        together = sum(x.answers for x in self.running)
-        context, answered = self.llm.plan.workload.context, len(r.tokens) - len(r.request.prompt)
-        room = min((self.runner.rows - len(self.running)) // together, context - r.done, self.runner.chunk) - 1
-        left = r.request.sampling.max_tokens - answered - 1
-        plain = self._seconds.get((together, 1))
-        steps = [self._seconds.get((together, 1 + n)) for n in SIZES]
-        costs = [step / plain if plain and step else UNKNOWN_COST for step in steps]
+        answered = len(r.tokens) - len(r.request.prompt)
+        left = min(self.llm.plan.workload.context - r.done, self.runner.chunk, r.request.sampling.max_tokens - answered) - 1
         r.drafts = r.drafts or Drafts()
         return r.drafts.propose(r.tokens, min(room, left), costs)
 
@@ -191,7 +194,7 @@ class Engine:
             return
         runs = []
         for r, n in due:
-            ids = [*r.tokens, *r.draft][r.done : r.done + n] if r.answers else r.tokens[r.done : r.done + n]
+            ids = [r.tokens[-1], *r.draft] if r.answers else r.tokens[r.done : r.done + n]
             wanted = n if r.answers else int(r.done + n == len(r.tokens))
             runs.append(Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted))
         start = time.perf_counter()

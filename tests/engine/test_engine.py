@@ -281,14 +281,16 @@ def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM) -> None:
     for how in ({}, {"temperature": 0.7, "seed": 5}):
         told = {}
         for speculate in (True, False):
-            run, steps = Run(llm, speculate=speculate), 0
+            run, steps, lengths = Run(llm, speculate=speculate), 0, set[int]()
             run.engine._seconds = {(1, n): 1.0 for n in (1, 2, 4, 8)}  # longer steps cost nothing more
             run.submit(1, prompt, max_tokens=60, **how)
             while run.engine.busy:
                 run.engine.round()
                 run.engine._seconds = dict.fromkeys(run.engine._seconds, 1.0)
+                lengths |= {1 + len(r.draft) for r in run.engine.running if r.answers}
                 steps += 1
             told[speculate] = (run.tokens(1), steps)
+            assert (8 in lengths) == speculate, lengths  # the largest, whatever the slots
 
         assert told[True][0] == told[False][0]
         assert told[True][1] < 0.8 * told[False][1]
