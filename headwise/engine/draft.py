@@ -6,17 +6,46 @@ Code is edited by repeating most of it, so the next tokens often stand in the te
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from math import inf
 
 MATCH = 3  # tokens that must be alike before a continuation is tried
 SIZES = (1, 3, 7)  # drafts beside the token itself: steps of 2, 4 and 8 tokens
 PATIENCE = 64  # tokens until drafts that did not pay are tried again
+UNKNOWN_COST = 1.3  # of a step with drafts over one without, until it is measured
+FIRST_STEPS = 2  # of a kind, which compile kernels and record the step: they say nothing of the next ones
+LATEST_STEPS = 8  # of a kind, of which the fastest counts: others were held up
+
+
+class Costs:
+    """What steps with drafts cost over those without, measured as they run."""
+
+    def __init__(self) -> None:
+        self._steps: dict[tuple[int, int], int] = {}  # by answers of a step and tokens of each
+        self._seconds: dict[tuple[int, int], deque[float]] = {}
+
+    def took(self, answers: int, tokens: int, seconds: float) -> None:
+        """A step of so many answers, of each so many tokens."""
+        key = (answers, tokens)
+        self._steps[key] = self._steps.get(key, 0) + 1
+        if self._steps[key] > FIRST_STEPS:
+            self._seconds.setdefault(key, deque(maxlen=LATEST_STEPS)).append(seconds)
+
+    def of(self, answers: int) -> list[float]:
+        """Of a step of so many answers with each of SIZES drafts an answer, over one without; infinite while that is unknown."""
+        plain = self._seconds.get((answers, 1))
+        if plain is None:
+            return [inf] * len(SIZES)
+        with_drafts = [self._seconds.get((answers, 1 + n)) for n in SIZES]
+        return [min(found) / min(plain) if found else UNKNOWN_COST for found in with_drafts]
 
 
 class Drafts:
     """The drafts of one sequence, and whether they pay: accepted tokens a step against what a longer step costs."""
 
     def __init__(self) -> None:
+        self.proposed = self.accepted = 0
         self._last: dict[tuple[int, ...], int] = {}  # where the tokens after each few tokens begin
         self._seen = 0
         self._rate = 0.75  # of drafts that were accepted lately
@@ -46,6 +75,8 @@ class Drafts:
 
     def verified(self, proposed: int, accepted: int) -> None:
         """How many of the proposed tokens were kept."""
+        self.proposed += proposed
+        self.accepted += accepted
         self._rate += 0.3 * (accepted / proposed - self._rate)
         if self._rate < 0.2:
             self._rest, self._rate = PATIENCE, 0.5

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from headwise.engine.draft import MATCH, PATIENCE, SIZES, Drafts
+from math import inf
+
+from headwise.engine.draft import FIRST_STEPS, MATCH, PATIENCE, SIZES, UNKNOWN_COST, Costs, Drafts
 
 FREE = (1.0, 1.0, 1.0)
 
@@ -38,3 +40,20 @@ def test_refused_drafts_rest_and_are_tried_again() -> None:
     assert tried < 10
     rested = [bool(drafts.propose(text, 7, FREE)) for _ in range(PATIENCE + 1)]
     assert rested[-1] and not all(rested)
+
+
+def test_costs_are_those_of_the_steps_that_nothing_held_up() -> None:
+    """The first step of a length compiled its kernels, took a thousand times as long, and was the last one ever tried."""
+    costs = Costs()
+    for tokens, seconds, unknown in ((1, 0.010, inf), (8, 0.015, UNKNOWN_COST)):
+        for held_up in (9.0, 3.0)[:FIRST_STEPS]:
+            costs.took(1, tokens, held_up)
+        assert costs.of(1) == [unknown] * 3
+        for took in (seconds, 2 * seconds, seconds, 7.0):
+            costs.took(1, tokens, took)
+    assert costs.of(1) == [UNKNOWN_COST, UNKNOWN_COST, 1.5]
+    assert costs.of(2) == [inf] * 3
+
+    for _ in range(20):  # the context has grown
+        costs.took(1, 1, 0.015)
+    assert costs.of(1)[2] == 1.0
