@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from math import inf
 
-from headwise.engine.draft import FIRST_STEPS, MATCH, PATIENCE, SIZES, UNKNOWN_COST, Costs, Drafts
+from headwise.engine.draft import FIRST_STEPS, LONG, MATCH, PATIENCE, SIZES, UNKNOWN_COST, Costs, Drafts
 
 FREE = (1.0, 1.0, 1.0)
 
@@ -16,6 +16,10 @@ def test_a_repeated_text_is_continued() -> None:
     assert list(Drafts().propose([*text, 5, 6, 7], 3, FREE)) == [8, 9, 10]
     assert list(Drafts().propose([*text, 99, 6, 7], 7, FREE)) == []
     assert list(Drafts().propose([1] * MATCH, 7, FREE)) == []
+
+
+def test_a_short_cycle_goes_round() -> None:
+    assert list(Drafts().propose([9, 1, 2, 1, 2, 1], 7, FREE)) == [2, 1, 2, 1, 2, 1, 2]
 
 
 def test_the_latest_repetition_counts() -> None:
@@ -57,3 +61,24 @@ def test_costs_are_those_of_the_steps_that_nothing_held_up() -> None:
     for _ in range(20):  # the context has grown
         costs.took(1, 1, 0.015)
     assert costs.of(1)[2] == 1.0
+
+
+def test_what_was_alike_by_chance_does_not_count_against_a_long_repetition() -> None:
+    """Prose that shares three tokens here and there had put a stop to drafts in the code that followed."""
+    drafts, chance, text = Drafts(), [*range(30), 5, 6, 7], list(range(30))
+    for _ in range(10):
+        if proposed := drafts.propose(chance, 7, FREE):
+            drafts.verified(len(proposed), 0)
+
+    assert list(drafts.propose(chance, 7, FREE)) == []
+    assert len(drafts.propose([*text, *text[: LONG + 2]], 7, FREE)) == SIZES[-1]
+
+
+def test_drafts_behind_a_wrong_one_are_not_held_against_it() -> None:
+    """Three right of seven is a draft that is right three times in four: a step of four is still worth it."""
+    drafts, text = Drafts(), [*range(40), *range(20)]
+    for _ in range(30):
+        drafts.propose(text, 7, FREE)
+        drafts.verified(7, 3)
+
+    assert len(drafts.propose(text, 7, (1.2, 1.5, 2.9))) == SIZES[1]
