@@ -116,6 +116,10 @@ class Engine:
 
     def round(self) -> None:
         """Admits what has a slot and pages, then a step of everything that is due."""
+        with self.runner.on_stream():
+            self._round()
+
+    def _round(self) -> None:
         while self.waiting and self.prefixes.free:
             i = next((i for i, w in enumerate(self.waiting) if w.again), None)
             i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
@@ -123,9 +127,10 @@ class Engine:
                 break
             self._admit(self.waiting.pop(i))
         answers = sum(r.answers for r in self.running)
-        room, costs = (self.runner.rows - len(self.running)) // max(1, answers), self.llm.costs.of(answers)
-        for r in self.running:
-            r.draft = self._draft(r, room, costs)
+        if self.speculate and answers:
+            room, costs = (self.runner.rows - len(self.running)) // answers, self.llm.costs.of(answers)
+            for r in self.running:
+                r.draft = self._draft(r, room, costs) if r.answers else ()
         loads = [self._load(r) for r in self.running]
         beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
@@ -145,8 +150,6 @@ class Engine:
 
     def _draft(self, r: _Running, room: int, costs: Sequence[float]) -> Sequence[int]:
         """Tokens to try behind the next one: `room` at most, and no more than the context, a chunk and the answer have room for."""
-        if not self.speculate or not r.answers:
-            return ()
         answered = len(r.tokens) - len(r.request.prompt)
         left = min(self.llm.plan.workload.context - r.done, self.runner.chunk, r.request.sampling.max_tokens - answered) - 1
         return r.drafts.propose(r.tokens, min(room, left), costs)
