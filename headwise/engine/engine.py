@@ -20,7 +20,7 @@ from headwise.engine.constrain import Constrainer, Constraint
 from headwise.engine.draft import Drafts
 from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
-from headwise.engine.sample import Sampler
+from headwise.engine.sample import Sampler, best_of
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
@@ -203,7 +203,7 @@ class Engine:
         try:
             x = self.runner.run(runs)
             logits = self.runner.logits(x) if x.shape[0] else x
-            best = logits.argmax(-1).tolist()
+            best = best_of(logits)
         except HeadwiseError as error:
             for r, _ in due:
                 self._finish(r, "error", (error.what, error.why, error.do))
