@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from math import inf
+from typing import Literal
 
 MATCH = 3  # tokens that must be alike before a continuation is tried
 LONG = 8  # tokens alike that are no chance
@@ -17,6 +18,9 @@ PATIENCE = 64  # repetitions that are let pass before drafts that did not pay ar
 UNKNOWN_COST = 1.3  # of a step with drafts over one without, until it is measured
 FIRST_STEPS = 2  # of a kind, which compile kernels and record the step: they say nothing of the next ones
 LATEST_STEPS = 8  # of a kind, of which the fastest counts: others were held up
+
+
+Kind = Literal["alike", "long", "edited"]
 
 
 class Costs:
@@ -45,17 +49,19 @@ class Costs:
 class Drafts:
     """The drafts of one sequence, and whether they pay: accepted tokens a step against what a longer step costs.
 
-    A text that has been repeated for a while probably goes on so; three tokens may be alike by chance. So what was accepted lately
-    is counted for each.
+    A text that has been repeated for a while probably goes on so; three tokens may be alike by chance; behind an edited word the
+    text that was followed probably goes on. What was accepted lately is counted for each by itself.
     """
 
     def __init__(self) -> None:
         self.proposed = self.accepted = 0
         self._last: dict[tuple[int, ...], int] = {}  # where the tokens after each few tokens begin
         self._seen = 0
-        self._rate = {False: 0.5, True: 0.9}  # how likely a draft is the next token; True: after LONG tokens alike
-        self._rest = {False: 0, True: 0}
-        self._long = False  # of the last proposal
+        self._period = 1  # how far back the last proposal came from
+        self._behind = 0  # how far back the text lies that is followed, 0: none
+        self._kind: Kind = "alike"
+        self._rate: dict[Kind, float] = {"alike": 0.5, "long": 0.9, "edited": 0.5}  # how likely a draft is the next token
+        self._rest: dict[Kind, int] = {"alike": 0, "long": 0, "edited": 0}
 
     def propose(self, tokens: Sequence[int], most: int, costs: Sequence[float]) -> Sequence[int]:
         """What probably follows `tokens`; nothing where it would not pay.
@@ -66,30 +72,48 @@ class Drafts:
         for at in range(max(self._seen, MATCH), len(tokens)):
             self._last[tuple(tokens[at - MATCH : at])] = at
         self._seen = max(self._seen, len(tokens))
-        found = self._last.get(tuple(tokens[-MATCH:]))
+        found = self._find(tokens)
         if found is None:
             return ()
-        long = self._long = found >= LONG and tokens[found - LONG : found] == tokens[-LONG:]
-        if self._rest[long]:
-            self._rest[long] -= 1
+        if self._rest[self._kind]:
+            self._rest[self._kind] -= 1
             return ()
-        best, gain, period = 0, 1.0, len(tokens) - found
+        self._period = len(tokens) - found
+        best, gain = 0, 1.0
         for size, cost in zip(SIZES, costs, strict=False):
             if size <= most and (won := (1 + self._expected(size)) / cost) > gain:
                 best, gain = size, won
-        return [tokens[found + i % period] for i in range(best)]
+        return [tokens[found + i % self._period] for i in range(best)]
+
+    def _find(self, tokens: Sequence[int]) -> int | None:
+        """Where the text is that goes on as `tokens` probably do: the one that is followed, else the latest that ends alike."""
+        n = len(tokens)
+        followed = n - self._behind
+        if self._behind and tokens[followed - MATCH : followed] == tokens[n - MATCH :]:
+            found = followed
+        else:
+            found = self._last.get(tuple(tokens[n - MATCH :]))
+        if found is None:
+            self._kind = "edited"
+            return followed if self._behind else None
+        self._kind = "long" if found >= LONG and tokens[found - LONG : found] == tokens[n - LONG :] else "alike"
+        return found
 
     def verified(self, proposed: int, accepted: int) -> None:
-        """How many of the proposed tokens were kept."""
+        """How many of the tokens that were proposed last were kept."""
         self.proposed += proposed
         self.accepted += accepted
-        rate = self._rate[self._long]
+        rate = self._rate[self._kind]
         rate += 0.3 * (accepted / min(accepted + 1, proposed) - rate)  # those behind the first wrong one were never in question
         if rate < 0.2:
-            self._rest[self._long], rate = PATIENCE, 0.5
-        self._rate[self._long] = rate
+            self._rest[self._kind], rate = PATIENCE, 0.5
+        self._rate[self._kind] = rate
+        if accepted:
+            self._behind = self._period
+        elif self._kind == "edited":
+            self._behind = 0
 
     def _expected(self, size: int) -> float:
         """Tokens accepted of `size` drafts, each one only after those before it."""
-        p = min(self._rate[self._long], 0.98)
+        p = min(self._rate[self._kind], 0.98)
         return p * (1 - p**size) / (1 - p)

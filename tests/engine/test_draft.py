@@ -82,3 +82,26 @@ def test_drafts_behind_a_wrong_one_are_not_held_against_it() -> None:
         drafts.verified(7, 3)
 
     assert len(drafts.propose(text, 7, (1.2, 1.5, 2.9))) == SIZES[1]
+
+
+def test_a_copy_goes_on_behind_an_edited_word() -> None:
+    """Three tokens had to be alike again before the copy was followed: in renamed code that is every other word."""
+    drafts, source = Drafts(), list(range(100, 160))
+    text = [*source, *source[:10]]
+    first = list(drafts.propose(text, 7, FREE))
+    drafts.verified(7, 3)
+    text += [*first[:3], 999]  # said in place of the fourth
+
+    assert list(drafts.propose(text, 7, FREE)) == source[14:21]
+    drafts.verified(7, 0)
+    assert list(drafts.propose([*text, 998], 7, FREE)) == []  # it was no copy any more
+
+
+def test_the_text_that_is_followed_goes_before_a_later_one() -> None:
+    drafts, source = Drafts(), list(range(100, 130))
+    text = [*source, 1, 110, 111, 112, 7, 8, 9, *source[:9]]
+    drafts.propose(text, 7, FREE)
+    drafts.verified(3, 3)
+    text += source[9:13]
+
+    assert list(drafts.propose(text, 7, FREE)) == source[13:20]
