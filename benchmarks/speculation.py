@@ -8,7 +8,8 @@ would say; the model still computes every token. **repeats**: a prompt that repe
 **prose**: English of `pydoc_data.topics`, said likewise, which repeats no more than English does.
 
 With and without take turns; the ratio is the median of the rounds. Where both said the model's own words, they must be the same
-tokens before anything is timed (in bf16 they may part at a tie: `equal` says after how many).
+tokens before anything is timed (in bf16 they may part at a tie: `equal` says after how many). `reckoned` has the same ratio without
+a clock, from fixed costs of steps.
 """
 
 from __future__ import annotations
@@ -31,10 +32,12 @@ import torch
 
 import headwise
 from headwise import LLM
+from headwise.engine.draft import SIZES, Drafts
 from headwise.engine.llm import Report, Result
 from headwise.engine.sample import Sampler
 
 CONTEXT = 4096
+COSTS = (1.25, 1.45, 1.8)  # of steps of 2, 4 and 8 tokens over one of one, about what idle cores have
 
 
 @contextmanager
@@ -66,6 +69,19 @@ def texts(llm: LLM, n: int) -> dict[str, tuple[list[int], list[int]]]:
     }
 
 
+def reckoned(prompt: list[int], answer: list[int]) -> float:
+    """Tokens of `answer` in the time of one, were steps to cost what COSTS says: no clock, so the same on a busy machine."""
+    drafts, said, cost = Drafts(), [*prompt, answer[0]], 0.0
+    while (left := answer[len(said) - len(prompt) :]) != []:
+        draft = list(drafts.propose(said, len(left) - 1, COSTS))
+        accepted = next((i for i, (a, b) in enumerate(zip(draft, left, strict=False)) if a != b), len(draft))
+        if draft:
+            drafts.verified(len(draft), accepted)
+        said += left[: accepted + 1]
+        cost += COSTS[SIZES.index(len(draft))] if draft else 1.0
+    return (len(answer) - 1) / cost
+
+
 def spread(values: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
@@ -91,6 +107,7 @@ def measure(llm: LLM, prompt: list[int], said: list[int], n: int, rounds: int) -
         "prompt_tokens": len(prompt), "tokens": len(off.tokens), "equal": equal,
         "off_tok_s": spread(speeds[False]), "on_tok_s": spread(speeds[True]),
         "ratio": statistics.median(b / a for a, b in zip(speeds[False], speeds[True], strict=True)),
+        "reckoned": reckoned(prompt, off.tokens),
         "drafted": round(statistics.median(r.drafted for r in reports)),
         "accepted": round(statistics.median(r.accepted for r in reports)),
         "step_costs": [None if c == float("inf") else c for c in llm.costs.of(1)],
