@@ -53,7 +53,7 @@ def embedded() -> list[dict[str, object]]:
             llm = LLM(device="cuda", dtype=dtype, kv=kv)
             ready = time.perf_counter() - start
             llm.generate(demo_prompt(), max_tokens=4)  # first launches load kernels
-            result = llm.generate(demo_prompt(), max_tokens=65)
+            result = llm.generate(demo_prompt(), max_tokens=65, speculate=False)
             r = result.report
             rows.append(
                 {

@@ -42,6 +42,7 @@ from headwise.attention.reference import attend, visible
 from headwise.cache.storage import Values
 from headwise.engine.runner import Runner
 from headwise.engine.stage import Stage
+from headwise.model import heads as decoder_heads
 from headwise.planner.memory import plan
 from headwise.spec.kv import KV_FORMATS, kv_format
 
@@ -110,8 +111,12 @@ def _between(write: Callable[..., None], store: Store) -> Callable[..., None]:
 
 def v_alone(runner: Runner, store: Store) -> Runner:
     """K=V layers that store V only: K's rotated dims come from the stored V, as a kernel that rotates would make them."""
-    one = runner.decoder._store_one
-    runner.decoder._store_one = lambda layer, w, cache, step, v: one(layer, w, cache, step, store(v))  # type: ignore[method-assign]
+    one, mine = decoder_heads._store_one, {id(cache) for cache in runner.caches.values()}
+
+    def store_one(shape: Any, w: Any, cache: Any, step: Any, v: Tensor) -> None:
+        one(shape, w, cache, step, store(v) if id(cache) in mine else v)
+
+    decoder_heads._store_one = store_one
     return runner
 
 

@@ -77,12 +77,12 @@ def main() -> None:
             "flipped_from_f32": int((got != want).sum()), "flipped_from_default": int((got != default).sum()),
             "prefill_tok_s": [], "decode_tok_s": [],
         })  # fmt: skip
-        llm.generate(texts[0], max_tokens=NEW, temperature=0.0)  # compiles, records
+        llm.generate(texts[0], max_tokens=NEW, temperature=0.0, speculate=False)  # compiles, records
         print(name, int((got != want).sum()), flush=True)
     for _ in range(args.rounds):
         for row in rows:
             if "refused" not in row:
-                report = models[row["backends"]].generate(texts[0], max_tokens=NEW, temperature=0.0).report
+                report = models[row["backends"]].generate(texts[0], max_tokens=NEW, temperature=0.0, speculate=False).report
                 row["prefill_tok_s"].append(report.prefill_tok_s)
                 row["decode_tok_s"].append(report.decode_tok_s)
     for row in rows:

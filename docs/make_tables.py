@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from headwise.spec.kv import KV_FORMATS
@@ -100,6 +101,36 @@ def cuda() -> str:
                      f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.0f}"))  # fmt: skip
     head = "| activations | KV | planned = allocated | peak above it | first start, checked | prefill tok/s | decode tok/s |"
     return table(head, rows, above)
+
+
+def speculation() -> str:
+    found = newest("speculation_cpu")
+    above = (
+        f"{found['date']}, commit {found['commit']}, {found['machine']}, torch {found['torch']}: {found['model']} in "
+        f"{found['dtype']}, {found['rounds']} rounds."
+    )
+    rows = []
+    for row in found["cases"]:
+        speeds = (f"{row[f'{which}_tok_s']['median']:,.0f}" for which in ("off", "on"))
+        rows.append((row["case"], f"{row['tokens']:,}", *speeds, f"{row['ratio']:.2f}", f"{row['reckoned']:.2f}",
+                     f"{row['accepted']} of {row['drafted']}"))  # fmt: skip
+    head = "| text | tokens | tok/s without | with drafts | with over without | at fixed costs | drafts accepted |"
+    return table(head, rows, above)
+
+
+def start() -> str:
+    found = newest("start_cpu")
+    above = (
+        f"{found['date']}, commit {found['commit']}, {found['machine']}, torch {found['torch']}: {found['model']} with "
+        f"{found['context']:,} tokens of context; medians of {len(found['rows']) // 2} starts."
+    )
+    rows = []
+    for kind in ("cold", "warm"):
+        told = [r for r in found["rows"] if r["caches"] == kind]
+        seconds = (f"{median(r[f'{what}_s'] for r in told):.1f} s" for what in ("imported", "ready", "first_token"))
+        beside = max(r["beside_model_bytes"] for r in told) / 2**20
+        rows.append((kind, *seconds, f"{beside:,.0f} MiB"))
+    return table("| caches | imported | ready | first token | host memory beside the model, most |", rows, above)
 
 
 def tier0() -> str:
@@ -315,6 +346,8 @@ TABLES = {
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),
     "cpu": ("docs/measurements.md", cpu),
+    "speculation": ("docs/measurements.md", speculation),
+    "start": ("docs/measurements.md", start),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
     "mixed": ("docs/kernels.md", mixed),

@@ -163,6 +163,7 @@ def _run(args: argparse.Namespace) -> int:
     names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
     settings |= {name: value for name in names if (value := getattr(args, name)) is not None}
     Sampling(**settings)  # what makes no sense is refused before a long load, as is a prompt without room
+    settings["speculate"] = args.speculate
     context = run_context(source.spec, len(prompt), args.max_tokens) if args.context is None else args.context
     if 0 < context <= min(len(prompt), source.spec.max_context):
         raise prompt_too_long(len(prompt), context, source.spec.max_context)

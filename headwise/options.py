@@ -89,7 +89,7 @@ OPTIONS = (
     Option("pool", "whole", ("serve", "plan"), "tokens that global layers hold of all sequences; default a context each", "N",
            unset="a context for each slot; with slots unset too, as many as fit"),
     Option("deterministic", "switch", ("serve",), "answers do not depend on what else runs", default=False),
-    Option("speculate", "switch", ("serve",), "draft tokens from what a text repeats, where that pays", default=True),
+    Option("speculate", "switch", ("run", "serve"), "draft tokens from what a text repeats, where that pays", default=True),
     Option("max_tokens", "whole", ("run", "serve"), "of an answer, default 128; serve: of those whose request sets none",
            "N", defaults={"run": 128}),
     Option("temperature", "number", ("run",), "0, the default, is greedy; without any prompt 0.8", "T"),

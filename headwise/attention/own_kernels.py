@@ -13,10 +13,9 @@ from torch import Tensor
 
 from headwise.cache.storage import LayerCache, Scratch, Span, Values
 from headwise.kernels import attend as portable
-from headwise.kernels.configs import doublings
+from headwise.kernels.configs import FEW_ROWS, doublings
 from headwise.kernels.stored import Sequences, Slots, Stored
 
-FEW_ROWS = 32  # (query, head) pairs of a group that a decode launch takes
 MERGED_ROWS = 4  # up to as many, the launch itself merges the partial results
 
 

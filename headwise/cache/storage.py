@@ -45,6 +45,34 @@ class Place(NamedTuple):
     extents: tuple[Extent, ...] | None = None
 
 
+def slots_of(place: Place, ring: int | None, start: int, n: int) -> list[tuple[int, int, int]]:
+    """Where positions [start, start + n) lie: (first slot, first token, count); several where a ring wraps or pages are apart.
+
+    Args:
+        ring: slots of a ring; None: a global layer.
+    Raises:
+        ValueError: the pages hold fewer positions.
+    """
+    if ring is not None:
+        first, base = start % ring, place.ring * ring
+        head = min(n, ring - first)
+        return [(base + first, 0, head)] + ([(base, head, n - head)] if head < n else [])
+    if place.extents is None:
+        return [(start, 0, n)] if n else []
+    runs, at = [], 0  # `at`: the position that an extent begins with
+    for page, count in place.extents:
+        stop = at + count * PAGE_TOKENS
+        a, b = max(start, at), min(start + n, stop)
+        if a < b:
+            runs.append((page * PAGE_TOKENS + a - at, a - start, b - a))
+        at = stop
+        if at >= start + n:
+            return runs
+    if n:
+        raise ValueError(f"positions {start}..{start + n - 1} in pages that hold {at}")
+    return runs
+
+
 class Table(NamedTuple):
     """int32 on the device, where the positions of several sequences lie: the first slot of each, or with `page` slots a page its
     pages, a row a sequence."""
@@ -215,31 +243,18 @@ class LayerCache:
         self.v = Values(rings * self.n_slots, layer.n_kv_heads, v_values(layer), fmt, device) if v_values(layer) else None
 
     def slots(self, place: Place, start: int, n: int) -> list[tuple[int, int, int]]:
-        """Where positions [start, start + n) lie: (first slot, first token, count), more than one run where a ring wraps."""
-        if self.window is not None:
-            first, base = start % self.n_slots, place.ring * self.n_slots
-            head = min(n, self.n_slots - first)
-            return [(base + first, 0, head)] + ([(base, head, n - head)] if head < n else [])
-        if place.extents is None:
-            return [(start, 0, n)] if n else []
-        runs, at = [], 0  # `at`: the position that an extent begins with
-        for page, count in place.extents:
-            stop = at + count * PAGE_TOKENS
-            a, b = max(start, at), min(start + n, stop)
-            if a < b:
-                runs.append((page * PAGE_TOKENS + a - at, a - start, b - a))
-            at = stop
-        if at < start + n:
-            raise ValueError(f"positions {start}..{start + n - 1} in pages that hold {at}")
-        return runs
+        """Where positions [start, start + n) lie, as `slots_of` says it."""
+        return slots_of(place, self.n_slots if self.window is not None else None, start, n)
 
     def write(self, place: Place, start: int, k_TGD: Tensor, v_TGD: Tensor | None, scratch: Tensor | None) -> None:
         """Appends the keys and values of positions [start, start + T)."""
+        T = k_TGD.shape[0]
+        runs = self.slots(place, start, T)
         for values, x in ((self.k, k_TGD), (self.v, v_TGD)):
             if values is None or x is None:
                 continue
-            for slot, token, n in self.slots(place, start, x.shape[0]):
-                part = x[token : token + n]
+            for slot, token, n in runs:
+                part = x if n == T else x[token : token + n]
                 values.write(slot, part, carve(scratch, part.shape) if scratch is not None and values.needs_scratch else None)
 
     def segments(self, span: Span) -> list[Segment]:

@@ -6,9 +6,9 @@ its slots, of each sequence its keys and where they lie. Operators take a sequen
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -16,15 +16,13 @@ import torch
 from torch import Tensor
 
 from headwise.attention.reference import visible
-from headwise.cache.storage import OnDevice, Place, Span, Table, slot_positions
-from headwise.kernels.configs import doublings
+from headwise.cache.storage import OnDevice, Place, Span, Table, slot_positions, slots_of
+from headwise.kernels.configs import FEW_ROWS, doublings
 from headwise.model.arena import Arena
 from headwise.model.heads import Part, Step, Tail
 from headwise.planner.memory import Plan
 from headwise.planner.workspace import launches, ring_slots, span_words
 from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS
-
-QUERY_ROWS = 32  # queries times heads of a group that kernels for few queries take together
 
 
 class Run(NamedTuple):
@@ -74,9 +72,10 @@ class Steps:
     def __init__(self, plan: Plan, arena: Arena, device: torch.device, *, fused: bool) -> None:
         spec, w = plan.spec, plan.workload
         self.arena, self.device, self.fused = arena, device, fused
+        self.pinned = device.type == "cuda"  # a copy from other memory waits for what the device still does
         self.rings = ring_slots(spec, n_tokens=w.context, chunk=w.chunk)
         self.kinds = tuple(dict.fromkeys(layer.window for layer in spec.kv_layers))
-        self.together = max(1, QUERY_ROWS // max(x.n_heads // x.n_kv_heads for x in spec.layers))
+        self.together = max(1, FEW_ROWS // max(x.n_heads // x.n_kv_heads for x in spec.layers))
         # where the numbers of a whole step begin, and those of the wanted tokens alone: words, and rows of the page table
         self.whole, self.wanted = (0, 0), (span_words(spec, w.slots, w.chunk), launches(w.slots, w.chunk))
         self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
@@ -84,12 +83,12 @@ class Steps:
     def fill(self, runs: Sequence[Run]) -> None:
         """Everything that the host knows of a step, to where the device reads it."""
         if self.arena.flat("ids") is not None:
-            ids = [i for r in runs for i in r.ids]
+            ids = list(chain.from_iterable(r.ids for r in runs))
             ids_T = self.arena.take("ids", len(ids))
             if len(ids) == 1:
                 ids_T.fill_(ids[0])
             else:
-                ids_T.copy_(torch.tensor(ids))
+                ids_T.copy_(torch.tensor(ids, pin_memory=self.pinned), non_blocking=True)
         span = self.arena.flat("span")
         if span is not None:
             self._write(span, runs, *self.whole)
@@ -108,7 +107,8 @@ class Steps:
             end += r.n
             rows += range(end - r.wanted, end)
         narrow = self._step(_wanted(runs), *self.wanted)
-        return replace(whole, tail=Tail(torch.tensor(rows, dtype=torch.int64, device=self.device), narrow))
+        told = torch.tensor(rows, dtype=torch.int64, pin_memory=self.pinned)
+        return replace(whole, tail=Tail(told.to(self.device, non_blocking=True), narrow))
 
     def key(self, runs: Sequence[Run]) -> Hashable | None:
         """What a recorded step of these runs may be replayed for; None where it cannot be recorded."""
@@ -135,8 +135,8 @@ class Steps:
         parts: list[Part] = []
         first = 0
         if span is None:
-            every = [torch.arange(r.start, r.stop, device=self.device) for r in runs]
-            positions, by_window = torch.cat(every) if every else torch.empty(0, dtype=torch.int64, device=self.device), {}
+            every = [torch.arange(r.start, r.stop, device=self.device) for r in runs] or [torch.arange(0, device=self.device)]
+            positions, by_window = every[0] if len(every) == 1 else torch.cat(every), {}
         else:
             positions, *slots = span[at : at + (1 + kinds) * T].split(T) if T else [span[:0]] * (1 + kinds)
             by_window, at = dict(zip(self.kinds, slots, strict=True)), at + (1 + kinds) * T
@@ -157,42 +157,37 @@ class Steps:
 
     def _write(self, span: Tensor, runs: Sequence[Run], at: int, row: int) -> None:
         """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences."""
-        positions = [np.arange(r.start, r.stop) for r in runs]
-        told = [
-            *positions,
-            *(self._slots(r.place, window, p) for window in self.kinds for r, p in zip(runs, positions, strict=True)),
-        ]
+        told: list[Iterable[int]] = [range(r.start, r.stop) for r in runs]
+        for window in self.kinds:
+            ring = None if window is None else self.rings[window]
+            told += [range(slot, slot + n) for r in runs for slot, _, n in slots_of(r.place, ring, r.start, r.n)]
+        words = (1 + len(self.kinds)) * sum(r.n for r in runs)
         for group in self._groups(runs):
             sequences = self._sequences(group)
-            told.append(np.cumsum([0, *(r.n for r in sequences)]))
-            told.append(np.array([r.stop for r in sequences]))
-            zero = np.zeros(1, dtype=np.int64)
-            told += [np.concatenate([self._slots(r.place, window, zero) for r in sequences]) for window in self.kinds]
+            told += [accumulate((r.n for r in sequences), initial=0), [r.stop for r in sequences]]
+            told += [[self._first(r.place, window) for r in sequences] for window in self.kinds]
+            words += 1 + (2 + len(self.kinds)) * len(sequences)
             if None in self.kinds and any(r.scattered for r in group):
                 self._tell_pages(row, [r.place for r in sequences])
             row += len(sequences)
-        if told:
-            numbers = torch.from_numpy(np.concatenate(told).astype(np.int32))
-            span[at : at + numbers.shape[0]].copy_(numbers)
+        if words:
+            numbers = torch.empty(words, dtype=torch.int32, pin_memory=self.pinned)
+            numbers.numpy()[:] = np.fromiter(chain.from_iterable(told), np.int32, words)
+            span[at : at + words].copy_(numbers, non_blocking=True)
 
-    def _slots(self, place: Place, window: int | None, positions: np.ndarray) -> np.ndarray:
-        """Where positions lie in the layers of a window."""
+    def _first(self, place: Place, window: int | None) -> int:
+        """The slot of position 0 in the layers of a window."""
         if window is not None:
-            slots = self.rings[window]
-            return place.ring * slots + positions % slots
-        if place.extents is None:
-            return positions
-        if len(place.extents) == 1:
-            return place.extents[0][0] * PAGE_TOKENS + positions
-        return _pages_of(place)[positions // PAGE_TOKENS] * PAGE_TOKENS + positions % PAGE_TOKENS
+            return place.ring * self.rings[window]
+        return place.extents[0][0] * PAGE_TOKENS if place.extents else 0
 
     def _tell_pages(self, row: int, places: Sequence[Place]) -> None:
         table = self.arena.get("pages")
         assert table is not None
         for i, place in enumerate(places, row):
             if self._pages.get(i) != place.extents:
-                pages = torch.from_numpy(_pages_of(place).astype(np.int32))
-                table[i, : pages.shape[0]].copy_(pages)
+                pages = torch.tensor(_pages_of(place), dtype=torch.int32, pin_memory=self.pinned)
+                table[i, : pages.shape[0]].copy_(pages, non_blocking=True)
                 self._pages[i] = place.extents
 
     def _masks(self, runs: Sequence[Run]) -> None:
@@ -225,12 +220,4 @@ def _pieces(run: Run) -> list[Run]:
     """A run cut where its tokens' pages are not in a row."""
     if run.n == 1 or not run.scattered:
         return [run]
-    pieces: list[Run] = []
-    at = 0  # the position that an extent begins with
-    for _, n in run.place.extents or ():
-        stop = at + n * PAGE_TOKENS
-        a, b = max(run.start, at), min(run.stop, stop)
-        if a < b:
-            pieces.append(run.part(a - run.start, b - a))
-        at = stop
-    return pieces
+    return [run.part(token, n) for _, token, n in slots_of(run.place, None, run.start, run.n)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,22 +17,23 @@ from torch import Tensor
 from headwise.cache.pages import pages_for
 from headwise.engine.batch import Run
 from headwise.engine.constrain import Constrainer, Constraint
-from headwise.engine.draft import SIZES, Drafts
-from headwise.engine.llm import LLM
+from headwise.engine.draft import Drafts
 from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
-from headwise.engine.sample import Sampler
+from headwise.engine.sample import Sampler, best_of
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES
 from headwise.spec.kv import DRAFT_TOKENS
 
+if TYPE_CHECKING:
+    from headwise.engine.llm import LLM
+
 BESIDE = {"cpu": 128, "cuda": 512}  # most prompt tokens in a step with answers
-UNKNOWN_COST = 1.3  # of a step with drafts over one without, until it is measured
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     """A request that holds a slot, or has held one and waits for another."""
 
@@ -47,15 +49,17 @@ class _Running:
     parting: int | None = None  # tokens after which the ring is worth a copy, because another prompt parted here
     kept: bool = False
     first: float | None = None  # when its first token came
-    drafts: Drafts | None = None
+    drafts: Drafts = field(default_factory=Drafts)
     draft: Sequence[int] = ()
+    ended: Reason | None = None
+    end: int | None = None
 
     @property
     def answers(self) -> bool:
         return self.done == len(self.tokens) - 1 >= len(self.request.prompt)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Waiting:
     request: Request
     arrived: float
@@ -70,15 +74,18 @@ class Engine:
         deterministic: every sequence in steps of its own, and only prefixes that a cold start would compute so: an answer does
             not depend on what else runs or ran.
         speculate: draft tokens from what a sequence repeats, where that pays.
+        keep: copies of rings for later turns.
     """
 
-    def __init__(self, llm: LLM, emit: Callable[[Event], None], *, deterministic: bool = False, speculate: bool = True) -> None:
+    def __init__(
+        self, llm: LLM, emit: Callable[[Event], None], *, deterministic: bool = False, speculate: bool = True, keep: bool = True
+    ) -> None:
         self.llm, self.runner, self.emit = llm, llm.runner, emit
         self.deterministic, self.speculate = deterministic, speculate and not deterministic
-        self.stop = frozenset(llm.spec.eos_ids) | llm.tokenizer.eos_ids
+        self.stop = llm.end_ids
         w, rings = llm.plan.workload, self.runner.rings
         self.prefixes = Prefixes(
-            self.runner.caches, rings, slots=w.slots, pages=pages_for(w.pool_tokens), n_kept=_copies(llm),
+            self.runner.caches, rings, slots=w.slots, pages=pages_for(w.pool_tokens), n_kept=_copies(llm) if keep else 0,
             chunk=self.runner.chunk if deterministic else None,
         )  # fmt: skip
         self.keep_after = max(0, keep_after(rings) - DRAFT_TOKENS)
@@ -87,7 +94,6 @@ class Engine:
         self._served: dict[str, int] = {}
         self._admissions = 0
         self._constrainer: Constrainer | None = None
-        self._seconds: dict[tuple[int, int], float] = {}  # of a step, by answers and tokens of each
 
     @property
     def busy(self) -> bool:
@@ -110,14 +116,21 @@ class Engine:
 
     def round(self) -> None:
         """Admits what has a slot and pages, then a step of everything that is due."""
+        with self.runner.on_stream():
+            self._round()
+
+    def _round(self) -> None:
         while self.waiting and self.prefixes.free:
             i = next((i for i, w in enumerate(self.waiting) if w.again), None)
             i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
             if not self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1):
                 break
             self._admit(self.waiting.pop(i))
-        for r in self.running:
-            r.draft = self._draft(r)
+        answers = sum(r.answers for r in self.running)
+        if self.speculate and answers:
+            room, costs = (self.runner.rows - len(self.running)) // answers, self.llm.costs.of(answers)
+            for r in self.running:
+                r.draft = self._draft(r, room, costs) if r.answers else ()
         loads = [self._load(r) for r in self.running]
         beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
@@ -135,18 +148,10 @@ class Engine:
             left = max(1, len(r.request.prompt) - r.done)
         return Load(r.slot, left, prompt=True, until=r.parting - r.done if r.parting else None)
 
-    def _draft(self, r: _Running) -> Sequence[int]:
-        """Tokens to try behind the next one, as many as the step has room for."""
-        if not self.speculate or not r.answers:
-            return ()
-        together = sum(x.answers for x in self.running)
-        context, answered = self.llm.plan.workload.context, len(r.tokens) - len(r.request.prompt)
-        room = min((self.runner.rows - len(self.running)) // together, context - r.done, self.runner.chunk) - 1
-        left = r.request.sampling.max_tokens - answered - 1
-        plain = self._seconds.get((together, 1))
-        steps = [self._seconds.get((together, 1 + n)) for n in SIZES]
-        costs = [step / plain if plain and step else UNKNOWN_COST for step in steps]
-        r.drafts = r.drafts or Drafts()
+    def _draft(self, r: _Running, room: int, costs: Sequence[float]) -> Sequence[int]:
+        """Tokens to try behind the next one: `room` at most, and no more than the context, a chunk and the answer have room for."""
+        answered = len(r.tokens) - len(r.request.prompt)
+        left = min(self.llm.plan.workload.context - r.done, self.runner.chunk, r.request.sampling.max_tokens - answered) - 1
         return r.drafts.propose(r.tokens, min(room, left), costs)
 
     def _admit(self, w: _Waiting) -> None:
@@ -190,21 +195,20 @@ class Engine:
             return
         runs = []
         for r, n in due:
-            ids = [*r.tokens, *r.draft][r.done : r.done + n] if r.answers else r.tokens[r.done : r.done + n]
+            ids = [r.tokens[-1], *r.draft] if r.answers else r.tokens[r.done : r.done + n]
             wanted = n if r.answers else int(r.done + n == len(r.tokens))
             runs.append(Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted))
         start = time.perf_counter()
         try:
             x = self.runner.run(runs)
             logits = self.runner.logits(x) if x.shape[0] else x
-            best = logits.argmax(-1).tolist()
+            best = best_of(logits)
         except HeadwiseError as error:
             for r, _ in due:
                 self._finish(r, "error", error.parts)
             return
         if all(r.answers for r, _ in due) and len({n for _, n in due}) == 1:
-            key, seconds = (len(due), due[0][1]), time.perf_counter() - start
-            self._seconds[key] = min(seconds, self._seconds.get(key, seconds) * 0.9 + seconds * 0.1)
+            self.llm.costs.took(len(due), due[0][1], time.perf_counter() - start)
         row = 0
         for (r, _), run in zip(due, runs, strict=True):
             self._follow_up(r, run, logits[row : row + run.wanted], best[row : row + run.wanted])
@@ -231,6 +235,7 @@ class Engine:
                 self.emit(Prefill(r.request.id, r.done, prompt, r.cached))
             if run.wanted:
                 self._sample(r, logits_WV[0], best[0])
+            self._end(r)
             return
         accepted = 0
         for i in range(run.n):
@@ -239,13 +244,14 @@ class Engine:
                 break
             accepted += 1
         computed = min(1 + accepted, run.n)
-        if r.drafts is not None and r.draft:
+        if r.draft:
             r.drafts.verified(len(r.draft), accepted)
         r.done += computed
         self.prefixes.wrote(r.slot, run.ids[:computed], run.n - computed)
         if not r.kept and r.done - prompt >= self.keep_after:
             r.kept = True
             self.prefixes.keep(r.slot)
+        self._end(r)
 
     def _sample(self, r: _Running, logits_V: Tensor, best: int) -> int | None:
         """The next token of an answer; None where the answer has ended."""
@@ -254,13 +260,13 @@ class Engine:
             allowed = torch.zeros(logits_V.numel(), dtype=torch.bool)  # a model's padding rows have no token
             allowed[: min(mask.numel(), logits_V.numel())] = mask[: logits_V.numel()]
             if not allowed.any():
-                self._finish(r, "stop")
+                r.ended = "stop"
                 return None
         token = r.sampler.token(logits_V, allowed, best)
         r.first = r.first or time.perf_counter()
         r.tokens.append(token)
         if token in self.stop:
-            self._finish(r, "stop")
+            r.ended, r.end = "stop", token
             return None
         logprob, top = None, ()
         if r.request.top_logprobs is not None:
@@ -273,9 +279,13 @@ class Engine:
             r.constraint.take(token)
         n = len(r.tokens) - len(r.request.prompt)
         if n >= r.request.sampling.max_tokens or len(r.tokens) > self.llm.plan.workload.context:
-            self._finish(r, "stop" if r.constraint is not None and r.constraint.complete else "length")
+            r.ended = "stop" if r.constraint is not None and r.constraint.complete else "length"
             return None
         return token
+
+    def _end(self, r: _Running) -> None:
+        if r.ended is not None:
+            self._finish(r, r.ended)
 
     def _finish(self, r: _Running, reason: Reason, error: tuple[str, str, str] | None = None) -> None:
         now = time.perf_counter()
@@ -289,6 +299,9 @@ class Engine:
                 prompt_tokens=len(r.request.prompt),
                 cached_tokens=r.cached,
                 tokens=len(r.tokens) - len(r.request.prompt),
+                end=r.end,
+                drafted=r.drafts.proposed,
+                accepted=r.drafts.accepted,
                 queue_s=r.started - r.arrived,
                 prefill_s=first - r.started,
                 decode_s=now - first,

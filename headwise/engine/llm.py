@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,9 +19,10 @@ from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
 from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, seats
-from headwise.engine.request import Sampling
+from headwise.engine.draft import Costs
+from headwise.engine.engine import Engine
+from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, Token
 from headwise.engine.runner import Runner
-from headwise.engine.sample import Sampler
 from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.model.arena import TORCH
@@ -65,6 +67,8 @@ class Report:
     prefill_s: float
     decode_tokens: int
     decode_s: float
+    drafted: int  # tokens that were tried ahead of their turn
+    accepted: int  # those of them that were kept
 
     @property
     def prefill_tok_s(self) -> float | None:
@@ -95,6 +99,8 @@ class Report:
             "prefill_tokens": self.prefill_tokens,
             "prefill_tok_s": self.prefill_tok_s,
             "decode_tok_s": self.decode_tok_s,
+            "drafted": self.drafted,
+            "accepted": self.accepted,
         }
 
 
@@ -120,8 +126,17 @@ class _Timing:
     prefill_s: float = 0.0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    drafted: int = 0
+    accepted: int = 0
     finish: str = "length"
     tokens: list[int] = field(default_factory=list)
+
+    def finished(self, event: Finish) -> None:
+        self.finish, self.drafted, self.accepted = event.reason, event.drafted, event.accepted
+        if event.reason != "cancelled":
+            self.prefill_s, self.decode_s = event.prefill_s, event.decode_s
+        if event.end is not None:
+            self.tokens.append(event.end)
 
 
 class LLM:
@@ -223,7 +238,8 @@ class LLM:
         for c in used:
             keep_limit(c.seat)
         self.runner = Runner(self.plan, build_stages(self.plan, self.choices, self.devices, partial(self._load, progress)))
-        self._tokenizer = tokenizer
+        self.costs = Costs()
+        self._tokenizer, self._textless = tokenizer, False
         self._timing = _Timing()
 
     def _load(self, progress: Progress | None, index: int, device: torch.device) -> dict[str, Weight]:
@@ -281,10 +297,18 @@ class LLM:
 
     def _tokenizer_or_none(self) -> Tokenizer | None:
         """For prompts of ids: without a tokenizer the tokens come without text."""
-        try:
-            return self.tokenizer
-        except SpecError:
-            return None
+        if self._tokenizer is None and not self._textless:
+            try:
+                return self.tokenizer
+            except SpecError:
+                self._textless = True
+        return self._tokenizer
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """The tokens that end an answer: the model's, and its tokenizer's where it has one."""
+        tokenizer = self._tokenizer_or_none()
+        return frozenset(self.spec.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of `text`, beginning with the model's BOS token where it wants one."""
@@ -319,43 +343,61 @@ class LLM:
         top_p: float = 1.0,
         top_k: int = 0,
         seed: int | None = None,
+        speculate: bool = True,
         progress: Progress | None = None,
     ) -> Iterator[Piece]:
-        """Continues `prompt` token by token; ends at an end token, at `max_tokens`, or where the context ends."""
-        sampler = Sampler(Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed))
+        """Continues `prompt` token by token; ends at an end token, at `max_tokens`, or where the context ends.
+
+        Args:
+            speculate: draft tokens from what the text repeats, where that pays; tokens are those without, up to the rounding of
+                a longer step.
+        """
+        sampling = Sampling(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         ids = self._checked(self.tokenize(prompt) if isinstance(prompt, str) else prompt, room=1)
         tokenizer = self.tokenizer if isinstance(prompt, str) else self._tokenizer_or_none()
-        return self._generate(ids, sampler, max_tokens, tokenizer, progress)
+        return self._generate(Request(id=0, prompt=tuple(ids), sampling=sampling), tokenizer, speculate, progress)
 
     def _generate(
-        self, ids: list[int], sampler: Sampler, max_tokens: int, tokenizer: Tokenizer | None, progress: Progress | None
+        self, request: Request, tokenizer: Tokenizer | None, speculate: bool, progress: Progress | None
     ) -> Iterator[Piece]:
-        stop = frozenset(self.spec.eos_ids) | (tokenizer.eos_ids if tokenizer else frozenset())
-        self.runner.reset()
-        timing = self._timing = _Timing(prefill_tokens=len(ids))
+        """One request of an engine that has no other."""
+        timing = self._timing = _Timing(prefill_tokens=len(request.prompt))
         decoder = tokenizer.stream(continues=True) if tokenizer else None
-        start = time.perf_counter()
-        x = self.runner.prefill(ids, progress=None if progress is None else lambda done, total: progress("prompt", done, total))
-        token = sampler.token(self.runner.logits(x)[0])
-        timing.prefill_s = time.perf_counter() - start
+        said: deque[Event] = deque()
+        engine = Engine(self, said.append, speculate=speculate, keep=False)
+        engine.submit(request)
         start = time.perf_counter()
         try:
-            while True:
-                timing.tokens.append(token)
-                if token in stop:
-                    timing.finish = "stop"
-                    break
-                if len(timing.tokens) > 1:
-                    timing.decode_tokens += 1
-                timing.decode_s = time.perf_counter() - start
-                yield Piece(token, decoder.push(token) if decoder else "")
-                if len(timing.tokens) >= max_tokens or self.runner.position >= self.plan.workload.context:
-                    break
-                token = sampler.token(self.runner.logits(self.runner.step([token]))[0])
+            while said or engine.busy:
+                if not said:
+                    engine.round()
+                    continue
+                event = said.popleft()
+                now = time.perf_counter()
+                match event:
+                    case Prefill():
+                        if progress is not None and event.done:
+                            progress("prompt", event.done, event.total)
+                    case Token():
+                        if timing.tokens:
+                            timing.decode_tokens += 1
+                            timing.decode_s = now - start
+                        else:
+                            timing.prefill_s, start = now - start, now
+                        timing.tokens.append(event.token)
+                        yield Piece(event.token, decoder.push(event.token) if decoder else "")
+                    case Finish():
+                        timing.finished(event)
+                        if event.error:
+                            what, why, do = event.error
+                            raise HeadwiseError(what, why=why, do=do)
         finally:
-            timing.decode_s = time.perf_counter() - start
+            engine.cancel(request.id)  # where the caller goes before the end
+            for event in said:
+                if isinstance(event, Finish):
+                    timing.finished(event)
         if decoder and (rest := decoder.flush()):
-            yield Piece(token, rest)
+            yield Piece(timing.tokens[-1], rest)
 
     def generate(self, prompt: str | Sequence[int], **settings: object) -> Result:
         """All of `stream` at once; takes the same settings."""
@@ -386,6 +428,8 @@ class LLM:
             prefill_s=t.prefill_s,
             decode_tokens=t.decode_tokens,
             decode_s=t.decode_s,
+            drafted=t.drafted,
+            accepted=t.accepted,
         )
 
     def _checked(self, ids: Sequence[int], *, room: int) -> list[int]:

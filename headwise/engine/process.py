@@ -50,6 +50,8 @@ class Totals:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    drafted: int = 0
+    accepted: int = 0
     restarts: int = 0
     stalls: int = 0
     prefill: Rate = field(default_factory=Rate)  # tokens of prompts computed, as they are
@@ -285,6 +287,8 @@ class EngineProcess:
         self.totals.prompt_tokens += finish.prompt_tokens
         self.totals.cached_tokens += finish.cached_tokens
         self.totals.tokens += finish.tokens
+        self.totals.drafted += finish.drafted
+        self.totals.accepted += finish.accepted
         self.totals.times.finished(finish)
 
     def _fail_all(self, what: str, why: str, do: str, *, all_: bool) -> None:

@@ -55,6 +55,8 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
         speed += f" at {r.prefill_tok_s:,.0f} tok/s"
     if r.decode_tok_s:
         speed += f"; decode {r.decode_tokens + 1} tokens at {r.decode_tok_s:,.1f} tok/s"
+    if r.drafted:
+        speed += f"; {r.accepted:,} of {r.drafted:,} drafts accepted"
     rows.append(Text(speed))
     return Group(*rows)
 

@@ -13,12 +13,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from headwise.spec.layers import ModelSpec
 from headwise.weights.blocks import BlockTensor, Weight
 
 
-def records(spec: ModelSpec, weights: Mapping[str, Weight]) -> bool:
-    """Whether a step can be recorded: no matrix that PyTorch expands on the way, nor experts whose choice the host reads."""
+def records(weights: Mapping[str, Weight]) -> bool:
+    """Whether a step can be recorded: no matrix is one that PyTorch expands on the way."""
     return not any(isinstance(w, BlockTensor) for w in weights.values())
 
 

@@ -94,6 +94,8 @@ class Finish:
     """The last event of a request. Seconds are wall time of its own steps and of those it waited for between them.
 
     Args:
+        tokens: of the answer, `end` included: the end token that the model said, of which no event tells.
+        drafted, accepted: tokens that were tried ahead of their turn, and those of them that were kept.
         error: what, why, do; where the reason is "error".
         retry: the same request may succeed if it is sent again (the engine was at fault, not the request).
     """
@@ -103,6 +105,9 @@ class Finish:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     tokens: int = 0
+    end: int | None = None
+    drafted: int = 0
+    accepted: int = 0
     queue_s: float = 0.0
     prefill_s: float = 0.0
     decode_s: float = 0.0

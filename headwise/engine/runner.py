@@ -6,6 +6,7 @@ Everything is allocated by the stages, by the plan, before the first step; a ste
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -81,6 +82,11 @@ class Runner:
     def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
         """Of hidden states that a step gave, (T, vocab); without `out` valid until the next ones, and of `rows` at most."""
         return self.stages[-1].logits(x_TD, self.rows, out)
+
+    def on_stream(self) -> AbstractContextManager[object]:
+        """Steps, and what is read of them, on the stream of the one stage: else each step and each reading waits for the caller's
+        stream and lets that wait for it. The streams of several stages are on devices of their own, and theirs to change to."""
+        return self.stages[0].own_stream() if len(self.stages) == 1 else nullcontext()
 
     def prefill(self, ids: Sequence[int], *, progress: Progress | None = None, chunk: int | None = None) -> Tensor:
         """Runs a whole prompt in chunks; the hidden state of its last token, (1, D)."""

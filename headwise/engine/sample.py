@@ -8,6 +8,15 @@ from torch import Tensor
 from headwise.engine.request import Sampling
 
 
+def best_of(logits_TV: Tensor) -> list[int]:
+    """The token of the largest logit in each row; on a GPU the host waits here."""
+    if (
+        logits_TV.device.type == "cpu" and logits_TV.dtype == torch.float32
+    ):  # numpy's is vectorised: 20 us for 262,144 logits, not 630
+        return logits_TV.numpy().argmax(-1).tolist()
+    return logits_TV.argmax(-1).tolist()
+
+
 class Sampler:
     """Draws tokens of one request."""
 

@@ -93,10 +93,6 @@ class Stage:
         attends = attend_functions(choices[self.layers.start : self.layers.stop])
         self.decoder = Decoder(self.spec, self.layers, weights, attends, w.chunk, fused() if w.fused else PLAIN)
         self.steps = Steps(plan, self.arena, device, fused=w.fused)
-        for name in ("done", "span", "pages"):
-            zeros = self.arena.flat(name)
-            if zeros is not None:
-                zeros.zero_()
         self.arena.eps.fill_(self.spec.rms_eps)
         self.arena.eps_value = self.spec.rms_eps
         for i, rope in enumerate(ropes(self.spec)):
@@ -104,7 +100,7 @@ class Stage:
             self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
         self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
-        recorded = device.type == "cuda" and w.fused and records(self.spec, weights)
+        recorded = device.type == "cuda" and w.fused and records(weights)
         self.replay = Replay(device) if recorded else None
         with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
             self._known = storages(self)
@@ -116,7 +112,7 @@ class Stage:
             The hidden states, (T, D), of the last stage those that are wanted, (W, D); valid until the next step.
         """
         n = sum(r.n for r in runs)
-        with torch.inference_mode(), self._own_stream():
+        with torch.inference_mode(), self.own_stream():
             if before is not None:
                 before._send(self.arena, n)
             # a GPU's allocator counts by itself; tokens of answers need next to nothing, and pay for every call
@@ -141,14 +137,14 @@ class Stage:
 
     def _send(self, arena: Arena, n: int) -> None:
         """Copies what the next stage needs to its arena. PyTorch orders a copy between GPUs by the current streams of both."""
-        with self._own_stream():
+        with self.own_stream():
             for name, tensor in self.decoder.outgoing(n, self.arena).items():
                 arena.take(name, *tensor.shape).copy_(tensor)
 
     def logits(self, x_TD: Tensor, most: int, out: Tensor | None = None) -> Tensor:
         """Of hidden states of the last stage, (T, vocab); `most` is the rows that there is room for without `out`."""
         T = x_TD.shape[0]
-        with torch.inference_mode(), self._lent(), self._own_stream():
+        with torch.inference_mode(), self._lent(), self.own_stream():
             if self.replay and out is None and x_TD.data_ptr() == self.arena.take("x", T, self.spec.hidden).data_ptr():
                 x = self.arena.take("x", max(T, min(most, 1 << (T - 1).bit_length())), self.spec.hidden)
                 return self.replay.run(("logits", x.shape[0]), lambda: self.decoder.logits(x, self.arena))[:T]
@@ -157,7 +153,8 @@ class Stage:
     def _lent(self) -> AbstractContextManager[object]:
         return nullcontext() if self.device.type == "cpu" else self.arena.lent()
 
-    def _own_stream(self) -> AbstractContextManager[object]:
+    def own_stream(self) -> AbstractContextManager[object]:
+        """What is inside goes to the stage's stream, after what the caller has queued."""
         return own_stream(self.stream)
 
     @property

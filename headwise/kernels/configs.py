@@ -14,6 +14,7 @@ from typing import Literal
 Phase = Literal["prefill", "decode"]
 Arch = Literal["hopper", "ampere", "rdna3"]
 DECODE_ROWS = 16  # (query, head) pairs of a group up to which a launch is a decode
+FEW_ROWS = 32  # up to which programs share the keys of a sequence
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from headwise.planner.workspace import Buffer, arena_bytes, offsets
 T = TypeVar("T")
 TORCH = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "i32": torch.int32, "i64": torch.int64}
 
+ZEROS = ("quant.done", "router.done", "done", "span", "pages")  # counters, and numbers that a first step may read unwritten
+
 
 class Room(NamedTuple):
     """Scratch of a product with a quantised weight, None where no weight needs it; and whether one row of floats takes our kernel.
@@ -49,9 +51,9 @@ class Arena:
         self._kept: dict[object, Any] = {}
         tile, words, partial, done = (self._flat.get(n) for n in ("weight.tile", "quant.words", "quant.partial", "quant.done"))
         self.room = Room(tile, words, partial, done)
-        for counters in (done, self._flat.get("router.done")):
-            if counters is not None:
-                counters.zero_()
+        for name in ZEROS:
+            if name in self._flat:
+                self._flat[name].zero_()
         self.eps = self._flat["eps"]
         self.eps_value = 0.0  # the same, for a kernel's argument
 
@@ -61,6 +63,9 @@ class Arena:
     @contextmanager
     def lent(self) -> Iterator[None]:
         """The planned room for what operators allocate themselves is held between steps and free during one."""
+        if not self._reserved_bytes:
+            yield
+            return
         self.reserve = None
         try:
             yield

@@ -157,7 +157,10 @@ def _store_one(shape: HeadShape, w: LayerWeights, cache: LayerCache, step: Step,
 def _write(cache: LayerCache, step: Step, k: Tensor, v: Tensor | None) -> None:
     scratch = step.arena.flat("kv.write")
     for first, last, span in step.parts:
-        cache.write(span.place, span.start, k[first:last], None if v is None else v[first:last], scratch)
+        if last - first < step.n:
+            cache.write(span.place, span.start, k[first:last], None if v is None else v[first:last], scratch)
+        else:
+            cache.write(span.place, span.start, k, v, scratch)
 
 
 def _query_for_one(shape: HeadShape, w: LayerWeights, q: Tensor, arena: Arena) -> Tensor:

@@ -56,6 +56,8 @@ ROWS: tuple[Row, ...] = (
     ("vllm:kv_cache_usage_perc", "gauge", "cache in use by requests, 0 to 1", lambda _, m: _used(m)),
     ("vllm:prompt_tokens_total", "counter", "prompt tokens of requests that ended", lambda t, _: t.prompt_tokens),
     ("vllm:generation_tokens_total", "counter", "tokens of answers that ended", lambda t, _: t.tokens),
+    ("vllm:spec_decode_num_draft_tokens_total", "counter", "draft tokens tried", lambda t, _: t.drafted),
+    ("vllm:spec_decode_num_accepted_tokens_total", "counter", "draft tokens kept", lambda t, _: t.accepted),
     ("vllm:prefix_cache_queries_total", "counter", "tokens looked for in the cache", lambda t, _: t.prompt_tokens),
     ("vllm:prefix_cache_hits_total", "counter", "tokens that were in the cache", lambda t, _: t.cached_tokens),
 )  # fmt: skip

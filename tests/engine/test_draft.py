@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from headwise.engine.draft import MATCH, PATIENCE, SIZES, Drafts
+from math import inf
+
+from headwise.engine.draft import FIRST_STEPS, LONG, MATCH, PATIENCE, SIZES, UNKNOWN_COST, Costs, Drafts
 
 FREE = (1.0, 1.0, 1.0)
 
@@ -14,6 +16,10 @@ def test_a_repeated_text_is_continued() -> None:
     assert list(Drafts().propose([*text, 5, 6, 7], 3, FREE)) == [8, 9, 10]
     assert list(Drafts().propose([*text, 99, 6, 7], 7, FREE)) == []
     assert list(Drafts().propose([1] * MATCH, 7, FREE)) == []
+
+
+def test_a_short_cycle_goes_round() -> None:
+    assert list(Drafts().propose([9, 1, 2, 1, 2, 1], 7, FREE)) == [2, 1, 2, 1, 2, 1, 2]
 
 
 def test_the_latest_repetition_counts() -> None:
@@ -38,3 +44,64 @@ def test_refused_drafts_rest_and_are_tried_again() -> None:
     assert tried < 10
     rested = [bool(drafts.propose(text, 7, FREE)) for _ in range(PATIENCE + 1)]
     assert rested[-1] and not all(rested)
+
+
+def test_costs_are_those_of_the_steps_that_nothing_held_up() -> None:
+    """The first step of a length compiled its kernels, took a thousand times as long, and was the last one ever tried."""
+    costs = Costs()
+    for tokens, seconds, unknown in ((1, 0.010, inf), (8, 0.015, UNKNOWN_COST)):
+        for held_up in (9.0, 3.0)[:FIRST_STEPS]:
+            costs.took(1, tokens, held_up)
+        assert costs.of(1) == [unknown] * 3
+        for took in (seconds, 2 * seconds, seconds, 7.0):
+            costs.took(1, tokens, took)
+    assert costs.of(1) == [UNKNOWN_COST, UNKNOWN_COST, 1.5]
+    assert costs.of(2) == [inf] * 3
+
+    for _ in range(20):  # the context has grown
+        costs.took(1, 1, 0.015)
+    assert costs.of(1)[2] == 1.0
+
+
+def test_what_was_alike_by_chance_does_not_count_against_a_long_repetition() -> None:
+    """Prose that shares three tokens here and there had put a stop to drafts in the code that followed."""
+    drafts, chance, text = Drafts(), [*range(30), 5, 6, 7], list(range(30))
+    for _ in range(10):
+        if proposed := drafts.propose(chance, 7, FREE):
+            drafts.verified(len(proposed), 0)
+
+    assert list(drafts.propose(chance, 7, FREE)) == []
+    assert len(drafts.propose([*text, *text[: LONG + 2]], 7, FREE)) == SIZES[-1]
+
+
+def test_drafts_behind_a_wrong_one_are_not_held_against_it() -> None:
+    """Three right of seven is a draft that is right three times in four: a step of four is still worth it."""
+    drafts, text = Drafts(), [*range(40), *range(20)]
+    for _ in range(30):
+        drafts.propose(text, 7, FREE)
+        drafts.verified(7, 3)
+
+    assert len(drafts.propose(text, 7, (1.2, 1.5, 2.9))) == SIZES[1]
+
+
+def test_a_copy_goes_on_behind_an_edited_word() -> None:
+    """Three tokens had to be alike again before the copy was followed: in renamed code that is every other word."""
+    drafts, source = Drafts(), list(range(100, 160))
+    text = [*source, *source[:10]]
+    first = list(drafts.propose(text, 7, FREE))
+    drafts.verified(7, 3)
+    text += [*first[:3], 999]  # said in place of the fourth
+
+    assert list(drafts.propose(text, 7, FREE)) == source[14:21]
+    drafts.verified(7, 0)
+    assert list(drafts.propose([*text, 998], 7, FREE)) == []  # it was no copy any more
+
+
+def test_the_text_that_is_followed_goes_before_a_later_one() -> None:
+    drafts, source = Drafts(), list(range(100, 130))
+    text = [*source, 1, 110, 111, 112, 7, 8, 9, *source[:9]]
+    drafts.propose(text, 7, FREE)
+    drafts.verified(3, 3)
+    text += source[9:13]
+
+    assert list(drafts.propose(text, 7, FREE)) == source[13:20]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from headwise import LLM
+from headwise.engine.draft import SIZES, Costs
 from headwise.engine.engine import Engine
 from headwise.engine.measure import allocated_bytes
 from headwise.engine.prefixes import BEFORE_TOKENS
@@ -27,6 +28,13 @@ def llm() -> LLM:
 @pytest.fixture(scope="module")
 def alone() -> LLM:
     return LLM(context=CONTEXT, chunk=CHUNK, device="cpu", check=False)
+
+
+class Free(Costs):
+    """Longer steps cost nothing more."""
+
+    def of(self, answers: int) -> list[float]:
+        return [1.0] * len(SIZES)
 
 
 class Run:
@@ -248,7 +256,8 @@ def test_a_deterministic_answer_does_not_depend_on_what_else_ran(llm: LLM, alone
     run.drain()
 
     for i, prompt in sent.items():
-        assert run.tokens(i) == [t for t in alone.generate(prompt, max_tokens=6).tokens if t not in run.engine.stop], i
+        said = alone.generate(prompt, max_tokens=6, speculate=False).tokens
+        assert run.tokens(i) == [t for t in said if t not in run.engine.stop], i
     assert sum(run.finish(i).cached_tokens for i in sent) > 300
 
 
@@ -275,20 +284,23 @@ def test_a_pool_too_small_for_all_loses_no_answer(alone: LLM) -> None:
     assert llm.plan.total_bytes == allocated_bytes(llm.runner)
 
 
-def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM) -> None:
+def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Text that repeats itself: fewer steps, the same tokens; with a seed too."""
+    monkeypatch.setattr(llm, "costs", Free())
     prompt = llm.tokenize("def add(a, b):\n    return a + b\n\n\n" * 8)
     for how in ({}, {"temperature": 0.7, "seed": 5}):
         told = {}
         for speculate in (True, False):
-            run, steps = Run(llm, speculate=speculate), 0
-            run.engine._seconds = {(1, n): 1.0 for n in (1, 2, 4, 8)}  # longer steps cost nothing more
+            run, steps, lengths = Run(llm, speculate=speculate), 0, set[int]()
             run.submit(1, prompt, max_tokens=60, **how)
             while run.engine.busy:
                 run.engine.round()
-                run.engine._seconds = dict.fromkeys(run.engine._seconds, 1.0)
+                lengths |= {1 + len(r.draft) for r in run.engine.running if r.answers}
                 steps += 1
             told[speculate] = (run.tokens(1), steps)
+            assert (8 in lengths) == speculate, lengths  # the largest, whatever the slots
+            finish = run.finish(1)
+            assert (finish.drafted >= finish.accepted > 20) if speculate else finish.drafted == finish.accepted == 0
 
         assert told[True][0] == told[False][0]
         assert told[True][1] < 0.8 * told[False][1]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headwise.engine.request import Sampling
-from headwise.engine.sample import Sampler
+from headwise.engine.sample import Sampler, best_of
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-9])
@@ -24,3 +24,12 @@ def test_a_temperature_divides_the_logits() -> None:
     drawn = sum(sampler.token(logits) for _ in range(4000))
 
     assert abs(drawn / 4000 - 0.9) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_best_token_of_each_row_is_that_of_its_largest_logit(dtype: torch.dtype) -> None:
+    logits = torch.randn(5, 1001).to(dtype)
+    logits[[0, 1, 2, 3, 4], [1000, 0, 7, 512, 999]] = 9.0
+
+    assert best_of(logits) == [1000, 0, 7, 512, 999]
+    assert best_of(logits[:0]) == []
