@@ -32,7 +32,7 @@ import torch
 
 import headwise
 from headwise import LLM
-from headwise.engine.draft import SIZES, Drafts
+from headwise.engine.draft import SIZES, Drafts, propose
 from headwise.engine.llm import Report, Result
 from headwise.engine.sample import Sampler
 
@@ -73,7 +73,7 @@ def reckoned(prompt: list[int], answer: list[int]) -> float:
     """Tokens of `answer` in the time of one, were steps to cost what COSTS says: no clock, so the same on a busy machine."""
     drafts, said, cost = Drafts(), [*prompt, answer[0]], 0.0
     while (left := answer[len(said) - len(prompt) :]) != []:
-        draft = list(drafts.propose(said, len(left) - 1, COSTS))
+        draft = list(propose([(drafts, said)], len(left) - 1, COSTS)[0])
         accepted = next((i for i, (a, b) in enumerate(zip(draft, left, strict=False)) if a != b), len(draft))
         if draft:
             drafts.verified(len(draft), accepted)

@@ -112,9 +112,9 @@ class Steps:
 
     def key(self, runs: Sequence[Run]) -> Hashable | None:
         """What a recorded step of these runs may be replayed for; None where it cannot be recorded."""
-        if not all(r.answers for r in runs):
+        if not all(r.answers and r.n == runs[0].n for r in runs):
             return None
-        return tuple(r.n for r in runs), any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
+        return len(runs), runs[0].n, any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
 
     def _groups(self, runs: Sequence[Run]) -> list[list[Run]]:
         """Runs that attention takes in one go: few queries each, or many. Operators take each run of a sequence's pages alone."""

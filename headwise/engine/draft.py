@@ -60,30 +60,34 @@ class Drafts:
         self._period = 1  # how far back the last proposal came from
         self._behind = 0  # how far back the text lies that is followed, 0: none
         self._kind: Kind = "alike"
+        self._found: int | None = None  # where that begins which probably follows
         self._rate: dict[Kind, float] = {"alike": 0.5, "long": 0.9, "edited": 0.5}  # how likely a draft is the next token
         self._rest: dict[Kind, int] = {"alike": 0, "long": 0, "edited": 0}
 
-    def propose(self, tokens: Sequence[int], most: int, costs: Sequence[float]) -> Sequence[int]:
-        """What probably follows `tokens`; nothing where it would not pay.
-
-        Args:
-            costs: of a step with each of SIZES drafts, over the cost of one without.
-        """
+    def seek(self, tokens: Sequence[int]) -> None:
+        """Looks for what probably follows `tokens`; nothing while drafts of this kind rest."""
         for at in range(max(self._seen, MATCH), len(tokens)):
             self._last[tuple(tokens[at - MATCH : at])] = at
         self._seen = max(self._seen, len(tokens))
-        found = self._find(tokens)
-        if found is None:
-            return ()
+        self._found = self._find(tokens)
+        if self._found is None:
+            return
         if self._rest[self._kind]:
             self._rest[self._kind] -= 1
-            return ()
-        self._period = len(tokens) - found
-        best, gain = 0, 1.0
-        for size, cost in zip(SIZES, costs, strict=False):
-            if size <= most and (won := (1 + self._expected(size)) / cost) > gain:
-                best, gain = size, won
-        return [tokens[found + i % self._period] for i in range(best)]
+            self._found = None
+            return
+        self._period = len(tokens) - self._found
+
+    def expected(self, size: int) -> float:
+        """Tokens accepted of `size` drafts, each one only after those before it; 0 where nothing was found."""
+        if self._found is None:
+            return 0.0
+        p = min(self._rate[self._kind], 0.98)
+        return p * (1 - p**size) / (1 - p)
+
+    def take(self, tokens: Sequence[int], size: int) -> Sequence[int]:
+        """The first `size` tokens of what `seek` found."""
+        return [] if self._found is None else [tokens[self._found + i % self._period] for i in range(size)]
 
     def _find(self, tokens: Sequence[int]) -> int | None:
         """Where the text is that goes on as `tokens` probably do: the one that is followed, else the latest that ends alike."""
@@ -113,7 +117,21 @@ class Drafts:
         elif self._kind == "edited":
             self._behind = 0
 
-    def _expected(self, size: int) -> float:
-        """Tokens accepted of `size` drafts, each one only after those before it."""
-        p = min(self._rate[self._kind], 0.98)
-        return p * (1 - p**size) / (1 - p)
+
+def propose(sequences: Sequence[tuple[Drafts, Sequence[int]]], most: int, costs: Sequence[float]) -> list[Sequence[int]]:
+    """What probably follows each sequence of a step: of all the same number of drafts, or none, and none where it would not pay.
+
+    One number, since a step is recorded and its cost known by how many sequences it has and of how many tokens each.
+
+    Args:
+        most: drafts that each sequence has room for.
+        costs: of a step with each of SIZES drafts a sequence, over the cost of one without.
+    """
+    for drafts, tokens in sequences:
+        drafts.seek(tokens)
+    best, gain = 0, 1.0
+    for size, cost in zip(SIZES, costs, strict=False):
+        won = (len(sequences) + sum(drafts.expected(size) for drafts, _ in sequences)) / (len(sequences) * cost)
+        if size <= most and won > gain:
+            best, gain = size, won
+    return [drafts.take(tokens, best) for drafts, tokens in sequences]

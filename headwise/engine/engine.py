@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.cache.pages import pages_for
 from headwise.engine.batch import Run
 from headwise.engine.constrain import Constrainer, Constraint
-from headwise.engine.draft import Drafts
+from headwise.engine.draft import Drafts, propose
 from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
 from headwise.engine.sample import Sampler, best_of
@@ -93,6 +93,7 @@ class Engine:
         self.running: list[_Running] = []  # oldest first
         self._served: dict[str, int] = {}
         self._admissions = 0
+        self.drafted = 0  # tokens that each answer of a step has behind its next one
         self._constrainer: Constrainer | None = None
 
     @property
@@ -126,11 +127,8 @@ class Engine:
             if not self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1):
                 break
             self._admit(self.waiting.pop(i))
-        answers = sum(r.answers for r in self.running)
-        if self.speculate and answers:
-            room, costs = (self.runner.rows - len(self.running)) // answers, self.llm.costs.of(answers)
-            for r in self.running:
-                r.draft = self._draft(r, room, costs) if r.answers else ()
+        if self.speculate:
+            self._draft([r for r in self.running if r.answers])
         loads = [self._load(r) for r in self.running]
         beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
@@ -143,16 +141,26 @@ class Engine:
     def _load(self, r: _Running) -> Load:
         left = len(r.tokens) - r.done
         if r.answers:
-            return Load(r.slot, 1 + len(r.draft), prompt=False)
+            return Load(r.slot, 1 + self.drafted, prompt=False)
         if self.deterministic:  # what was an answer's is computed a token at a time again
             left = max(1, len(r.request.prompt) - r.done)
         return Load(r.slot, left, prompt=True, until=r.parting - r.done if r.parting else None)
 
-    def _draft(self, r: _Running, room: int, costs: Sequence[float]) -> Sequence[int]:
-        """Tokens to try behind the next one: `room` at most, and no more than the context, a chunk and the answer have room for."""
-        answered = len(r.tokens) - len(r.request.prompt)
-        left = min(self.llm.plan.workload.context - r.done, self.runner.chunk, r.request.sampling.max_tokens - answered) - 1
-        return r.drafts.propose(r.tokens, min(room, left), costs)
+    def _draft(self, answers: Sequence[_Running]) -> None:
+        """Tokens to try behind the next one of each answer: as many each as step, contexts and answers have room for."""
+        if not answers:
+            return
+        context, left = self.llm.plan.workload.context, [self._left(r) for r in answers]
+        room = min((self.runner.rows - len(self.running)) // len(answers), *(context - r.done - 1 for r in answers))
+        room = min(room, self.runner.chunk // len(answers) - 1, max(left) - 1)
+        drafts = propose([(r.drafts, r.tokens) for r in answers], room, self.llm.costs.of(len(answers)))
+        self.drafted = max(map(len, drafts))
+        for r, draft, n in zip(answers, drafts, left, strict=True):
+            r.draft = draft[: n - 1]
+
+    def _left(self, r: _Running) -> int:
+        """Tokens that an answer may still have."""
+        return r.request.sampling.max_tokens - (len(r.tokens) - len(r.request.prompt))
 
     def _admit(self, w: _Waiting) -> None:
         request, now = w.request, time.perf_counter()
@@ -195,7 +203,10 @@ class Engine:
             return
         runs = []
         for r, n in due:
-            ids = [r.tokens[-1], *r.draft] if r.answers else r.tokens[r.done : r.done + n]
+            if r.answers:  # as long as the others of the step: a token that nobody tries is refused as one that was wrong
+                ids = [r.tokens[-1], *r.draft, *[r.tokens[-1]] * (n - 1 - len(r.draft))]
+            else:
+                ids = r.tokens[r.done : r.done + n]
             wanted = n if r.answers else int(r.done + n == len(r.tokens))
             runs.append(Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted))
         start = time.perf_counter()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 
@@ -304,3 +305,30 @@ def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM, monkeypat
 
         assert told[True][0] == told[False][0]
         assert told[True][1] < 0.8 * told[False][1]
+
+
+def test_answers_of_a_step_are_tried_as_far_as_each_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One repeats itself and the other does not: what stands behind the other's next token is nobody's guess, and never said."""
+    monkeypatch.setattr(llm, "costs", Free())
+    prompts = [llm.tokenize("def add(a, b):\n    return a + b\n\n\n" * 8), llm.tokenize("import os\n")]
+    shapes: set[tuple[int, ...]] = set()
+    real = llm.runner.run
+
+    def run_and_look(runs: Sequence[Any]) -> Any:
+        shapes.add(tuple(r.n for r in runs if r.answers))
+        return real(runs)
+
+    monkeypatch.setattr(llm.runner, "run", run_and_look)
+    told = {}
+    for speculate in (True, False):
+        run = Run(llm, speculate=speculate)
+        for i, prompt in enumerate(prompts):
+            run.submit(i, prompt, max_tokens=50)
+        while run.engine.busy:
+            run.engine.round()
+        told[speculate] = [run.tokens(i) for i in range(2)]
+        assert run.finish(1).drafted < 50
+
+    assert told[True] == told[False]
+    assert all(len(set(shape)) <= 1 for shape in shapes), shapes
+    assert any(len(shape) == 2 and shape[0] > 1 for shape in shapes), shapes

@@ -11,6 +11,7 @@ import pytest
 from checkpoints import load
 
 from headwise import LLM
+from headwise.engine import engine
 from headwise.engine.draft import SIZES, UNKNOWN_COST, Costs, Drafts
 
 CODE = "def add(a, b):\n    return a + b\n\n\ndef sub(a, b):\n    return a - b\n\n\n" * 6
@@ -38,10 +39,11 @@ def wild(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drafts of every size, right and wrong ones, that no repetition suggests."""
     sizes, tokens = itertools.cycle((1, 3, 0, 7, 2)), itertools.cycle(range(3, 320, 7))
 
-    def propose(self: Drafts, said: Sequence[int], most: int, costs: Sequence[float]) -> list[int]:
-        return list(itertools.islice(tokens, min(most, next(sizes))))
+    def propose(sequences: Sequence[object], most: int, costs: Sequence[float]) -> list[list[int]]:
+        size = min(most, next(sizes))
+        return [list(itertools.islice(tokens, size)) for _ in sequences]
 
-    monkeypatch.setattr(Drafts, "propose", propose)
+    monkeypatch.setattr(engine, "propose", propose)
 
 
 @pytest.mark.parametrize("how", [{}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}])
@@ -122,7 +124,7 @@ def test_drafts_do_not_change_how_likely_an_answer_is(monkeypatch: pytest.Monkey
     llm, temperature, n = load("llama"), 1.0, 700
     expected = _expected(llm, PROMPT[:1], temperature, 3)
     favourites: Iterator[tuple[int, ...]] = itertools.cycle(sorted(expected, key=lambda a: -expected[a])[:4])
-    monkeypatch.setattr(Drafts, "propose", lambda self, said, most, costs: next(favourites)[1 : 1 + most])
+    monkeypatch.setattr(engine, "propose", lambda sequences, most, costs: [next(favourites)[1 : 1 + max(0, most)]])
 
     accepted: list[int] = []
     monkeypatch.setattr(Drafts, "verified", lambda self, proposed, kept: accepted.append(kept))
