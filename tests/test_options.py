@@ -150,7 +150,7 @@ def test_the_flags_are_the_table(verb: str) -> None:
 def test_headwise_config_says_who_said_what(tmp_path: Path) -> None:
     (tmp_path / "headwise.toml").write_text('slots = 3\napi_key = "sesame"\n')
     argv = [sys.executable, "-m", "headwise", "config"]
-    env = {"HEADWISE_KV": "q8_0", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "200"}
+    env = {"HEADWISE_KV": "q8_0", "HOME": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[1]), "COLUMNS": "400"}
     shown = subprocess.run(argv, capture_output=True, text=True, cwd=tmp_path, env=env)
     told = json.loads(subprocess.run([*argv, "serve", "--json"], capture_output=True, text=True, cwd=tmp_path, env=env).stdout)
 

@@ -16,6 +16,7 @@ from headwise.weights.retile import empty
 
 E, D, W, K = 128, 2816, 704, 8
 bf16, i32 = torch.bfloat16, torch.int32
+CONFIGS = {90: (experts.FEW_PROGRAMS, experts.MANY_PROGRAMS), 86: (experts.FEW_PROGRAMS,), 80: (experts.MANY_PROGRAMS,)}
 KERNELS = {
     experts: ("_pairs", "_integer_pairs", "_gate_integers", "_grouped", "_combine"),
     router: ("_route", "_scores", "_choose", "_count", "_order"),
@@ -37,7 +38,7 @@ def launch_all(capability: int) -> None:
             experts.pairs(gated, chosen.ids_TK, (down,), y)
             for kind, columns in (("q4_k", D), ("q6_k", D), ("q5_0", W), ("q8_0", W), ("mxfp4", 2880)):
                 words, out = torch.empty(T * K, columns // 32, 20, dtype=i32), torch.empty(T * K, 2 * W, dtype=bf16)
-                for config in (experts.FEW_PROGRAMS, experts.MANY_PROGRAMS):
+                for config in CONFIGS[capability]:
                     experts.integer_pairs(words, chosen.ids_TK, empty(kind, (2, 2 * W, columns), "cpu"), out, config=config)
             experts.gate_integers(torch.empty(K, 2 * W, dtype=bf16), chosen.ids_TK, gate, torch.empty(10**5, dtype=i32))
             continue
