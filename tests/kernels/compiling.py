@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import re
+import subprocess
+import tempfile
 from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-knobs.compilation.always_compile = True  # what lies in triton's cache on disk was reported when it was compiled
-knobs.compilation.disable_line_info = True
+PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 knobs.nvidia.dump_ptxas_log = True
-_SAID: dict[str, str] = {}  # by a compiled kernel's hash
 
 
 class Report(NamedTuple):
@@ -55,19 +57,27 @@ class Compiled:
             driver.set_active(Card(self.card))
             with redirect_stdout(io.StringIO()) as said:
                 compiled = self.kernel.warmup(*args, grid=grid, **options)
-            _SAID.setdefault(compiled.hash, said.getvalue())  # a kernel that this process has compiled says nothing
-            self.reports.append(report(compiled, self.card))
+            self.reports.append(report(compiled, self.card, said.getvalue()))
 
         return launch
 
 
-def report(compiled: Any, capability: int | str) -> Report:
+def report(compiled: Any, capability: int | str, said: str) -> Report:
+    """`said`: by ptxas on the way; nothing where triton had the kernel in its cache, so ptxas is asked again."""
     if isinstance(capability, str):
         text = compiled.asm["amdgcn"]
         names = ("vgpr_count", "private_segment_fixed_size")
         registers, private = (int(re.findall(rf"\.{name}: +(\d+)", text)[0]) for name in names)
         return Report(registers, private, compiled.metadata.shared, text)
-    said = _SAID[compiled.hash]
+    if not said:
+        said = _ptxas(compiled.asm["ptx"], f"sm_{capability}{'a' if capability >= 90 else ''}")
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     assert registers, said
     return Report(int(registers[1]), max(map(int, spills), default=0), compiled.metadata.shared, compiled.asm["ptx"])
+
+
+def _ptxas(ptx: str, arch: str) -> str:
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as f:
+        f.write(ptx)
+        f.flush()
+        return subprocess.run([PTXAS, "-v", f"--gpu-name={arch}", f.name, "-o", "/dev/null"], capture_output=True, text=True).stderr
