@@ -63,14 +63,17 @@ class Compiled:
 
 
 def report(compiled: Any, capability: int | str, said: str) -> Report:
-    """`said`: by ptxas on the way; nothing where triton had the kernel in its cache, so ptxas is asked again."""
+    """`said`: by ptxas on the way; nothing where triton had the kernel in its cache, or this process compiled it before."""
     if isinstance(capability, str):
         text = compiled.asm["amdgcn"]
         names = ("vgpr_count", "private_segment_fixed_size")
         registers, private = (int(re.findall(rf"\.{name}: +(\d+)", text)[0]) for name in names)
         return Report(registers, private, compiled.metadata.shared, text)
+    kept = Path(knobs.cache.dir) / f"{compiled.hash}.ptxas"  # beside what triton keeps of the kernel
     if not said:
-        said = _ptxas(compiled.asm["ptx"], f"sm_{capability}{'a' if capability >= 90 else ''}")
+        arch = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        said = kept.read_text() if kept.exists() else _ptxas(compiled.asm["ptx"], arch)
+    kept.write_text(said)
     registers, spills = re.search(r"Used (\d+) registers", said), re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
     assert registers, said
     return Report(int(registers[1]), max(map(int, spills), default=0), compiled.metadata.shared, compiled.asm["ptx"])
