@@ -15,18 +15,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import headwise
+from served import Server, about, serving
 
 SCHEMA = {
     "type": "object",
@@ -41,13 +38,12 @@ OURS = "model metadata"  # Codex says of a model that it does not know that it h
 class Codex:
     """One CODEX_HOME and one folder to work in; `metrics` of the server are read around every turn."""
 
-    def __init__(self, program: Path, folder: Path, url: str, context: int) -> None:
-        self.program, self.url = program, url
+    def __init__(self, program: Path, folder: Path, server: Server, context: int) -> None:
+        self.program, self.server = program, server
         self.home, self.work = folder / "home", folder / "work"
         self.work.mkdir()
         (self.work / "notes.txt").write_text("milk\n")
-        port = url.rsplit(":", 1)[1]
-        words = ["codex-config", "--port", port, "--context", str(context), "--write", str(self.home)]
+        words = ["codex-config", "--port", str(server.address[1]), "--context", str(context), "--write", str(self.home)]
         subprocess.run([sys.executable, "-m", "headwise", *words], check=True, capture_output=True)
 
     def turn(self, *words: str, **env: str) -> dict[str, Any]:
@@ -79,8 +75,7 @@ class Codex:
         }
 
     def requests(self) -> int:
-        with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.server.get("/metrics").splitlines()
         return round(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("vllm:request_success_total")))
 
 
@@ -116,7 +111,7 @@ def schema(codex: Codex) -> tuple[bool, dict[str, Any]]:
 def oss(provider: str) -> Callable[[Codex], tuple[bool, dict[str, Any]]]:
     def run(codex: Codex) -> tuple[bool, dict[str, Any]]:
         words = ("--oss", "--local-provider", provider, "-m", "tiny-hybrid", "Say hello")
-        turn = codex.turn(*words, CODEX_OSS_BASE_URL=f"{codex.url}/v1")
+        turn = codex.turn(*words, CODEX_OSS_BASE_URL=f"{codex.server.url}/v1")
         return ended(turn), turn
 
     return run
@@ -147,25 +142,6 @@ CASES: dict[str, Callable[[Codex], tuple[bool, dict[str, Any]]]] = {
 }
 
 
-def serve(context: int, max_tokens: int) -> tuple[subprocess.Popen[bytes], str]:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["serve", "--context", str(context), "--max-tokens", str(max_tokens), "--port", str(port)]
-    server = subprocess.Popen([sys.executable, "-m", "headwise", *words], stdout=subprocess.DEVNULL)
-    url = f"http://127.0.0.1:{port}"
-    for _ in range(300):
-        try:
-            with urllib.request.urlopen(f"{url}/ready", timeout=5):
-                return server, url
-        except OSError:
-            if server.poll() is not None:
-                raise SystemExit(f"headwise serve ended with {server.returncode}") from None
-            time.sleep(1)
-    server.kill()
-    raise SystemExit("the server was not ready within 300 s")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codex", type=Path)
@@ -177,30 +153,17 @@ def main() -> int:
     program = args.codex.absolute()
     version = subprocess.run([program, "--version"], capture_output=True, text=True, check=True).stdout.split()[-1]
     cases: dict[str, Any] = {}
-    server, url = serve(args.context, args.max_tokens)
-    try:
+    with serving("--context", str(args.context), "--max-tokens", str(args.max_tokens)) as server:
         for name, case in CASES.items():
             tried: list[dict[str, Any]] = []
             passed = False
             while not passed and len(tried) < args.attempts:
                 with tempfile.TemporaryDirectory() as folder:
-                    passed, turn = case(Codex(program, Path(folder), url, args.context))
+                    passed, turn = case(Codex(program, Path(folder), server, args.context))
                 tried.append({k: v for k, v in turn.items() if k != "thread"} | {"said": turn["said"][:200]})
                 print(f"{name}: {'passed' if passed else 'not yet'} in {turn['seconds']} s; {turn['errors']}", file=sys.stderr)
             cases[name] = {"passed": passed, "attempts": tried}
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "headwise": headwise.__version__,
-        "commit": git.stdout.strip(),
-        "codex": version,
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-        "context": args.context,
-        "cases": cases,
-    }
+    result = about() | {"codex": version, "context": args.context, "cases": cases}
     text = json.dumps(result, indent=1)
     if args.out:
         args.out.write_text(text + "\n")

@@ -12,7 +12,6 @@ import argparse
 import json
 import platform
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 import transformers
 
@@ -165,7 +165,7 @@ def main() -> None:
         for name, rows in times.items()
         if name != "headwise"
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     result = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "cpu": platform.machine(),
         "threads": torch.get_num_threads(),

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import json
 import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+import about
 import tiny
 import torch
 
@@ -74,7 +74,7 @@ def embedded() -> list[dict[str, object]]:
 
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     out = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
         "date": time.strftime("%Y-%m-%d"), "families": families(), "embedded": embedded(),

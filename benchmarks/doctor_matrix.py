@@ -25,6 +25,8 @@ from datetime import date
 from importlib import resources
 from pathlib import Path
 
+import about
+
 from headwise.doctor.diagnose import diagnose
 from headwise.spec.read import open_model
 
@@ -157,7 +159,7 @@ def main(server: str, rpc: str, out: str | None) -> int:
         Path("server.log").unlink(missing_ok=True)
     false_fused = sum(n for (want, got), n in matrix.items() if got == "fused" and want != "fused")
     version = subprocess.run([server, "--version"], capture_output=True, text=True).stderr.splitlines()[:1]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     result = {"date": str(date.today()), "commit": commit, "server": version, "false_fused": false_fused, "cases": rows,
               "matrix": [{"truth": a, "verdict": b, "n": n} for (a, b), n in sorted(matrix.items())]}  # fmt: skip
     if out:

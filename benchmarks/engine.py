@@ -9,11 +9,11 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from typing import Any
 
+import about
 import torch
 import transformers
 
@@ -70,9 +70,7 @@ def main(out: str, models: list[str]) -> None:
     result: dict[str, Any] = {}
     for name in models:
         for weights in ("bf16", "q4_k_m") if name in QUANTISED else ("bf16",):
-            found = bench(
-                [name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=lambda s: print(s, flush=True)
-            )
+            found = bench([name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=lambda s: print(s, flush=True))
             result = found | {"rows": result.get("rows", []) + found["rows"]}
             gc.collect()
             torch.cuda.empty_cache()
@@ -82,7 +80,7 @@ def main(out: str, models: list[str]) -> None:
             print(f"transformers: {error}".splitlines()[0], flush=True)
         gc.collect()
         torch.cuda.empty_cache()
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        commit = about.commit()
         with open(out, "w") as file:
             json.dump(result | {"commit": commit, "transformers": transformers.__version__}, file, indent=1)
 

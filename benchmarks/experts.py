@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from functools import partial
 from multiprocessing import get_context
 from typing import Any
 
+import about
 import torch
 from torch import Tensor
 
@@ -290,7 +290,7 @@ def main(out: str, seconds: float) -> None:
         whole = stacks[0][0][0].tall()
         us = microseconds([partial(expand, whole, 0, n * 2 * W, tile.view(-1, D))] * 4)
         report(f"expand {n} experts", 0, "q4_k", us, 0.0, tb_s=n * 2 * W * D * (2 + 4.5 / 8) / us / 1e6)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     with open(out, "w") as file:
         json.dump(
             {

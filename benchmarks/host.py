@@ -21,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 from torch import Tensor
 
@@ -101,10 +102,6 @@ def elsewhere(checkout: Path) -> dict[str, dict[str, float]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def commit(checkout: Path) -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=checkout, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--against", type=Path)
@@ -125,7 +122,8 @@ def main() -> None:
         w: {way: {what: min(r[w][way][what] for r in rounds) for what in rounds[0][w][way]} for way in rounds[0][w]} for w in who
     }
     result = {
-        "date": time.strftime("%Y-%m-%d"), "commit": commit(here), "against": commit(args.against) if args.against else None,
+        "date": time.strftime("%Y-%m-%d"), "commit": about.commit(here),
+        "against": about.commit(args.against) if args.against else None,
         "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__, "us": table,
     }  # fmt: skip
     print(json.dumps(result, indent=1))

@@ -24,7 +24,6 @@ import inspect
 import json
 import math
 import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -32,6 +31,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 from torch import Tensor
 
@@ -288,7 +288,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="of each file, at most")
     parser.add_argument("out", nargs="?")
     args = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     head = {"date": time.strftime("%Y-%m-%d"), "commit": commit, "torch": torch.__version__, "python": platform.python_version(),
             "seeds": SEEDS}  # fmt: skip
     result = head | {"layers": layer_part()} | model_part(args.tokens)

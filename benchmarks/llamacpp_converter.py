@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import about
 import gguf_files
 import tiny
 import torch
@@ -136,7 +137,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(one(name, args.llamacpp.resolve(), Path(folder)))
         print(rows[-1], flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     result = {
         "date": time.strftime("%Y-%m-%d"), "commit": commit, "torch": torch.__version__, "transformers": transformers.__version__,
         "llama_cpp_python": llama_cpp.__version__, "tokens": N_TOKENS, "models": rows,

@@ -16,7 +16,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 import triton
 from torch import Tensor
@@ -321,7 +321,7 @@ def main() -> None:
         for shape in shapes:
             results += measure(type_name, shape, ceiling, deadline)
             torch.cuda.empty_cache()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     out = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
         "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling,

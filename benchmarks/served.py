@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from about import commit
+
 import headwise
 
 MODEL = "tiny-hybrid"
@@ -46,10 +48,9 @@ class Violation(Exception):
 
 def about() -> dict[str, Any]:
     """Date, commit, versions and machine of a result."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": commit,
+        "commit": commit(),
         "headwise": headwise.__version__,
         "torch": metadata.version("torch"),
         "uvicorn": metadata.version("uvicorn"),

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 from torch import Tensor
 
@@ -152,7 +153,7 @@ def embedded(cards: Sequence[str]) -> dict[str, Any]:
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     seats = [Seat(torch.device("cuda", i), limit) for i, limit in enumerate(LIMITS)]
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = about.commit()
     out: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "peer_access": torch.cuda.can_device_access_peer(0, 1), "limits": LIMITS, "commit": {},

@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,6 +27,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import about
 import torch
 
 import headwise
@@ -126,7 +126,7 @@ def main() -> None:
     on_gpu = llm.device.type == "cuda"
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": about.commit(),
         "machine": torch.cuda.get_device_name() if on_gpu else f"{platform.machine()}, {torch.get_num_threads()} threads",
         "torch": torch.__version__, "headwise": headwise.__version__, "python": platform.python_version(),
         "load_average": os.getloadavg()[0],

@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 
 import headwise
@@ -91,7 +92,7 @@ def main() -> None:
     on_gpu = args.device.startswith("cuda")
     result: dict[str, Any] = {
         "date": time.strftime("%Y-%m-%d"),
-        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": about.commit(),
         "torch": torch.__version__, "headwise": headwise.__version__, "python": platform.python_version(),
         "load_average": os.getloadavg()[0],
         "model": Path(args.model).name or "tiny-hybrid", "device": args.device, "context": args.context, "rows": [],

@@ -10,10 +10,8 @@ from headwise.engine.request import Sampling
 
 def best_of(logits_TV: Tensor) -> list[int]:
     """The token of the largest logit in each row; on a GPU the host waits here."""
-    if (
-        logits_TV.device.type == "cpu" and logits_TV.dtype == torch.float32
-    ):  # numpy's is vectorised: 20 us for 262,144 logits, not 630
-        return logits_TV.numpy().argmax(-1).tolist()
+    if logits_TV.device.type == "cpu" and logits_TV.dtype == torch.float32:
+        return logits_TV.numpy().argmax(-1).tolist()  # vectorised: 20 us for 262,144 logits, where PyTorch takes 630
     return logits_TV.argmax(-1).tolist()
 
 
