@@ -171,9 +171,13 @@ class Steps:
                 self._tell_pages(row, [r.place for r in sequences])
             row += len(sequences)
         if words:
-            numbers = torch.empty(words, dtype=torch.int32, pin_memory=self.pinned)
-            numbers.numpy()[:] = np.fromiter(chain.from_iterable(told), np.int32, words)
-            span[at : at + words].copy_(numbers, non_blocking=True)
+            self._upload(span[at : at + words], np.fromiter(chain.from_iterable(told), np.int32, words))
+
+    def _upload(self, to: Tensor, numbers: np.ndarray) -> None:
+        """Without waiting for the device where memory can be pinned."""
+        held = torch.empty(len(numbers), dtype=torch.int32, pin_memory=self.pinned)
+        held.numpy()[:] = numbers
+        to.copy_(held, non_blocking=True)
 
     def _first(self, place: Place, window: int | None) -> int:
         """The slot of position 0 in the layers of a window."""
@@ -186,8 +190,8 @@ class Steps:
         assert table is not None
         for i, place in enumerate(places, row):
             if self._pages.get(i) != place.extents:
-                pages = torch.tensor(_pages_of(place), dtype=torch.int32, pin_memory=self.pinned)
-                table[i, : pages.shape[0]].copy_(pages, non_blocking=True)
+                pages = _pages_of(place)
+                self._upload(table[i, : len(pages)], pages)
                 self._pages[i] = place.extents
 
     def _masks(self, runs: Sequence[Run]) -> None:
