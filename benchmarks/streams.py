@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import about
 import torch
 
 import headwise
@@ -122,7 +123,7 @@ def main() -> None:
     args = parser.parse_args()
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "headwise": headwise.__version__, "answers": [answers(False), answers(True)], "rows": [],
+        "headwise": headwise.__version__, "commit": about.commit(), "answers": [answers(False), answers(True)], "rows": [],
     }  # fmt: skip
     print(json.dumps(result["answers"], indent=1), flush=True)
     for told in args.models.split(","):

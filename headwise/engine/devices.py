@@ -82,6 +82,16 @@ def device_kind(device: torch.device) -> DeviceKind:
     )
 
 
+def skinny_rows(device: torch.device, dtype: str) -> int:
+    """The most rows that `kernels.skinny` multiplies there: NVIDIA from compute capability 8.0 on, Gluon as triton 3.6 has it."""
+    kind = device_kind(device)
+    if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0) or kind.triton != (3, 6) or dtype not in ("bf16", "f16"):
+        return 0
+    from headwise.kernels.skinny import card, most_rows
+
+    return most_rows(card(device))
+
+
 def _triton_version() -> tuple[int, int] | None:
     try:
         major, minor = metadata.version("triton").split(".")[:2]

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.kernels.arrange import STEP, Arranged, arranged_at, arranged_in, padded
 from headwise.kernels.matvec import Integers, integers_in, to_integers
 from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 
@@ -78,18 +79,22 @@ def _branch(
 
 @triton.jit
 def _gate(
-    g_ptr, u_ptr, out_ptr, stride, W, GELU: tl.constexpr, PLANES: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+    g_ptr, u_ptr, out_ptr, stride, T, W, GELU: tl.constexpr, PLANES: tl.constexpr, TP: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     at = tl.program_id(0).to(tl.int64) * stride
     group = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)[:, None]
     i = group * 32 + tl.arange(0, 32)[None, :]
-    ok = i < W
+    ok = (i < W) & (tl.program_id(0) < T)
     g = tl.load(g_ptr + at + i, mask=ok, other=0).to(tl.float32)
     u = tl.load(u_ptr + at + i, mask=ok, other=0).to(tl.float32)
     y = activated(g, GELU) * u
     if PLANES > 0:
         to_integers(y, out_ptr + (tl.program_id(0) * (W // 32) + group) * (8 * PLANES + 4), group < W // 32, PLANES)
+    elif TP > 0:
+        to = out_ptr + arranged_at(group, tl.arange(0, 32)[None, :], tl.program_id(0), TP)
+        tl.store(to, y.to(out_ptr.dtype.element_ty), mask=group < tl.cdiv(W, 32 * STEP) * STEP)
     else:
         tl.store(out_ptr + at + i, y.to(out_ptr.dtype.element_ty), mask=ok)
 
@@ -116,23 +121,30 @@ def branch(
     return x_TD if next_D is None else h_TD
 
 
-def gate(gate_TW: Tensor, up_TW: Tensor, kind: str, words: Tensor | None = None) -> Tensor | Integers:
+def gate(gate_TW: Tensor, up_TW: Tensor, kind: str, room: Tensor | None = None) -> Tensor | Integers | Arranged:
     """gate := act(gate) * up, in place; act is "gelu_tanh" or "silu". Both are halves of one buffer, or two alike.
 
     Args:
-        words: of `matvec.quantise`: the result becomes integers there instead.
+        room: the result is written there instead, for the product that follows: int32, as integers (`matvec.quantise`), or of the
+            type of `gate_TW`, arranged (`kernels.arrange`).
     """
     T, W = gate_TW.shape
     if kind not in GATES or up_TW.shape != (T, W) or gate_TW.stride() != up_TW.stride() or gate_TW.stride(1) != 1:
         raise ValueError(
             f"gate: {kind}, {tuple(gate_TW.shape)} and {tuple(up_TW.shape)}, strides {gate_TW.stride()}, {up_TW.stride()}"
         )
-    integers = None if words is None else integers_in(words, T, W)
-    _gate[(T, triton.cdiv(W, 1024))](
-        gate_TW, up_TW, gate_TW if integers is None else integers.words, gate_TW.stride(0), W, GELU=kind == "gelu_tanh",
-        PLANES=0 if integers is None else integers.planes, BLOCK=1024, num_warps=4, **overlap(gate_TW),
+    out: Tensor | Integers | Arranged = gate_TW
+    if room is not None:
+        out = integers_in(room, T, W) if room.dtype == torch.int32 else arranged_in(room, T, W)
+    TP = padded(T) if isinstance(out, Arranged) else 0
+    if isinstance(out, Arranged) and room.dtype != gate_TW.dtype:
+        raise ValueError(f"gate: {gate_TW.dtype} into {room.dtype}, not alike")
+    _gate[(max(T, TP), triton.cdiv(W, 1024))](
+        gate_TW, up_TW, out.words if isinstance(out, Integers) else out.values if isinstance(out, Arranged) else out,
+        gate_TW.stride(0), T, W, GELU=kind == "gelu_tanh", PLANES=out.planes if isinstance(out, Integers) else 0, TP=TP,
+        STEP=STEP, BLOCK=1024, num_warps=4, **overlap(gate_TW),
     )  # fmt: skip
-    return integers or gate_TW
+    return out
 
 
 def _checked(name: str, a: Tensor, b: Tensor) -> int:

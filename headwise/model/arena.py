@@ -19,11 +19,13 @@ ZEROS = ("quant.done", "router.done", "done", "span", "pages")  # counters, and 
 
 
 class Room(NamedTuple):
-    """Scratch of a product with a quantised weight, None where no weight needs it; and whether one row of floats takes our kernel.
+    """Scratch of a product with a quantised weight, None where no weight needs it; and which kernels of ours there are.
 
     Args:
-        tile: rows of the weight as floats.
+        tile: rows of the weight as floats; or of activations, arranged for `kernels.skinny`.
         words, partial, done: `kernels.matvec`: activations as integers, partial sums, counters (zeros).
+        fused: one row of floats takes `kernels.floats`.
+        skinny_rows: most that take `kernels.skinny`.
     """
 
     tile: Tensor | None = None
@@ -31,6 +33,7 @@ class Room(NamedTuple):
     partial: Tensor | None = None
     done: Tensor | None = None
     fused: bool = False
+    skinny_rows: int = 0
 
 
 class Arena:

@@ -2,7 +2,7 @@
 
 A weight is a tensor of floats, which one row meets in a kernel of ours where those are used (`kernels.floats`); the file's blocks
 (BlockTensor), expanded by PyTorch a tile at a time; or planes (`kernels.tiled`), which our kernels multiply as they are where rows
-are few, and expand a tile at a time where they are many.
+are few (`kernels.skinny`, `kernels.matvec`), and expand a tile at a time where they are many.
 
 Legend: T tokens, N rows and K columns of the weight.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from headwise.spec.layers import Activation
 from headwise.weights.blocks import BlockTensor, Weight, dequantise
 
 if TYPE_CHECKING:
-    from headwise.kernels.matvec import Integers
+    from headwise.kernels.arrange import Arranged
+    from headwise.kernels.matvec import Config, Integers
+    from headwise.kernels.skinny import Config as SkinnyConfig
 
-Activations: TypeAlias = "Tensor | Integers"
+    C = TypeVar("C", Config, SkinnyConfig)
+
+Activations: TypeAlias = "Tensor | Integers | Arranged"
 
 TILE_ROWS = 128  # a product into 780 columns takes four times as long as one into 768, on an H200 with cuBLAS 13
 INTEGER_ROWS, MATRIX_ROWS = 8, 16  # rows that planes meet as integers, and as floats on the matrix unit
@@ -47,16 +51,19 @@ def linear(x_TK: Activations, weight: Weight, out_TN: Tensor, room: Room) -> Ten
 
 
 def linears(x_TK: Activations, products: Sequence[tuple[Weight, Tensor]], room: Room) -> None:
-    """Several products of the same activations, each into its buffer: they become integers once."""
-    integers = None if isinstance(x_TK, Tensor) else x_TK
+    """Several products of the same activations, each into its buffer: they become integers, or are arranged, once."""
+    given = x_TK
     for weight, out_TN in products:
         if isinstance(weight, Tensor | BlockTensor):
             linear(x_TK, weight, out_TN, room)
-        elif x_TK.shape[0] > MATRIX_ROWS:
+            given = x_TK  # what was arranged in the tile may be overwritten
+        elif x_TK.shape[0] <= room.skinny_rows:
+            given = _skinny(given, weight, out_TN, room)
+        elif x_TK.shape[0] <= MATRIX_ROWS:
+            given = _few_rows(given, weight, out_TN, room)
+        else:
             x = _floats(x_TK)
             _by_tiles(x, weight.rows, weight.K, out_TN, room, lambda start, stop, part, w=weight: _expanded(w, start, stop, part))
-        else:
-            integers = _few_rows(x_TK, weight, out_TN, room, integers)
 
 
 def acted(x_TK: Tensor, weight: Weight, act: Activation, out_TN: Tensor, room: Room, times_TN: Tensor | None = None) -> bool:
@@ -75,32 +82,55 @@ def _acted(x_1K: Tensor, weight: Tensor, act: Activation | None, out_1N: Tensor,
     return True
 
 
-def integer_room(weight: Weight, T: int, room: Room) -> Tensor | None:
-    """Where T rows of activations become integers, if that is what `weight` multiplies."""
-    return None if isinstance(weight, Tensor | BlockTensor) or T > INTEGER_ROWS else room.words
+def ready_room(weight: Weight, T: int, room: Room) -> Tensor | None:
+    """Where T rows of activations become what meets `weight`: integers, or rows arranged; None: they stay as they are."""
+    if isinstance(weight, Tensor | BlockTensor):
+        return None
+    if room.skinny_rows >= T:
+        return room.tile
+    return room.words if T <= INTEGER_ROWS else None
 
 
 def _floats(x_TK: Activations) -> Tensor:
     if not isinstance(x_TK, Tensor):
-        raise ValueError(f"linear: {tuple(x_TK.shape)} activations as integers, by a weight of floats")
+        raise ValueError(f"linear: {tuple(x_TK.shape)} activations as {type(x_TK).__name__}, by a weight of floats")
     return x_TK
 
 
-def _few_rows(x_TK: Activations, planes: Any, out_TN: Tensor, room: Room, integers: Integers | None) -> Integers | None:
+def _few_rows(x: Activations, planes: Any, out_TN: Tensor, room: Room) -> Activations:
+    """The product; what it was of, for the next."""
     from headwise.kernels import matvec as K
 
-    T, k = x_TK.shape
+    T, k = x.shape
     if room.words is None or room.partial is None or room.done is None:
         raise ValueError("linear: planes need room for integers, partial sums and counters")
     config = K.config_for(planes.type, T if T <= INTEGER_ROWS else MATRIX_ROWS, planes.rows, k, K.processors(out_TN.device))
-    while config.splits > 1 and (
-        K.partial_floats(T, planes.rows, config.splits) > room.partial.numel() or -(-planes.rows // config.rows) > room.done.numel()
-    ):
+    given = x if isinstance(x, K.Integers) else K.quantise(_floats(x), room.words) if T <= INTEGER_ROWS else _floats(x)
+    K.matvec(given, planes, out_TN, scratch=room.partial, done=room.done, config=_within(config, T, planes.rows, room))
+    return given
+
+
+def _skinny(x: Activations, planes: Any, out_TN: Tensor, room: Room) -> Activations:
+    """As `_few_rows`."""
+    from headwise.kernels import skinny as S
+    from headwise.kernels.arrange import Arranged, arrange
+
+    if room.tile is None or room.partial is None or room.done is None:
+        raise ValueError("linear: planes need room for what is arranged, partial sums and counters")
+    given = x if isinstance(x, Arranged) else arrange(_floats(x), room.tile)
+    T, k = x.shape
+    config = _within(S.config_for(planes.type, T, planes.rows, k, S.card(out_TN.device)), T, planes.rows, room)
+    S.skinny(given, planes, out_TN, scratch=room.partial, done=room.done, config=config)
+    return given
+
+
+def _within(config: C, T: int, N: int, room: Room) -> C:
+    """Fewer programs a row where partial sums or counters have no room."""
+    assert room.partial is not None
+    assert room.done is not None
+    while config.splits > 1 and (T * N * config.splits > room.partial.numel() or -(-N // config.rows) > room.done.numel()):
         config = config._replace(splits=config.splits // 2)
-    if T <= INTEGER_ROWS:
-        integers = integers or K.quantise(_floats(x_TK), room.words)
-    K.matvec(integers or _floats(x_TK), planes, out_TN, scratch=room.partial, done=room.done, config=config)
-    return integers
+    return config
 
 
 def _by_tiles(

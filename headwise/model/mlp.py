@@ -13,7 +13,7 @@ from torch import Tensor
 
 from headwise.model.arena import Arena
 from headwise.model.experts import multiplied, routed
-from headwise.model.linear import acted, integer_room, linear, linears
+from headwise.model.linear import acted, linear, linears, ready_room
 from headwise.model.ops import Ops
 from headwise.spec.layers import MlpSpec, MoeSpec
 
@@ -32,7 +32,7 @@ def dense(mlp: MlpSpec, w: Mapping[str, Any], h: Tensor, out: Tensor, arena: Are
     if mlp.bias:
         gate.add_(w["gate_bias"])
         up.add_(w["up_bias"])
-    gated = ops.gate(mlp.activation, gate, up, integer_room(w["down"], T, arena.room))
+    gated = ops.gate(mlp.activation, gate, up, ready_room(w["down"], T, arena.room))
     linear(gated, w["down"], out, arena.room)
     return out.add_(w["down_bias"]) if mlp.bias else out
 

@@ -42,11 +42,11 @@ def plain_branch(
     return x if next_norm is None else rms_norm(x, next_norm, h, arena)
 
 
-def plain_gate(kind: Activation, gate: Tensor, up: Tensor, words: Tensor | None = None) -> Activations:
+def plain_gate(kind: Activation, gate: Tensor, up: Tensor, room: Tensor | None = None) -> Activations:
     """gate := act(gate) * up, in place; the clamped form is gpt-oss's gate * sigmoid(alpha * gate) * (up + 1).
 
     Args:
-        words: where the result may become the integers that are multiplied next.
+        room: where the result may become what is multiplied next: integers, or rows arranged.
     """
     if kind == "swiglu_clamped":
         gate.clamp_(max=SWIGLU_LIMIT)
@@ -92,9 +92,9 @@ def fused() -> Ops:
     ) -> Tensor:
         return rows.branch(y, post_norm, x, next_norm, h, arena.eps_value, scale)
 
-    def gate(kind: Activation, gate: Tensor, up: Tensor, words: Tensor | None = None) -> Activations:
+    def gate(kind: Activation, gate: Tensor, up: Tensor, room: Tensor | None = None) -> Activations:
         if kind == "swiglu_clamped" or gate.stride() != up.stride():
             return plain_gate(kind, gate, up)
-        return rows.gate(gate, up, kind, words)
+        return rows.gate(gate, up, kind, room)
 
     return Ops(norm, branch, fused_heads, rope_tables, gate)

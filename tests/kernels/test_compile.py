@@ -3,35 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-HERE = Path(__file__).parent
-PARTS = 2
+from kernels.programs import programs
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(HERE.parents[1]), str(HERE.parent)))}
-    env.pop("TRITON_INTERPRET", None)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(HERE / "compile_rows.py"), str(part), str(PARTS)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-        )
-        for part in range(PARTS)
-    ]  # fmt: skip
-    out = []
-    for run in runs:
-        printed, said = run.communicate(timeout=600)
-        assert run.returncode == 0, said[-3000:]
-        out += [json.loads(line) for line in printed.splitlines()]
-    return out
+    return [json.loads(line) for out in programs("compile_rows", parts=2) for line in out.splitlines()]
 
 
 def test_every_row_fits_its_cards_shared_memory(rows: list[dict[str, Any]]) -> None:

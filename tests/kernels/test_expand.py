@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernels.programs import programs
 from kernels.quant_cases import BLOCK, run_in_halves
 
 TYPES = tuple(BLOCK)
@@ -108,14 +105,7 @@ def test_a_matrix_is_no_stack() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[1]), str(here.parent)))}
-    env.pop("TRITON_INTERPRET", None)
-    run = subprocess.run(
-        [sys.executable, str(here / "compile_expand.py")], capture_output=True, text=True, env=env, timeout=300
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr[-3000:]
-    return [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for out in programs("compile_expand") for line in out.splitlines()]
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from kernels.expert_cases import ORDERS, PRODUCTS, QUANTISED, ROUTERS
+from kernels.programs import programs
 
-ROOT = Path(__file__).parents[2]
 LIMIT = {"float32": 2e-5, "float16": 2e-3}
 LIMIT_INTEGERS = 3e-4  # of 16 bits, twice
 
 
-def program(name: str, interpret: bool) -> str:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    env.pop("TRITON_INTERPRET", None)
-    if interpret:
-        env["TRITON_INTERPRET"] = "1"
-    done = subprocess.run([sys.executable, "-m", name], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    return json.loads(program("kernels.expert_cases", interpret=True))
+    return json.loads(programs("expert_cases", interpret=True)[0])
 
 
 def of(results: dict[str, dict[str, float]], name: str) -> tuple[dict[str, float], str]:
@@ -74,7 +60,7 @@ def test_quantised_experts_multiply_as_their_values_do(i: int, results: dict[str
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in program("kernels.compile_experts", interpret=False).splitlines()]
+    return [json.loads(line) for line in programs("compile_experts")[0].splitlines()]
 
 
 def test_every_launch_fits_its_card(compiled: list[dict[str, Any]]) -> None:

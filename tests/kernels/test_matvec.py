@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from kernels.programs import programs
 from kernels.quant_cases import BLOCK, BLOCK_BYTES, random_blocks, run_all, run_in_halves
 
 TYPES = tuple(BLOCK)
@@ -160,22 +157,7 @@ def test_quantise_refuses_what_it_cannot_group() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[1]), str(here.parent)))}
-    env.pop("TRITON_INTERPRET", None)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, str(here / "compile_matvec.py"), str(part)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, env=env,
-        )
-        for part in range(2)
-    ]  # fmt: skip
-    out = []
-    for run in runs:
-        printed, said = run.communicate(timeout=300)
-        assert run.returncode == 0, said[-3000:]
-        out += [json.loads(line) for line in printed.splitlines()]
-    return out
+    return [json.loads(line) for out in programs("compile_matvec", parts=2) for line in out.splitlines()]
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

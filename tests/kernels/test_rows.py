@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from kernels.programs import programs
 from kernels.row_cases import HEADS
 
 from headwise.kernels.floats import product
@@ -23,11 +20,7 @@ STORED = {"f16": 1e-3, "fp8": 2e-3, "q8_0": 1e-3, "q4_0": 3e-3}  # a value at th
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-    done = subprocess.run([sys.executable, "-m", "kernels.row_cases"], env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return json.loads(programs("row_cases", interpret=True)[0])
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

@@ -15,7 +15,7 @@ from headwise.attention.choose import choose_layers
 from headwise.engine.runner import Runner
 from headwise.engine.stage import Stage
 from headwise.model.arena import Room
-from headwise.model.linear import linear, rows
+from headwise.model.linear import linear, linears, ready_room, rows
 from headwise.planner.memory import Workload, plan
 from headwise.planner.residence import groups
 from headwise.spec.kv import KV_FORMATS
@@ -46,6 +46,41 @@ def test_a_product_by_tiles_is_the_product(tile_rows: int) -> None:
 def test_a_tile_too_small_for_a_row_is_a_bug_that_shows() -> None:
     with pytest.raises(ValueError, match="rows of 64"):
         linear(torch.ones(1, 64), quantised(4, 64), torch.empty(1, 4), Room(torch.empty(63)))
+
+
+def test_a_few_rows_are_arranged_once_for_all_planes_that_read_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expanding a block tensor in between overwrites what was arranged: the tile is the same."""
+    pytest.importorskip("triton")
+    import headwise.kernels.arrange as A
+    import headwise.kernels.skinny as S
+    from headwise.weights.retile import empty
+
+    seen: list[str] = []
+
+    def arrange(x: torch.Tensor, room: torch.Tensor) -> A.Arranged:
+        seen.append("arrange")
+        return A.Arranged(room, (x.shape[0], x.shape[1]))
+
+    monkeypatch.setattr(A, "arrange", arrange)
+    monkeypatch.setattr(S, "skinny", lambda x, w, out, **_: seen.append(f"{x.shape[0]} by {w.rows}"))
+    monkeypatch.setattr(S, "card", lambda _: S.H200)
+    half = torch.float16
+    words, done = torch.empty(640, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
+    room = Room(torch.empty(4096, dtype=half), words, torch.empty(99), done, skinny_rows=4)
+    a, b = empty("q8_0", (16, 64), "cpu"), empty("q4_0", (24, 64), "cpu")
+    x, out = torch.randn(4, 64, dtype=half), torch.empty(4, 24, dtype=half)
+
+    linears(x, [(a, out[:, :16]), (b, out)], room)
+    assert seen == ["arrange", "4 by 16", "4 by 24"]
+    seen.clear()
+    linears(x, [(a, out[:, :16]), (quantised(20, 64), out[:, :20]), (b, out)], room)
+    assert seen == ["arrange", "4 by 16", "arrange", "4 by 24"]
+    seen.clear()
+    linears(A.Arranged(room.tile, (1, 64)), [(a, out[:1, :16])], room)  # type: ignore[arg-type]
+    assert seen == ["1 by 16"]
+    assert ready_room(a, 4, room) is room.tile
+    assert ready_room(a, 5, room) is room.words
+    assert ready_room(quantised(4, 64), 1, room) is None
 
 
 def test_rows_of_a_quantised_table_are_its_rows() -> None:

@@ -1,0 +1,98 @@
+"""Activations in the order in which `kernels.skinny` reads them: an operand of `mma.sync`, 16 bytes a thread.
+
+Of four groups of 32 of a row, word i's values (`tiled`: element 16 * half + 4 * byte + i of a group) lie together: four groups of
+four pairs, bytes (0, 2) and (1, 3) of each half. Rows are padded to 8, 16, 32 or 64, groups to whole steps; what is padded is 0.
+
+    values[group // 4][i][row][group % 4][half][byte % 2][byte // 2]
+
+Cost      the bytes of the activations, read and written.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from headwise.kernels.stored import in_turn, overlap
+
+MAX_ROWS = 64
+STEP = 8  # groups of 32 that `skinny` takes at a time
+TYPES = (torch.bfloat16, torch.float16)
+
+
+class Arranged(NamedTuple):
+    """Activations as `arrange` leaves them."""
+
+    values: Tensor
+    shape: tuple[int, int]  # (T, K) of the activations
+
+
+def padded(T: int) -> int:
+    """Rows of a product that T rows are part of."""
+    return max(8, triton.next_power_of_2(T))
+
+
+def arranged_values(T: int, K: int) -> int:
+    """Values that are written for T rows of K."""
+    return padded(T) * -(-K // (32 * STEP)) * 32 * STEP
+
+
+def arranged_in(room: Tensor, T: int, K: int) -> Arranged:
+    """The room for T rows of K in `room`.
+
+    Raises:
+        ValueError: no whole groups of 32, too many rows, or too little room.
+    """
+    n = arranged_values(T, K)
+    if K % 32 or not 1 <= T <= MAX_ROWS:
+        raise ValueError(f"arrange: ({T}, {K}) activations, not 1 to {MAX_ROWS} rows of whole groups of 32")
+    if room.dtype not in TYPES or room.numel() < n:
+        raise ValueError(f"arrange: {room.numel()} {room.dtype}, not {n} of bf16 or f16")
+    return Arranged(room.flatten()[:n], (T, K))
+
+
+@triton.jit
+def arranged_at(group, e, t, TP: tl.constexpr):
+    """Where element e of a group of row t lies."""
+    i, b, half = e % 4, e // 4 % 4, e // 16
+    return (group // 4 * 4 + i) * (TP * 32) + t * 32 + group % 4 * 8 + half * 4 + b % 2 * 2 + b // 2
+
+
+@triton.jit
+def _arrange(x_ptr, out, x_stride, T, K, TP: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
+    t = tl.program_id(1)
+    group = tl.program_id(0) * 32 + tl.arange(0, 32)[:, None]
+    e = tl.arange(0, 32)[None, :]
+    x = tl.load(x_ptr + t.to(tl.int64) * x_stride + group * 32 + e, mask=(group * 32 < K) & (t < T), other=0.0)
+    tl.store(out + arranged_at(group, e, t, TP), x, mask=group < tl.cdiv(K, 32 * STEP) * STEP)
+
+
+def arrange(x_TK: Tensor, room: Tensor) -> Arranged:
+    """Rows of x, arranged in `room`: `arranged_values` of its type.
+
+    Raises:
+        ValueError: shapes, strides or types this kernel does not take, with both numbers.
+    """
+    T, K = x_TK.shape
+    out = arranged_in(room, T, K)
+    if x_TK.stride(1) != 1 or x_TK.dtype != room.dtype:
+        raise ValueError(f"arrange: {x_TK.dtype} of strides {x_TK.stride()} into {room.dtype}, not alike, last stride 1")
+    TP = padded(T)
+    _arrange[(triton.cdiv(out.values.numel() // TP, 1024), TP)](
+        x_TK, out.values, x_TK.stride(0), T, K, TP=TP, STEP=STEP, num_warps=4, **overlap(x_TK)
+    )
+    return out
+
+
+def reference(x_TK: Tensor) -> Tensor:
+    """The same, flat, by PyTorch."""
+    T, K = x_TK.shape
+    x = x_TK.new_zeros(padded(T), -(-K // (32 * STEP)) * 32 * STEP)
+    x[:T, :K] = x_TK
+    x = x.view(padded(T), -1, 4, 2, 2, 2, 4)  # row, four groups, group, half, byte // 2, byte % 2, word
+    return x.permute(1, 6, 0, 2, 3, 5, 4).flatten()
