@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from functools import partial
 from typing import Any
 
 import about
@@ -68,21 +69,24 @@ def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
 
 def main(out: str, models: list[str]) -> None:
     result: dict[str, Any] = {}
-    for name in models:
-        for weights in ("bf16", "q4_k_m") if name in QUANTISED else ("bf16",):
-            found = bench([name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=lambda s: print(s, flush=True))
-            result = found | {"rows": result.get("rows", []) + found["rows"]}
-            gc.collect()
-            torch.cuda.empty_cache()
-        try:
-            result["rows"] += theirs(name, LENGTHS)
-        except torch.OutOfMemoryError as error:
-            print(f"transformers: {error}".splitlines()[0], flush=True)
+
+    def kept(found: dict[str, Any]) -> dict[str, Any]:
+        """What was found so far, also on disk: a run may be cut short."""
+        found = found | {"rows": result.get("rows", []) + found["rows"]}
+        with open(out, "w") as file:
+            json.dump(found | {"commit": about.commit(), "transformers": transformers.__version__}, file, indent=1)
         gc.collect()
         torch.cuda.empty_cache()
-        commit = about.commit()
-        with open(out, "w") as file:
-            json.dump(result | {"commit": commit, "transformers": transformers.__version__}, file, indent=1)
+        return found
+
+    for name in models:
+        for weights in ("bf16", "q4_k_m") if name in QUANTISED else ("bf16",):
+            say = partial(print, flush=True)
+            result = kept(bench([name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=say))
+        try:
+            result = kept(result | {"rows": theirs(name, LENGTHS)})
+        except torch.OutOfMemoryError as error:
+            print(f"transformers: {error}".splitlines()[0], flush=True)
 
 
 if __name__ == "__main__":

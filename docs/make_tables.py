@@ -175,18 +175,34 @@ def probe() -> str:
     return table("| tokens | first token | prefill tok/s | decode tok/s | verdict |", rows, above)
 
 
-def engine(result: str = "engine_h200") -> str:
+def engine(result: str = "engine_h200", models: Sequence[str] = ()) -> str:
+    """Rows of `models`, default all."""
     found = newest(result)
     above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; "
         f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     )
     rows = []
-    for row in found["rows"]:
+    for row in [r for r in found["rows"] if r["model"] in models or not models]:
         of = ["", ""] if "prefill_of_card" not in row else [f"{row[f'{what}_of_card']:.0%}" for what in ("prefill", "decode")]
         prefill, decode = f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.1f}"
         rows.append((row["model"], row["weights"], row["who"], f"{row['tokens']:,}", prefill, of[0], decode, of[1]))
     return table("| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |", rows, above)
+
+
+def streams() -> str:
+    found = newest("streams_h200")
+    compared, wrong = (sum(a[what] for a in found["answers"]) for what in ("compared", "wrong"))
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: prompts of 512 tokens, answers of 64, "
+        f"bf16 cache, random weights; of {compared} tokens of tiny-hybrid in shared steps {wrong} unlike those of the request alone, near ties aside."
+    )
+    rows = []
+    for r in found["rows"]:
+        held = f"{r['planned']:,}" if r["planned"] == r["allocated"] else f"{r['planned']:,} / {r['allocated']:,}"
+        rates = (f"{r['prefill_tok_s']:,.0f}", f"{r['decode_tok_s']:,.0f}", f"{r['step_ms']:.1f} ms")
+        rows.append((r["model"], r["weights"], str(r["streams"]), *rates, held))
+    return table("| model | weights | streams | prefill tok/s | decode tok/s, all | a step | planned = allocated |", rows, above)
 
 
 def experts() -> str:
@@ -340,7 +356,9 @@ TABLES = {
     "kv-types": ("docs/kv-quality.md", kv_types),
     "kv-one": ("docs/kv-quality.md", kv_one),
     "kv-layers": ("docs/kv-quality.md", kv_layers),
-    "engine": ("docs/measurements.md", engine),
+    "engine-31b": ("docs/measurements.md", partial(engine, "engine_31b_h200")),
+    "engine": ("docs/measurements.md", partial(engine, models=("gemma-4-e4b", "llama-3.2-3b"))),
+    "streams": ("docs/measurements.md", streams),
     "engine-moe": ("docs/measurements.md", partial(engine, "engine_moe_h200")),
     "experts": ("docs/measurements.md", experts),
     "matrix": ("docs/doctor.md", doctor),
