@@ -195,7 +195,8 @@ def streams() -> str:
     compared, wrong = (sum(a[what] for a in found["answers"]) for what in ("compared", "wrong"))
     above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: prompts of 512 tokens, answers of 64, "
-        f"bf16 cache, random weights; of {compared} tokens of tiny-hybrid in shared steps {wrong} unlike those of the request alone, near ties aside."
+        f"bf16 cache, random weights; of {compared} tokens of tiny-hybrid in shared steps {wrong} are unlike those of the request "
+        "alone, near ties aside."
     )
     rows = []
     for r in found["rows"]:

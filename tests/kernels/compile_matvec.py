@@ -39,7 +39,7 @@ if __name__ == "__main__":
     jobs = [
         (name, T, card)
         for i, name in enumerate(LAYOUTS)
-        for T, card in ((1, 90), (1, 86 if i % 2 else 80), (3 + i % 6, 89 if i % 2 else 90), (16, 90), (16, 80 if i % 2 else 86))
+        for T, card in ((1, 90), (1, 86 if i % 2 else 80), (3 + i % 6, 89 if i % 2 else 90), (16, (90, 80, 86)[i % 3]))
     ]
     for job in jobs[int(sys.argv[1]) :: 2]:
         print(json.dumps(compile_one(*job)), flush=True)
