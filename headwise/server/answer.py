@@ -23,6 +23,7 @@ from headwise.server.ask import (
     Refusal,
     Text,
     Thought,
+    Tool,
     ToolCall,
     Usage,
     Waiting,
@@ -174,7 +175,11 @@ def _channel(ids: list[int], model: Served) -> Channel:
 
 
 def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
-    """The grammar of the answer. Tools whose schema no grammar can be made of take any arguments."""
+    """The grammar of the answer. A tool whose schema no grammar can be made of takes any arguments, if nobody counts on it.
+
+    Raises:
+        Refusal: a schema of the answer, a grammar or a strict tool's schema that cannot be followed.
+    """
     tools = ask.tools if ask.choice != "none" else ()
     required = bool(tools) and ask.choice != "auto"
     where = "tool_choice" if required else "response_format"
@@ -200,16 +205,26 @@ def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
         if made is not None and (error := _invalid(made)) is not None:
             raise bad(f"the schema cannot be followed: {error}", where)
         return made
-    shapes = [t.shape() for t in tools if ask.choice in ("auto", "required", t.name)]
-    made = make(*shapes)
+    offered = [t for t in tools if ask.choice in ("auto", "required", t.name)]
+    made = make(*(t.shape() for t in offered))
     if made is not None and _invalid(made) is not None:
-        plain = [ToolShape(name=s.name, parameters=s.parameters if s.lark else {}) for s in shapes]
-        made = make(*(s if (one := make(s)) and _invalid(one) is None else p for s, p in zip(shapes, plain, strict=True)))
+        made = make(*(_followed(t, make(t.shape())) for t in offered))
     if made is not None and (error := _invalid(made)) is not None:
         if required or ask.schema is not None:
             raise bad(f"answers of this model cannot be held to {'calls' if required else 'this schema'} here: {error}", where)
         return None
     return made
+
+
+def _followed(tool: Tool, alone: Grammar | None) -> ToolShape:
+    """The tool as its calls are held to it: with its schema, or with any arguments where `alone` cannot be followed."""
+    error = alone and _invalid(alone)
+    if not error:
+        return tool.shape()
+    if tool.lark is not None or tool.strict:
+        what = "grammar" if tool.lark is not None else "strict schema"
+        raise bad(f"the {what} of tool {tool.name} cannot be followed: {error}", "tools")
+    return ToolShape(name=tool.name, parameters={})
 
 
 def _invalid(grammar: Grammar) -> str | None:

@@ -91,7 +91,8 @@ def _tools(found: Iterable[Any]) -> Iterator[Tool]:
         name, schema = tool.get("name"), tool.get("input_schema")
         if tool.get("type") in (None, "custom") and isinstance(name, str) and name:
             parameters = schema if isinstance(schema, Mapping) else {}
-            yield Tool(name=name, wire=name, description=str(tool.get("description") or ""), parameters=parameters)
+            description, strict = str(tool.get("description") or ""), tool.get("strict") is True
+            yield Tool(name=name, wire=name, description=description, parameters=parameters, strict=strict)
 
 
 def _messages(message: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

@@ -37,6 +37,7 @@ class Tool:
         name: for the model, flat: `namespace.name` where it lies in a namespace.
         wire: its own name; `namespace`: of the Responses protocol.
         custom: freeform, its one argument is a text; `lark` its grammar, where it has one.
+        strict: the client counts on arguments by its schema.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Tool:
     namespace: str | None = None
     custom: bool = False
     lark: str | None = None
+    strict: bool = False
 
     def shape(self) -> ToolShape:
         return ToolShape(name=self.name, parameters=self.schema, lark=self.lark)

@@ -170,6 +170,7 @@ def tool_of(tool: Mapping[str, Any]) -> Tool | None:
         parameters=parameters if isinstance(parameters, Mapping) else {},
         custom=kind == "custom",
         lark=custom_grammar(f.get("format")) if kind == "custom" else None,
+        strict=f.get("strict") is True,
     )
 
 

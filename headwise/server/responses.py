@@ -99,6 +99,7 @@ def _tools(found: Iterable[Any], namespace: str | None = None) -> Iterator[Tool]
             parameters=parameters if isinstance(parameters, Mapping) else {},
             custom=kind == "custom",
             lark=custom_grammar(tool.get("format")) if kind == "custom" else None,
+            strict=tool.get("strict") is True,
         )
 
 

@@ -15,6 +15,8 @@ from headwise.server import anthropic, chat, ollama, responses
 from headwise.server.answer import _Reader, prepare, served
 from headwise.server.ask import Ask, Done, Refusal, Text, Thought
 from headwise.spec.read import open_model
+from headwise.text.grammar import Grammar
+from headwise.text.parse import DIALECTS
 from headwise.text.tokenizer import read_tokenizer
 
 SOURCE = open_model(None, env=os.environ)
@@ -128,19 +130,40 @@ def test_choices_differ_in_their_seed() -> None:
     assert len(set(seeds)) == 3
 
 
-def test_a_schema_that_is_none_is_refused_and_a_tool_that_has_none_takes_anything() -> None:
+@pytest.mark.parametrize("protocol", ["responses", "chat", "anthropic"])
+def test_what_cannot_be_followed_is_refused_where_it_was_promised(protocol: str) -> None:
+    """A patch that is no patch, or arguments that a client's strict schema rules out, with nobody told."""
+    pytest.importorskip("llguidance")
+    broken = {"type": "object", "properties": {"a": {"type": "nothing"}}}
+    model = replace(MODEL, dialect=DIALECTS["json"])  # Gemma's own syntax takes a type that it does not know as any
+
+    def grammar(name: str, **more: Any) -> Grammar | None:
+        tool: dict[str, Any] = {"name": name, **more}
+        said = [{"role": "user", "content": "x"}]
+        if protocol == "responses":
+            ask = responses.parse({"input": "x", "tools": [{"type": "function"} | tool]})
+        elif protocol == "chat":
+            kind = tool.pop("type", "function")
+            ask = chat.parse({"messages": said, "tools": [{"type": kind, kind: tool}]})
+        else:
+            tool["input_schema"] = tool.pop("parameters")
+            ask = anthropic.parse({"messages": said, "max_tokens": 9, "tools": [tool]})
+        return prepare(ask, model).requests[0].grammar
+
+    free = grammar("g", parameters=broken)
+    assert free is not None
+    assert "nothing" not in free.lark
+    with pytest.raises(Refusal, match="strict schema of tool g cannot be followed"):
+        grammar("g", parameters=broken, strict=True)
+    if protocol != "anthropic":
+        with pytest.raises(Refusal, match="grammar of tool g cannot be followed"):
+            grammar("g", type="custom", format={"syntax": "lark", "definition": "("})
+
+
+def test_a_schema_that_is_none_is_refused() -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(Refusal, match="schema cannot be followed"):
         prepare(Ask(prompt="x", schema={"type": "nothing"}), MODEL)
-    broken = {"type": "custom", "name": "g", "format": {"syntax": "lark", "definition": "("}}
-    ask = responses.parse({"input": "x", "tools": [broken, {"type": "function", "name": "f"}]})
-    grammar = prepare(ask, MODEL).requests[0].grammar
-
-    assert grammar is not None
-    assert "%lark" not in grammar.lark
-    shaped = next(line for line in grammar.lark.splitlines() if line.startswith('tool_0: "g"'))
-    assert shaped.split()[-1] != "gemma_map"  # it is still one text
-    assert 'tool_1: "f" gemma_map' in grammar.lark
 
 
 def test_thinking_follows_the_effort() -> None:
