@@ -34,7 +34,7 @@ from headwise.spec.read import Source
 from headwise.text.chat import encode_chat
 from headwise.text.grammar import MOST_TEXTS, Grammar, ToolShape, answer_grammar
 from headwise.text.parse import DIALECTS, Channel, Dialect, Parser, Part, dialect_of
-from headwise.text.tokenizer import Tokenizer
+from headwise.text.tokenizer import Tokenizer, TooManyTokens
 
 HEARTBEAT_S = 8.0  # Codex gives up after 300 s without a data event, other clients sooner
 PROGRESS_S = 1.0  # progress is told no more often
@@ -112,11 +112,13 @@ class Prepared:
         return len(self.requests[0].prompt)
 
 
-def prompt_ids(ask: Ask, model: Served) -> list[int]:
+def prompt_ids(ask: Ask, model: Served, most: int | None = None) -> list[int]:
     """The prompt's token ids: the template's, or the text's to continue.
 
+    Args:
+        most: as `Tokenizer.encode` takes it.
     Raises:
-        Refusal: the template refuses the messages, or there is none.
+        Refusal: the template refuses the messages, or there is none; far more tokens than `most`.
     """
     try:
         if ask.prompt is None:
@@ -126,9 +128,11 @@ def prompt_ids(ask: Ask, model: Served) -> list[int]:
             if ask.effort is not None:
                 extra["reasoning_effort"] = ask.effort
             tools = [t.for_template() for t in ask.tools] if ask.choice != "none" else []
-            return encode_chat(model.tokenizer, ask.messages, tools=tools or None, extra=extra)
+            return encode_chat(model.tokenizer, ask.messages, tools=tools or None, extra=extra, most=most)
         if isinstance(ask.prompt, str):
-            return model.tokenizer.encode(ask.prompt)
+            return model.tokenizer.encode(ask.prompt, most=most)
+    except TooManyTokens as error:
+        raise _too_long(f"more than {error.n}", ask, model) from error
     except HeadwiseError as error:
         raise bad(sentence((error.what, error.why))) from error
     ids = list(ask.prompt)
@@ -137,14 +141,18 @@ def prompt_ids(ask: Ask, model: Served) -> list[int]:
     return ids
 
 
+def _too_long(n: str, ask: Ask, model: Served) -> Refusal:
+    message = f"the prompt has {n} tokens and the context is {model.context}; an answer needs room"
+    return Refusal(400, "context_length_exceeded", message, param="messages" if ask.prompt is None else "prompt")
+
+
 def prepare(ask: Ask, model: Served) -> Prepared:
     """Raises Refusal: a prompt that cannot be made or is too long, a grammar that is none."""
-    ids = prompt_ids(ask, model)
+    ids = prompt_ids(ask, model, most=model.context)
     if not ids:
         raise bad("the prompt is empty", "prompt")
     if len(ids) >= model.context:
-        message = f"the prompt has {len(ids)} tokens and the context is {model.context}; an answer needs room"
-        raise Refusal(400, "context_length_exceeded", message, param="messages" if ask.prompt is None else "prompt")
+        raise _too_long(str(len(ids)), ask, model)
     room = model.context - len(ids)
     chosen = {"temperature": 1.0, **model.suggested, **ask.sampling}
     chosen["max_tokens"] = min(int(chosen.get("max_tokens") or model.max_tokens or room), room)

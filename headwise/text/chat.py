@@ -28,12 +28,14 @@ def encode_chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     add_generation_prompt: bool = True,
     extra: Mapping[str, Any] | None = None,
+    most: int | None = None,
 ) -> list[int]:
     """The prompt for `messages`.
 
     Args:
         messages, tools, extra: as `render_chat` takes them.
         template: in place of the model's own.
+        most: as `Tokenizer.encode` takes it.
     Raises:
         SpecError, UsageError: as `render_chat`.
     """
@@ -48,7 +50,7 @@ def encode_chat(
         eos_token=tokenizer.token(min(tokenizer.eos_ids)) if tokenizer.eos_ids else None,
         extra=extra or {},
     )
-    return tokenizer.encode(rendered, parse_special=True, seams=safe != list(messages))
+    return tokenizer.encode(rendered, parse_special=True, seams=safe != list(messages), most=most)
 
 
 @functools.lru_cache(maxsize=8)

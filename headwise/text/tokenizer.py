@@ -23,6 +23,20 @@ from headwise.text.vocabulary import Vocabulary
 
 SEAM = "\ufdd0"  # no character: Unicode keeps it for a program's own use
 _SURROGATE = re.compile("[\ud800-\udfff]")
+LONG_TOKEN = 8  # characters: a text of as many a token allowed is looked at in part first
+
+
+class TooManyTokens(UsageError):
+    """A text has more tokens than its reader takes.
+
+    Args:
+        n: tokens of its beginning.
+    """
+
+    def __init__(self, n: int, most: int) -> None:
+        super().__init__(f"the text has more than {n} tokens", why=f"at most {most} are taken", do="shorten it")
+        self.n = n
+
 
 
 def read_tokenizer(source: Path | GgufFile) -> Tokenizer:
@@ -64,7 +78,9 @@ class Tokenizer:
         """The control tokens and tags that nobody may type, as they are spelt."""
         return tuple(sorted({text for i in self._guarded if (text := self.token(i))}))
 
-    def encode(self, text: str, *, add_bos: bool = True, parse_special: bool = False, seams: bool = False) -> list[int]:
+    def encode(
+        self, text: str, *, add_bos: bool = True, parse_special: bool = False, seams: bool = False, most: int | None = None
+    ) -> list[int]:
         """Token ids of `text`.
 
         Args:
@@ -72,7 +88,9 @@ class Tokenizer:
             parse_special: False for text from outside: `<|turn>` in it becomes its letters, never the control token.
                 True for a rendered chat template.
             seams: `text` holds SEAMs; they are left out, and what holds one inside is no control token.
+            most: tokens that the caller takes: a text that has far more is not read to its end, at 160 bytes a character.
         Raises:
+            TooManyTokens: the beginning of the text alone has more than `most`.
             UsageError: `text` holds half of a surrogate pair, which no UTF-8 and so no token can express.
         """
         if (broken := _SURROGATE.search(text)) is not None:
@@ -82,6 +100,10 @@ class Tokenizer:
                 do="send the pair's two halves together, or U+FFFD in its place: "
                 "text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')",
             )
+        if most is not None and len(text) > (enough := LONG_TOKEN * most):
+            begun = len(self.encode(text[:enough], add_bos=add_bos, parse_special=parse_special, seams=seams))
+            if begun > most + LONG_TOKEN:  # the cut itself may have made a few
+                raise TooManyTokens(begun - LONG_TOKEN, most)
         with self._encoding:
             self._rust.encode_special_tokens = not parse_special
             normalizer = self._rust.normalizer

@@ -17,7 +17,7 @@ from headwise.server.ask import Ask, Done, Refusal, Text, Thought
 from headwise.spec.read import open_model
 from headwise.text.grammar import Grammar
 from headwise.text.parse import DIALECTS
-from headwise.text.tokenizer import read_tokenizer
+from headwise.text.tokenizer import Tokenizer, read_tokenizer
 
 SOURCE = open_model(None, env=os.environ)
 MODEL = served(SOURCE, read_tokenizer(SOURCE.gguf), 512)  # type: ignore[arg-type]
@@ -174,3 +174,29 @@ def test_thinking_follows_the_effort() -> None:
     assert "<|think|>" in prompt("low")
     assert "<|think|>" not in prompt("none")
     assert prompt(None) == prompt("minimal")
+
+
+@pytest.mark.parametrize("ask", [Ask(prompt="word " * 4000), Ask(messages=({"role": "user", "content": "word " * 4000},))])
+def test_a_prompt_far_longer_than_the_context_is_not_read_to_its_end(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading takes memory in proportion, and the allocator keeps it: a body of 32 MB took gigabytes."""
+    read: list[int] = []
+    whole = Tokenizer.encode
+
+    def encode(self: Tokenizer, text: str, **how: Any) -> list[int]:
+        ids = whole(self, text, **how)
+        read.append(len(text))
+        return ids
+
+    monkeypatch.setattr(Tokenizer, "encode", encode)
+    with pytest.raises(Refusal, match=r"has more than \d+ tokens and the context is 512") as refused:
+        prepare(ask, MODEL)
+    assert refused.value.code == "context_length_exceeded"
+    assert max(read) <= 8 * 512
+
+
+def test_a_prompt_of_long_tokens_is_counted_whole() -> None:
+    """Its beginning has few tokens; what is refused names the exact number where it is known."""
+    spaces = prepare(Ask(prompt="x" + " " * 5000), replace(MODEL, context=600)).prompt_tokens
+    assert spaces < 600
+    with pytest.raises(Refusal, match=r"has 5\d\d tokens and the context is 512"):
+        prepare(Ask(prompt=" word" * 550), MODEL)
