@@ -1,13 +1,14 @@
 """The Codex CLI against `headwise serve` with the embedded model: every way in which Codex asks, and what came of it.
 
     npm install @openai/codex
-    python benchmarks/codex.py node_modules/.bin/codex [OUT.json] [--attempts 3] [--context 32768]
+    python benchmarks/codex.py node_modules/.bin/codex [OUT.json] [--attempts 8] [--context 32768]
 
 Starts a server, writes Codex's settings by `headwise codex-config`, and runs `codex exec --json`, without a network: an answer, a
 loop of tool calls, an answer held to a schema, `--oss` with both local providers, and a conversation that is resumed and then
 compacted. A case passes when Codex ends its turn with no error item and a usage that can be true (a later request of a session
-finds the earlier ones in the cache), and when what the case is about was seen. tiny-hybrid says what it likes: where an answer runs
-into `--max-tokens`, or no tool is called, the case is tried again, at most `--attempts` times, and every attempt is in the result.
+finds the earlier ones in the cache), and when what the case is about was seen. tiny-hybrid is asked as it was taught, but says what
+it likes: where an answer runs into `--max-tokens`, or no tool is called, the case is tried again, at most `--attempts` times, and
+every attempt is in the result.
 """
 
 from __future__ import annotations
@@ -31,6 +32,9 @@ SCHEMA = {
     "required": ["label"],
     "additionalProperties": False,
 }
+# As in tiny-hybrid's training (tools/tiny_hybrid/corpus.py): a function to explain, a tool's description and its arguments.
+EXPLAIN = "What does this function do?\n\n```python\ndef {name}(a, b):\n    return a {sign} b\n```"
+CALL = "Runs a command in a PTY, returning output or a session ID for ongoing interaction. Use cmd = 'cat notes.txt'."
 LIMIT_S = 600  # of one turn
 OURS = "model metadata"  # Codex says of a model that it does not know that it has none: an item, and no error of the server
 
@@ -86,13 +90,13 @@ def ended(turn: dict[str, Any]) -> bool:
 
 
 def answer(codex: Codex) -> tuple[bool, dict[str, Any]]:
-    turn = codex.turn("Say hello")
+    turn = codex.turn(EXPLAIN.format(name="add", sign="+"))
     return ended(turn) and "agent_message" in turn["items"], turn
 
 
 def tools(codex: Codex) -> tuple[bool, dict[str, Any]]:
     """A request more than the first: Codex ran the call and sent its output."""
-    turn = codex.turn("Run `cat notes.txt` and say what it says", "--sandbox", "read-only")
+    turn = codex.turn(CALL, "--sandbox", "read-only")
     usage = turn["usage"]
     return ended(turn) and turn["requests"] > 1 and usage["cached_input_tokens"] > 0.4 * usage["input_tokens"], turn
 
@@ -110,7 +114,7 @@ def schema(codex: Codex) -> tuple[bool, dict[str, Any]]:
 
 def oss(provider: str) -> Callable[[Codex], tuple[bool, dict[str, Any]]]:
     def run(codex: Codex) -> tuple[bool, dict[str, Any]]:
-        words = ("--oss", "--local-provider", provider, "-m", "tiny-hybrid", "Say hello")
+        words = ("--oss", "--local-provider", provider, "-m", "tiny-hybrid", EXPLAIN.format(name="add", sign="+"))
         turn = codex.turn(*words, CODEX_OSS_BASE_URL=f"{codex.server.url}/v1")
         return ended(turn), turn
 
@@ -119,15 +123,15 @@ def oss(provider: str) -> Callable[[Codex], tuple[bool, dict[str, Any]]]:
 
 def compacted(codex: Codex) -> tuple[bool, dict[str, Any]]:
     """Three turns of one session, the last with a limit that the history is past: Codex asks for a summary first."""
-    first = codex.turn("Say hello")
+    first = codex.turn(EXPLAIN.format(name="add", sign="+"))
     if not ended(first):
         return False, first
-    second = codex.turn("resume", first["thread"], "Say it again")
+    second = codex.turn("resume", first["thread"], EXPLAIN.format(name="subtract", sign="-"))
     if not ended(second):
         return False, second
     found = second["usage"]["cached_input_tokens"] / second["usage"]["input_tokens"]
     past = second["usage"]["input_tokens"] // max(1, second["requests"]) // 2
-    third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], "And once more")
+    third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], EXPLAIN.format(name="multiply", sign="*"))
     third |= {"resumed_cached": round(found, 3)}
     return ended(third) and third["requests"] > 1 and found > 0.9, third
 
@@ -146,7 +150,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codex", type=Path)
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--attempts", type=int, default=3)
+    parser.add_argument("--attempts", type=int, default=8)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--max-tokens", type=int, default=1500, help="where an answer that does not end is cut, and the turn fails")
     args = parser.parse_args()

@@ -329,7 +329,7 @@ def serve_latency() -> str:
         row("second turn over first", "turns", lambda f: f"{f['ratio']:.1%}", "10%"),
         row("cached of the second turn", "turns", lambda f: f"{f['turn_2_cached_tokens'] / f['turn_2_prompt_tokens']:.1%}"),
         row("a stream alone", "prefill", lambda f: f"{f['alone_tok_s']:.0f} tok/s"),
-        row(f"beside a prompt of {other}", "prefill", lambda f: f"{f['during_tok_s']:.0f} tok/s"),
+        row(f"beside a prompt of {other}", "prefill", lambda f: f"{f['during_tok_s']:.1f} tok/s"),
         row("its longest gap meanwhile", "prefill", lambda f: f"{f['longest_gap_ms']:,.0f} ms"),
         row("time of that prefill", "prefill", lambda f: f"{f['prefill_s']:.1f} s"),
         row("between two tokens of one stream", "tokens", lambda f: f"{f['median_ms']:.2f} ms"),

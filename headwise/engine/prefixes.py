@@ -85,6 +85,11 @@ class Source:
     kept: Kept | None = None
 
 
+def _taken(like: Tensor, pinned: bool) -> Tensor:
+    """Host memory that is there at once: an operating system gives what is planned when it is first written, hours later."""
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned).zero_()
+
+
 class Prefixes:
     """The slots of the rings and the pages of the pool.
 
@@ -105,7 +110,7 @@ class Prefixes:
         self._rings = [[t.view(slots, -1, *t.shape[1:])[slot] for t in tensors] for slot in range(slots)]
         pinned = any(t.is_cuda for t in tensors)
         # least recently used first
-        self.kept = [Kept([torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in self._rings[0]]) for _ in range(n_kept)]
+        self.kept = [Kept([_taken(t, pinned) for t in self._rings[0]]) for _ in range(n_kept)]
 
     @property
     def free(self) -> list[int]:
