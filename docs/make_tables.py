@@ -350,7 +350,26 @@ def serve_latency() -> str:
     return table(f"| | {' | '.join(rivals)} | at most, or least |", rows, above)
 
 
+def codex() -> str:
+    if not any(RESULTS.glob("codex_cpu_*.json")):
+        return ""
+    found = newest("codex_cpu")
+    above = (
+        f"{found['date']}, commit {found['commit']}, Codex {found['codex']}, torch {found['torch']}, {found['machine']}; "
+        f"{found['context']:,} tokens of context."
+    )
+    rows = []
+    for name, case in found["cases"].items():
+        last = case["attempts"][-1]
+        used = last["usage"] or {}
+        tokens = (f"{used[key]:,}" if key in used else "" for key in ("input_tokens", "cached_input_tokens", "output_tokens"))
+        tries = f"{len(case['attempts'])}" if case["passed"] else f"none of {len(case['attempts'])}"
+        rows.append((name, tries, f"{last['seconds']:.1f}", str(last["requests"]), *tokens))
+    return table("| | attempt that passed | its seconds | requests | tokens read | of them cached | written |", rows, above)
+
+
 TABLES = {
+    "codex": ("docs/clients/codex.md", codex),
     "serve-load": ("docs/measurements.md", serve_load),
     "serve-latency": ("docs/measurements.md", serve_latency),
     "transformers": ("docs/transformers.md", in_transformers),
