@@ -1,7 +1,7 @@
 """The Codex CLI against `headwise serve` with the embedded model: every way in which Codex asks, and what came of it.
 
     npm install @openai/codex
-    python benchmarks/codex.py node_modules/.bin/codex [OUT.json] [--attempts 8] [--context 32768]
+    python benchmarks/codex.py node_modules/.bin/codex [OUT.json] [--attempts 20] [--context 32768]
 
 Starts a server, writes Codex's settings by `headwise codex-config`, and runs `codex exec --json`, without a network: an answer, a
 loop of tool calls, an answer held to a schema, `--oss` with both local providers, and a conversation that is resumed and then
@@ -129,8 +129,9 @@ def compacted(codex: Codex) -> tuple[bool, dict[str, Any]]:
     second = codex.turn("resume", first["thread"], EXPLAIN.format(name="subtract", sign="-"))
     if not ended(second):
         return False, second
-    found = second["usage"]["cached_input_tokens"] / second["usage"]["input_tokens"]
-    past = second["usage"]["input_tokens"] // max(1, second["requests"]) // 2
+    read, cached = (second["usage"][key] - first["usage"][key] for key in ("input_tokens", "cached_input_tokens"))  # of the session
+    found = cached / read
+    past = read // max(1, second["requests"]) // 2
     third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], EXPLAIN.format(name="multiply", sign="*"))
     third |= {"resumed_cached": round(found, 3)}
     return ended(third) and third["requests"] > 1 and found > 0.9, third
@@ -150,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("codex", type=Path)
     parser.add_argument("out", nargs="?", type=Path)
-    parser.add_argument("--attempts", type=int, default=8)
+    parser.add_argument("--attempts", type=int, default=20)
     parser.add_argument("--context", type=int, default=32_768)
     parser.add_argument("--max-tokens", type=int, default=1500, help="where an answer that does not end is cut, and the turn fails")
     args = parser.parse_args()
