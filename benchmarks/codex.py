@@ -132,7 +132,8 @@ def compacted(codex: Codex) -> tuple[bool, dict[str, Any]]:
     read, cached = (second["usage"][key] - first["usage"][key] for key in ("input_tokens", "cached_input_tokens"))  # of the session
     found = cached / read
     past = read // max(1, second["requests"]) // 2
-    third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], EXPLAIN.format(name="multiply", sign="*"))
+    ask = EXPLAIN.format(name="multiply", sign="*")
+    third = codex.turn("resume", "-c", f"model_auto_compact_token_limit={past}", first["thread"], ask)
     third |= {"resumed_cached": round(found, 3)}
     return ended(third) and third["requests"] > 1 and found > 0.9, third
 
