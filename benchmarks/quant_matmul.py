@@ -120,6 +120,22 @@ def random_blocks(type_name: str, shape: tuple[int, int]) -> Tensor:
     return blocks.view(N, -1)
 
 
+def planes_of(blocks: Tensor, type_name: str, shape: tuple[int, int]) -> Planes:
+    """A file's blocks re-tiled, some rows at a time: what is expanded on the way is several times the blocks."""
+    w = empty(type_name, shape, "cuda")
+    for start in range(0, shape[0], 4096):
+        stop = min(start + 4096, shape[0])
+        retile(blocks[start:stop], type_name, w.part(start, stop))
+    return w
+
+
+def in_rotation(w: Planes, n_bytes: int) -> list[Planes]:
+    """Copies of a matrix, so many that each is out of the cache when its turn comes again."""
+    copies = max(1, COLD_BYTES // n_bytes)
+    return [w, *(w._replace(low=w.low.clone(), high=None if w.high is None else w.high.clone(), head=w.head.clone())
+                 for _ in range(copies))]  # fmt: skip
+
+
 def compile_all(jobs: list[tuple[str, int, int, Config, int]]) -> None:
     """Compiles launches into triton's cache on disk: small matrices of the same programs."""
     for type_name, T, planes, config, K in jobs:
@@ -173,13 +189,7 @@ def expected(x: Tensor, blocks: Tensor, type_name: str) -> Tensor:
 def measure(type_name: str, shape: tuple[int, int], ceiling: float, deadline: float) -> Iterator[dict[str, Any]]:
     N, K = shape
     blocks = random_blocks(type_name, shape)
-    copies: list[Planes] = []
-    for _ in range(max(2, -(-COLD_BYTES // blocks.numel()))):
-        planes = empty(type_name, shape, "cuda")
-        for start in range(0, N, 4096):  # what is expanded on the way is several times the blocks
-            stop = min(start + 4096, N)
-            retile(blocks[start:stop], type_name, planes.part(start, stop))
-        copies.append(planes)
+    copies = in_rotation(planes_of(blocks, type_name, shape), blocks.numel())
     dense = torch.randn(N, K, device="cuda", dtype=dtype) if N * K < 2**28 else None
     denses = [dense.clone() for _ in range(max(1, COLD_BYTES // dense.nbytes))] if dense is not None else []
     scratch, done = torch.empty(partial_floats(16, N, 32), device="cuda"), torch.zeros(N, dtype=torch.int32, device="cuda")
@@ -250,12 +260,10 @@ def expansions(type_name: str, ceiling: float) -> dict[str, Any]:
     """
     N, K = DOWN
     blocks = random_blocks(type_name, DOWN)
-    w, want = empty(type_name, DOWN, "cuda"), torch.empty(N, K, device="cuda")
-    retile(blocks, type_name, w)
+    w, want = planes_of(blocks, type_name, DOWN), torch.empty(N, K, device="cuda")
     for start in range(0, N, 512):
         dequantise(blocks[start : start + 512], type_name, torch.float32, out=want[start : start + 512])
-    copies = [w, *(w._replace(low=w.low.clone(), high=None if w.high is None else w.high.clone(), head=w.head.clone())
-                   for _ in range(COLD_BYTES // blocks.numel()))]  # fmt: skip
+    copies = in_rotation(w, blocks.numel())
     ids = torch.randperm(N, device="cuda")
     for kind in (torch.float32, torch.float16, dtype):
         all_rows = torch.empty(N, K, device="cuda", dtype=kind)

@@ -30,7 +30,7 @@ from headwise.kernels import matvec as M
 from headwise.kernels import skinny as S
 from headwise.kernels.expand import expand
 from headwise.kernels.tiled import LAYOUTS, Planes
-from headwise.weights.retile import empty, retile
+from headwise.planner.workspace import arranged_values
 
 LIMIT = {torch.bfloat16: 4e-3, torch.float16: 1e-3}
 SHAPES = (
@@ -46,24 +46,17 @@ SHAPES = (
 ROWS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def planes_of(type_name: str, N: int, K: int) -> tuple[torch.Tensor, Planes]:
-    blocks, w = Q.random_blocks(type_name, (N, K)), empty(type_name, (N, K), "cuda")
-    for start in range(0, N, 4096):
-        stop = min(start + 4096, N)
-        retile(blocks[start:stop], type_name, w.part(start, stop))
-    return blocks, w
-
-
 def check(type_name: str) -> list[dict[str, Any]]:
     """Errors of one type, relative."""
     torch.manual_seed(0)
     found = []
     for N, K in ((5376, 2048), (205, 1280 if LAYOUTS[type_name].block == 256 else 2112), (1000, 256)):
-        blocks, w = planes_of(type_name, N, K)
+        blocks = Q.random_blocks(type_name, (N, K))
+        w = Q.planes_of(blocks, type_name, (N, K))
         for T, kind in [(T, torch.bfloat16) for T in (1, 3, 8, 13, 16, 27, 64)] + [(T, torch.float16) for T in (3, 13)]:
             x = torch.randn(T, K, device="cuda", dtype=kind)
             want = Q.expected(x, blocks, type_name)
-            arranged = A.arrange(x, torch.empty(A.arranged_values(T, K), device="cuda", dtype=kind))
+            arranged = A.arrange(x, torch.empty(arranged_values(T, K), device="cuda", dtype=kind))
             for splits in (1, 3):
                 y = torch.full((T, N), float("nan"), device="cuda", dtype=kind)
                 done, scratch = torch.zeros(N, dtype=torch.int32, device="cuda"), torch.empty(T * N * splits, device="cuda")
@@ -82,7 +75,7 @@ def microseconds(calls: list[Any]) -> float:
 def times(type_name: str, N: int, K: int, T: int, copies: list[Planes], n_bytes: int, ceiling: float) -> dict[str, Any]:
     x = torch.randn(T, K, device="cuda", dtype=torch.bfloat16)
     y = torch.empty(T, N, device="cuda", dtype=torch.bfloat16)
-    room = torch.empty(A.arranged_values(T, K), device="cuda", dtype=torch.bfloat16)
+    room = torch.empty(arranged_values(T, K), device="cuda", dtype=torch.bfloat16)
     done, scratch = torch.zeros(N, dtype=torch.int32, device="cuda"), torch.empty(max(T * N, 2**21) * 8, device="cuda")
     config, arranged = S.config_for(type_name, T, N, K, S.card(x.device)), A.arrange(x, room)
     us = microseconds([partial(S.skinny, arranged, w, y, scratch=scratch, done=done, config=config) for w in copies])
@@ -111,11 +104,10 @@ def main(out: Path, seconds: float) -> None:
     print(f"{len(checks)} checked, {sum(not c['right'] for c in checks)} wrong; worst in bf16: {worst}", flush=True)
     ceiling, rows = Q.read_tb_s(), []
     for type_name, N, K in SHAPES:
-        blocks, w = planes_of(type_name, N, K)
+        blocks = Q.random_blocks(type_name, (N, K))
         n_bytes = blocks.numel()
+        copies = Q.in_rotation(Q.planes_of(blocks, type_name, (N, K)), n_bytes)
         del blocks
-        copies = [w, *(w._replace(low=w.low.clone(), high=None if w.high is None else w.high.clone(), head=w.head.clone())
-                       for _ in range(max(1, Q.COLD_BYTES // n_bytes)))]  # fmt: skip
         for T in ROWS:
             if time.monotonic() < deadline:
                 rows.append(times(type_name, N, K, T, copies, n_bytes, ceiling))

@@ -283,10 +283,7 @@ def in_transformers() -> str:
 
 
 def serve_load() -> str:
-    names = [name for name in ("serve_load_cpu", "serve_load_shared_cpu") if any(RESULTS.glob(f"{name}_*.json"))]
-    if not names:
-        return ""
-    results = [newest(name) for name in names]
+    results = [newest(name) for name in ("serve_load_cpu", "serve_load_shared_cpu")]
     first = results[0]
     above = (
         f"{first['date']}, commit {first['commit']}, torch {first['torch']}, uvicorn {first['uvicorn']}, {first['machine']}; "
@@ -312,8 +309,6 @@ def serve_load() -> str:
 
 
 def serve_latency() -> str:
-    if not any(RESULTS.glob("serve_latency_cpu_*.json")):
-        return ""
     found = newest("serve_latency_cpu")
     rival = f"; llama-server {found['llama_server']}" if "llama_server" in found else ""
     above = f"{found['date']}, commit {found['commit']}, torch {found['torch']}, {found['machine']}{rival}."
@@ -351,8 +346,6 @@ def serve_latency() -> str:
 
 
 def codex() -> str:
-    if not any(RESULTS.glob("codex_cpu_*.json")):
-        return ""
     found = newest("codex_cpu")
     above = (
         f"{found['date']}, commit {found['commit']}, Codex {found['codex']}, torch {found['torch']}, {found['machine']}; "

@@ -18,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.stored import in_turn, overlap
+from headwise.planner.workspace import SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
 
-MAX_ROWS = 64
-STEP = 8  # groups of 32 that `skinny` takes at a time
+STEP = SKINNY_STEP // 32  # groups that `skinny` takes at a time
 TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -31,16 +31,6 @@ class Arranged(NamedTuple):
     shape: tuple[int, int]  # (T, K) of the activations
 
 
-def padded(T: int) -> int:
-    """Rows of a product that T rows are part of."""
-    return max(8, triton.next_power_of_2(T))
-
-
-def arranged_values(T: int, K: int) -> int:
-    """Values that are written for T rows of K."""
-    return padded(T) * -(-K // (32 * STEP)) * 32 * STEP
-
-
 def arranged_in(room: Tensor, T: int, K: int) -> Arranged:
     """The room for T rows of K in `room`.
 
@@ -48,8 +38,8 @@ def arranged_in(room: Tensor, T: int, K: int) -> Arranged:
         ValueError: no whole groups of 32, too many rows, or too little room.
     """
     n = arranged_values(T, K)
-    if K % 32 or not 1 <= T <= MAX_ROWS:
-        raise ValueError(f"arrange: ({T}, {K}) activations, not 1 to {MAX_ROWS} rows of whole groups of 32")
+    if K % 32 or not 1 <= T <= SKINNY_ROWS:
+        raise ValueError(f"arrange: ({T}, {K}) activations, not 1 to {SKINNY_ROWS} rows of whole groups of 32")
     if room.dtype not in TYPES or room.numel() < n:
         raise ValueError(f"arrange: {room.numel()} {room.dtype}, not {n} of bf16 or f16")
     return Arranged(room.flatten()[:n], (T, K))
@@ -62,7 +52,7 @@ def arranged_at(group, e, t, TP: tl.constexpr):
     return (group // 4 * 4 + i) * (TP * 32) + t * 32 + group % 4 * 8 + half * 4 + b % 2 * 2 + b // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _arrange(x_ptr, out, x_stride, T, K, TP: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr):
     in_turn(PDL)
     t = tl.program_id(1)

@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from headwise.kernels.arrange import STEP, Arranged, arranged_at, arranged_in, padded
+from headwise.kernels.arrange import STEP, Arranged, arranged_at, arranged_in
 from headwise.kernels.matvec import Integers, integers_in, to_integers
 from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
+from headwise.planner.workspace import padded
 
 WIDEST = 32_768
 GATES = ("gelu_tanh", "silu")
@@ -77,7 +78,7 @@ def _branch(
         tl.store(h_ptr + row + i, h.to(kind), mask=ok)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _gate(
     g_ptr, u_ptr, out_ptr, stride, T, W, GELU: tl.constexpr, PLANES: tl.constexpr, TP: tl.constexpr, STEP: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
@@ -133,16 +134,18 @@ def gate(gate_TW: Tensor, up_TW: Tensor, kind: str, room: Tensor | None = None) 
         raise ValueError(
             f"gate: {kind}, {tuple(gate_TW.shape)} and {tuple(up_TW.shape)}, strides {gate_TW.stride()}, {up_TW.stride()}"
         )
-    out: Tensor | Integers | Arranged = gate_TW
-    if room is not None:
-        out = integers_in(room, T, W) if room.dtype == torch.int32 else arranged_in(room, T, W)
-    TP = padded(T) if isinstance(out, Arranged) else 0
-    if isinstance(out, Arranged) and room.dtype != gate_TW.dtype:
-        raise ValueError(f"gate: {gate_TW.dtype} into {room.dtype}, not alike")
+    out, to, planes, TP = gate_TW, gate_TW, 0, 0
+    if room is not None and room.dtype == torch.int32:
+        out = integers_in(room, T, W)
+        to, planes = out.words, out.planes
+    elif room is not None:
+        if room.dtype != gate_TW.dtype:
+            raise ValueError(f"gate: {gate_TW.dtype} into {room.dtype}, not alike")
+        out = arranged_in(room, T, W)
+        to, TP = out.values, padded(T)
     _gate[(max(T, TP), triton.cdiv(W, 1024))](
-        gate_TW, up_TW, out.words if isinstance(out, Integers) else out.values if isinstance(out, Arranged) else out,
-        gate_TW.stride(0), T, W, GELU=kind == "gelu_tanh", PLANES=out.planes if isinstance(out, Integers) else 0, TP=TP,
-        STEP=STEP, BLOCK=1024, num_warps=4, **overlap(gate_TW),
+        gate_TW, up_TW, to, gate_TW.stride(0), T, W, GELU=kind == "gelu_tanh", PLANES=planes, TP=TP, STEP=STEP, BLOCK=1024,
+        num_warps=4, **overlap(gate_TW),
     )  # fmt: skip
     return out
 

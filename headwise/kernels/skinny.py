@@ -26,9 +26,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headwise.kernels.arrange import MAX_ROWS, STEP, Arranged, padded
+from headwise.kernels.arrange import STEP, Arranged
 from headwise.kernels.stored import overlap
 from headwise.kernels.tiled import LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
+from headwise.planner.workspace import SKINNY_ROWS, padded
+
+PLAIN = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
 
 
 class Config(NamedTuple):
@@ -200,9 +203,8 @@ def _half(x):
 
 @gluon.jit
 def _four(x):
-    """(eights, 8 * 4 words) of rows as four tensors (rows)."""
-    E: gl.constexpr = x.shape[0]
-    even, odd = gl.split(gl.reshape(x, [E * 8, 2, 2]))
+    """(..., 2, 2) as four tensors."""
+    even, odd = gl.split(x)
     a, c = gl.split(even)
     b, d = gl.split(odd)
     return a, b, c, d
@@ -222,7 +224,7 @@ def _scales(heads, more, QUAD: gl.constexpr, KIND: gl.constexpr, BF16: gl.conste
     DOWN: gl.constexpr = -(2.0**-40) if BF16 else -1.0
     c = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, own)), 0)
     if KIND == Q4_K or KIND == Q5_K:
-        dd, a, b, m = _four(heads.load(_row_layout(ROWS, WARPS, 4)))
+        dd, a, b, m = _four(heads.load(_row_layout(ROWS, WARPS, 4)).reshape([ROWS, 2, 2]))
         word = _wide(b if QUAD else a, own) >> 8 * c
         low = _wide(m >> 4 if QUAD else m, own) >> 8 * c
         minimum = ((word >> 6) & 3) | ((low & 15) << 2)
@@ -230,14 +232,16 @@ def _scales(heads, more, QUAD: gl.constexpr, KIND: gl.constexpr, BF16: gl.conste
         m = _twice(_wide(_half(dd >> 16) * DOWN, own) * minimum.to(gl.float32), BF16)
         return s, m, _sixteenth(s, KIND, BF16), m
     elif KIND == Q6_K:
-        w = _four(heads.load(_row_layout(ROWS, WARPS, 4)))
-        d = _wide(more.load(_row_layout(ROWS, WARPS, 1)).reshape([ROWS]).to(gl.float32) * UP, own)
+        w = _four(heads.load(_row_layout(ROWS, WARPS, 4)).reshape([ROWS, 2, 2]))
+        halves = more._reinterpret(gl.float16, [ROWS // 8, 8], PLAIN)
+        d = _wide(halves.load(_row_layout(ROWS, WARPS, 1)).reshape([ROWS]).to(gl.float32) * UP, own)
         word = gl.where(c < 2, _wide(w[2 * QUAD], own), _wide(w[2 * QUAD + 1], own)) >> 16 * (c % 2)
         s0, m0 = _scaled(d * ((word << 24) >> 24).to(gl.float32), KIND, BF16)
         s1, m1 = _scaled(d * ((word << 16) >> 24).to(gl.float32), KIND, BF16)
         return s0, m0, s1, m1
     else:
-        x = _own(heads.slice(QUAD * 32, 32, dim=1), 1, 8, ROWS, WARPS)
+        kind: gl.constexpr = gl.int8 if KIND == MXFP4 else gl.float16
+        x = _own(heads._reinterpret(kind, [ROWS // 8, 64], PLAIN).slice(QUAD * 32, 32, dim=1), 1, 8, ROWS, WARPS)
         if KIND == MXFP4:  # half of 2**(e - 127), for values doubled
             e = x.to(gl.int32) & 255
             d = gl.where(e < 2, 0x00200000 << gl.minimum(e, 1), (e - 1) << 23).to(gl.float32, bitcast=True)
@@ -263,9 +267,7 @@ def _own(words, INNER: gl.constexpr, APART: gl.constexpr, ROWS: gl.constexpr, WA
 @gluon.jit
 def _parts(x, own: gl.constexpr):
     """(rows, 4, 4) as four tensors (rows, 4)."""
-    even, odd = gl.split(gl.reshape(x, [x.shape[0], 4, 2, 2]))
-    a, c = gl.split(even)
-    b, d = gl.split(odd)
+    a, b, c, d = _four(x.reshape([x.shape[0], 4, 2, 2]))
     return (
         gl.convert_layout(a, own, assert_trivial=True), gl.convert_layout(b, own, assert_trivial=True),
         gl.convert_layout(c, own, assert_trivial=True), gl.convert_layout(d, own, assert_trivial=True),
@@ -320,20 +322,17 @@ def _copy_planes(
 ):  # fmt: skip
     """Step `s` of the planes' rows, asked for."""
     E: gl.constexpr = ROWS // 8
-    _plane(low, at_low, s, groups, eights, _field_words(KIND)[0], _field_words(KIND)[0] // 8, E, WARPS, MASKED)
-    if _field_words(KIND)[1] > 0:
-        _plane(high, at_high, s, groups, eights, _field_words(KIND)[1], _field_words(KIND)[1] // 8, E, WARPS, MASKED)
-    if KIND == Q6_K:
-        hl: gl.constexpr = _copy_layout(32, WARPS)
-        e = gl.minimum(gl.program_id(0) * E + gl.arange(0, E, gl.SliceLayout(1, hl)), eights - 1)
-        at = gl.expand_dims((e.to(gl.int64) * (groups // 8) + s) * 36, 1)
-        async_copy.async_copy_global_to_shared(at_head, head + (at + gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, hl)), 0)))
-        ml: gl.constexpr = _copy_layout(4, WARPS)
-        e = gl.minimum(gl.program_id(0) * E + gl.arange(0, E, gl.SliceLayout(1, ml)), eights - 1)
-        at = gl.expand_dims((e.to(gl.int64) * (groups // 8) + s) * 36 + 32, 1)
-        async_copy.async_copy_global_to_shared(at_more, head + (at + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, ml)), 0)))
+    LOW: gl.constexpr = _field_words(KIND)[0]
+    HIGH: gl.constexpr = _field_words(KIND)[1]
+    HEAD: gl.constexpr = _field_words(KIND)[2]
+    _plane(low, at_low, s, groups, eights, LOW, LOW, 0, E, WARPS, MASKED)
+    if HIGH > 0:
+        _plane(high, at_high, s, groups, eights, HIGH, HIGH, 0, E, WARPS, MASKED)
+    if KIND == Q6_K:  # 16 bytes of scales for each of eight rows, and then their d
+        _plane(head, at_head, s, groups, eights, HEAD, HEAD + 4, 0, E, WARPS, MASKED)
+        _plane(head, at_more, s, groups, eights, 4, HEAD + 4, HEAD, E, WARPS, MASKED)
     else:
-        _plane(head, at_head, s, groups, eights, _field_words(KIND)[2], _field_words(KIND)[2] // 8, E, WARPS, MASKED)
+        _plane(head, at_head, s, groups, eights, HEAD, HEAD, 0, E, WARPS, MASKED)
 
 
 @gluon.jit
@@ -346,16 +345,20 @@ def _copy_x(x_ptr, s, to, TP: gl.constexpr, WARPS: gl.constexpr):
 
 @gluon.jit
 def _plane(
-    plane, to, s, groups, eights, WORDS: gl.constexpr, A_GROUP: gl.constexpr, E: gl.constexpr, WARPS: gl.constexpr,
-    MASKED: gl.constexpr,
+    plane, to, s, groups, eights, WORDS: gl.constexpr, A_STEP: gl.constexpr, FIRST: gl.constexpr, E: gl.constexpr,
+    WARPS: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
-    """A step's words of a plane in which eight rows have `A_GROUP` words a group; groups past the last become zeros."""
+    """WORDS words from FIRST on of the A_STEP that eight rows have of a step; groups past the last become zeros."""
     layout: gl.constexpr = _copy_layout(WORDS, WARPS)
     e = gl.minimum(gl.program_id(0) * E + gl.arange(0, E, gl.SliceLayout(1, layout)), eights - 1)
     col = gl.expand_dims(gl.arange(0, WORDS, gl.SliceLayout(0, layout)), 0)
-    at = plane + (gl.expand_dims((e.to(gl.int64) * groups + s * 8) * A_GROUP, 1) + col)
+    if A_STEP % 8 == 0:
+        row = (e.to(gl.int64) * groups + s * 8) * (A_STEP // 8)
+    else:
+        row = (e.to(gl.int64) * (groups // 8) + s) * A_STEP + FIRST
+    at = plane + (gl.expand_dims(row, 1) + col)
     if MASKED:
-        async_copy.async_copy_global_to_shared(to, at, mask=s * 8 + col // A_GROUP < groups)
+        async_copy.async_copy_global_to_shared(to, at, mask=s * 8 + col // (A_STEP // 8) < groups)
     else:
         async_copy.async_copy_global_to_shared(to, at)
 
@@ -372,16 +375,15 @@ def _skinny(
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [WARPS, 1], [16, 8])
     a_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     b_layout: gl.constexpr = gl.DotOperandLayout(1, acc_layout, 2)
-    plain: gl.constexpr = gl.SwizzledSharedLayout(4, 1, 1, [1, 0])
     LOW: gl.constexpr = _field_words(KIND)[0]
     HIGH: gl.constexpr = _field_words(KIND)[1]
     HEAD: gl.constexpr = _field_words(KIND)[2]
     if PDL:
         gdc_launch_dependents()
-    lows = gl.allocate_shared_memory(gl.int32, [STAGES, E, LOW], plain)
-    heads = gl.allocate_shared_memory(gl.int32, [STAGES, E, HEAD], plain)
-    highs = gl.allocate_shared_memory(gl.int32, [STAGES, E, HIGH], plain) if HIGH > 0 else heads
-    mores = gl.allocate_shared_memory(gl.int32, [STAGES, E, 4], plain) if KIND == Q6_K else heads
+    lows = gl.allocate_shared_memory(gl.int32, [STAGES, E, LOW], PLAIN)
+    heads = gl.allocate_shared_memory(gl.int32, [STAGES, E, HEAD], PLAIN)
+    highs = gl.allocate_shared_memory(gl.int32, [STAGES, E, HIGH], PLAIN) if HIGH > 0 else heads
+    mores = gl.allocate_shared_memory(gl.int32, [STAGES, E, 4], PLAIN) if KIND == Q6_K else heads
     xs = gl.allocate_shared_memory(dtype, [STAGES, 8, TP * 32], gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 
     eights = (N + 7) // 8
@@ -409,20 +411,8 @@ def _skinny(
             _copy_x(x_ptr, s + STAGES - 1, xs.index(to), TP, WARPS)
         async_copy.commit_group()
         x = xs.index(at)
-        if KIND == MXFP4:
-            h_at = heads.index(at)._reinterpret(gl.int8, [E, 64], plain)
-            more = h_at
-        elif KIND == Q4_K or KIND == Q5_K:
-            h_at = heads.index(at)
-            more = h_at
-        elif KIND == Q6_K:
-            h_at = heads.index(at)
-            more = mores.index(at)._reinterpret(gl.float16, [E, 8], plain)
-        else:
-            h_at = heads.index(at)._reinterpret(gl.float16, [E, 64], plain)
-            more = h_at
         for quad in gl.static_range(2):
-            s0, m0, s1, m1 = _scales(h_at, more, quad, KIND, BF16, ROWS, WARPS)
+            s0, m0, s1, m1 = _scales(heads.index(at), mores.index(at), quad, KIND, BF16, ROWS, WARPS)
             if KIND == Q8_0:
                 both = lows.index(at).slice(quad * 256, 256, dim=1)
                 w0 = _parts(_halves(both, 0, ROWS, WARPS), own)
@@ -509,7 +499,7 @@ def card(device: torch.device) -> Card:
 
 def most_rows(card: Card) -> int:
     """Rows of x a launch can have: tiles of 64 are too large for the shared memory of consumer cards."""
-    return MAX_ROWS if card.most > 128 << 10 else MAX_ROWS // 2
+    return SKINNY_ROWS if card.most > 128 << 10 else SKINNY_ROWS // 2
 
 
 def shared_bytes(type_name: str, TP: int, config: Config) -> int:

@@ -22,7 +22,7 @@ DEQUANT_TILE_VALUES = 2 * 2**20  # weights of a quantised matrix expanded at a t
 DEQUANT_TEMP_BYTES = 16  # per value, most of all block types: what `weights.blocks.dequantise` holds on the way
 PLANE_TILE_VALUES = 64 * 2**20  # as many at a time by our kernel, or the largest matrix: wide enough for the product
 QUANT_ROWS, QUANT_GROUP_WORDS = 8, 20  # rows that are multiplied as integers, and words of a group of 32 of them
-SKINNY_ROWS, SKINNY_STEP = 64, 256  # rows that are arranged in the tile, and values of a row at a time
+SKINNY_ROWS, SKINNY_STEP = 64, 256  # most rows that are arranged, in the tile, and values of a row at a time
 QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are shared out, and counters of programs
 EXPERT_ROWS = 160  # tokens whose pairs meet quantised experts as integers, each pair by itself
 ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
@@ -44,6 +44,16 @@ class Buffer:
     @property
     def n_bytes(self) -> int:
         return -(-prod(self.shape) * ITEM_BYTES[self.dtype] // ALIGN) * ALIGN
+
+
+def padded(T: int) -> int:
+    """Rows of the product on the tensor cores that T rows are part of: 8, 16, 32 or 64."""
+    return max(8, 1 << (T - 1).bit_length())
+
+
+def arranged_values(T: int, K: int) -> int:
+    """Values of T rows of K as `kernels.arrange` writes them."""
+    return padded(T) * -(-K // SKINNY_STEP) * SKINNY_STEP
 
 
 def order_values(n_tokens: int, n_experts: int, n_active: int) -> int:
@@ -198,14 +208,14 @@ def workspace(
             add("expert.words", "mlp", values // 32 * QUANT_GROUP_WORDS, kind="i32")
     if last:
         add("logits", "head", logit_rows(slots, C), spec.vocab_size)
+    widest = max(D, q_width, wide)
     if plane_values:
-        widest = max(D, q_width, wide)
         add("quant.words", "always", QUANT_ROWS * -(-widest // 32) * QUANT_GROUP_WORDS, kind="i32")
         add("quant.partial", "always", QUANT_PARTIAL, kind="f32")
         add("quant.done", "always", QUANT_DONE, kind="i32")
     if block_weights or plane_values:
         expert = max((2 * m.width * D for m in moes), default=0) if fused_experts and plane_values else 0  # gate and up
-        arranged = SKINNY_ROWS * -(-max(D, q_width, wide) // SKINNY_STEP) * SKINNY_STEP if plane_values else 0
+        arranged = arranged_values(SKINNY_ROWS, widest) if plane_values else 0
         tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged)
         add("weight.tile", "always", max(tile, DEQUANT_TILE_VALUES if block_weights else 0))
     if block_weights:

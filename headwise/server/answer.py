@@ -215,9 +215,11 @@ def _grammar(ask: Ask, model: Served, channel: Channel) -> Grammar | None:
         return made
     offered = [t for t in tools if ask.choice in ("auto", "required", t.name)]
     made = make(*(t.shape() for t in offered))
-    if made is not None and _invalid(made) is not None:
+    error = made and _invalid(made)
+    if error:
         made = make(*(_followed(t, make(t.shape())) for t in offered))
-    if made is not None and (error := _invalid(made)) is not None:
+        error = made and _invalid(made)
+    if error:
         if required or ask.schema is not None:
             raise bad(f"answers of this model cannot be held to {'calls' if required else 'this schema'} here: {error}", where)
         return None

@@ -38,7 +38,6 @@ class TooManyTokens(UsageError):
         self.n = n
 
 
-
 def read_tokenizer(source: Path | GgufFile) -> Tokenizer:
     """The tokeniser of a model: a directory with tokenizer.json, or a GGUF file (its path, or as read).
 

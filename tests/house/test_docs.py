@@ -161,6 +161,9 @@ def test_the_readme_quotes_the_benchmark() -> None:
     assert [f"{r['decode_tok_s']:.1f}" for r in (ours, theirs, quantised)] == [said[2], said[3], said[6]]
     assert f"{100 * ours['decode_of_card']:.0f}" == said[4]
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
+    streams = json.loads(max((ROOT / "benchmarks/results").glob("streams_h200_*.json")).read_text())
+    together = {(r["model"], r["streams"]): r["decode_tok_s"] for r in streams["rows"]}
+    assert re.findall(r"Sixteen streams of it decode at ([\d,]+) tok/s", text) == [f"{together['gemma-4-31b', 16]:,.0f}"]
 
 
 def test_explain_quotes_the_benchmark_of_mixed_backends() -> None:

@@ -12,6 +12,7 @@ from kernels.compiling import Compiled
 import headwise.kernels.arrange as A
 import headwise.kernels.skinny as S
 from headwise.kernels.tiled import LAYOUTS
+from headwise.planner.workspace import arranged_values, padded
 from headwise.weights.retile import empty
 
 N = 5376
@@ -28,15 +29,15 @@ def compile_one(type_name: str, T: int, capability: int, dtype: torch.dtype) -> 
     stand_in, kernels = Compiled(S._skinny, capability), (A._arrange, S._skinny)
     A._arrange, S._skinny = Compiled(A._arrange, capability), stand_in
     c = S.config_for(type_name, T, N, K, CARDS[capability])
-    x = A.arrange(torch.empty(T, K, dtype=dtype), torch.empty(A.arranged_values(T, K), dtype=dtype))
+    x = A.arrange(torch.empty(T, K, dtype=dtype), torch.empty(arranged_values(T, K), dtype=dtype))
     room = {"scratch": torch.empty(T * N * c.splits), "done": torch.zeros(N, dtype=torch.int32)}
     S.skinny(x, empty(type_name, (N, K), "cpu"), torch.empty(T, N, dtype=dtype), config=c, **room)
     A._arrange, S._skinny = kernels
     r = stand_in.reports[0]
     return {
         "type": type_name, "T": T, "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
-        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, A.padded(T), c), "shared_limit": SHARED[capability],
-        "products": r.ptx.count("mma.sync.aligned.m16n8k16"), "wanted": 16 * (c.rows // (16 * c.warps)) * A.padded(T) // 8,
+        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, padded(T), c), "shared_limit": SHARED[capability],
+        "products": r.ptx.count("mma.sync.aligned.m16n8k16"), "wanted": 16 * (c.rows // (16 * c.warps)) * padded(T) // 8,
         "copies": r.ptx.count("cp.async.cg.shared.global"),
     }  # fmt: skip
 

@@ -11,12 +11,13 @@ import torch
 
 from headwise.kernels import arrange as A
 from headwise.kernels.rows import gate
+from headwise.planner.workspace import arranged_values
 
 if __name__ == "__main__":
     found = {}
     for T, K in ((1, 256), (3, 96), (9, 2112), (16, 1056), (33, 320), (64, 32)):
         x = torch.randn(T, K + 8, dtype=torch.float16)[:, :K]
-        room = torch.full((A.arranged_values(T, K) + 5,), 7.0, dtype=torch.float16)
+        room = torch.full((arranged_values(T, K) + 5,), 7.0, dtype=torch.float16)
         out = A.arrange(x, room)
         found[f"{T}x{K}"] = torch.equal(out.values, A.reference(x)) and bool((room[-5:] == 7.0).all())
 

@@ -122,7 +122,7 @@ def test_programs_of_a_row_share_all_of_it(name: str, K: int) -> None:
     for T in (1, 16, 33, 64):
         for N in (8, 5376, 262144):
             c = S.config_for(name, T, N, K, S.H200)
-            share = -(-K // 32 // (S.STEP * c.splits)) if K // 32 % (S.STEP * c.splits) == 0 else -(-K // (256 * c.splits))
+            share = -(-K // (256 * c.splits))
             assert share * c.splits * 256 >= K
             assert (c.splits - 1) * share * 256 < K  # none has nothing to do
             assert S.shared_bytes(name, S.padded(T), c) <= S.H200.most
