@@ -46,12 +46,13 @@ def saying(tokens: Sequence[int]) -> Iterator[None]:
     if not tokens:
         yield
         return
-    drawn, left = Sampler.token, iter(tokens)
-    Sampler.token = lambda self, logits_V, allowed_V=None, best=None: next(left)  # type: ignore[method-assign]
+    drawn, plain, left = Sampler.token, Sampler.plain, iter(tokens)
+    Sampler.token = lambda self, logits_V, allowed_V=None, drawn=None: next(left)  # type: ignore[method-assign]
+    Sampler.plain = property(lambda self: False)  # type: ignore[method-assign,assignment]  # no step goes on from what the model says
     try:
         yield
     finally:
-        Sampler.token = drawn
+        Sampler.token, Sampler.plain = drawn, plain  # type: ignore[method-assign]
 
 
 def texts(llm: LLM, n: int) -> dict[str, tuple[list[int], list[int]]]:

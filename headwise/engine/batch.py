@@ -80,14 +80,18 @@ class Steps:
         self.whole, self.wanted = (0, 0), (span_words(spec, w.slots, w.chunk), launches(w.slots, w.chunk))
         self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
 
-    def fill(self, runs: Sequence[Run]) -> None:
-        """Everything that the host knows of a step, to where the device reads it."""
+    def fill(self, runs: Sequence[Run], given: Tensor | None = None) -> None:
+        """Everything that the host knows of a step, to where the device reads it; `given` ids are there already."""
         if self.arena.flat("ids") is not None:
-            ids = list(chain.from_iterable(r.ids for r in runs))
-            ids_T = self.arena.take("ids", len(ids))
-            if len(ids) == 1:
-                ids_T.fill_(ids[0])
+            ids_T = self.arena.take("ids", sum(r.n for r in runs))
+            if given is not None:
+                n = given.shape[0]
+                ids_T[:n].copy_(given)
+                ids_T[n:].copy_(given[-1:].expand(ids_T.shape[0] - n))  # of a step that was filled up
+            elif ids_T.shape[0] == 1:
+                ids_T.fill_(runs[0].ids[0])
             else:
+                ids = list(chain.from_iterable(r.ids for r in runs))
                 ids_T.copy_(torch.tensor(ids, pin_memory=self.pinned), non_blocking=True)
         span = self.arena.flat("span")
         if span is not None:

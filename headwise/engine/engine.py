@@ -20,7 +20,7 @@ from headwise.engine.constrain import Constrainer, Constraint
 from headwise.engine.draft import Drafts, propose
 from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
-from headwise.engine.sample import Sampler, best_of
+from headwise.engine.sample import Arriving, Sampler, tokens
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
@@ -60,6 +60,21 @@ class _Running:
 
 
 @dataclass(slots=True, eq=False)
+class _Flight:
+    """A step that the device computes, and its tokens on their way to the host.
+
+    Args:
+        drawn_W: of every wanted row, on the device.
+    """
+
+    due: list[tuple[_Running, Run]]
+    logits_WV: Tensor
+    drawn_W: Tensor
+    arriving: Arriving
+    launched: float
+
+
+@dataclass(slots=True, eq=False)
 class _Waiting:
     request: Request
     arrived: float
@@ -75,13 +90,19 @@ class Engine:
             not depend on what else runs or ran.
         speculate: draft tokens from what a sequence repeats, where that pays.
         keep: copies of rings for later turns.
+        ahead: launch the next step of answers before the host has their tokens; default on a GPU.
     """
 
     def __init__(
-        self, llm: LLM, emit: Callable[[Event], None], *, deterministic: bool = False, speculate: bool = True, keep: bool = True
-    ) -> None:
+        self, llm: LLM, emit: Callable[[Event], None], *, deterministic: bool = False, speculate: bool = True, keep: bool = True,
+        ahead: bool | None = None,
+    ) -> None:  # fmt: skip
         self.llm, self.runner, self.emit = llm, llm.runner, emit
         self.deterministic, self.speculate = deterministic, speculate and not deterministic
+        on_gpu = self.runner.stages[0].device.type == "cuda"
+        self.ahead = len(self.runner.stages) == 1 and not deterministic and (on_gpu if ahead is None else ahead)
+        self._flight: _Flight | None = None
+        self._landed_at = 0.0
         self.stop = llm.end_ids
         w, rings = llm.plan.workload, self.runner.rings
         self.prefixes = Prefixes(
@@ -121,6 +142,11 @@ class Engine:
             self._round()
 
     def _round(self) -> None:
+        if (flight := self._flight) is not None:
+            self._flight = self._following(flight)
+            self._land(flight)
+            if self._flight is not None:
+                return
         while self.waiting and self.prefixes.free:
             i = next((i for i, w in enumerate(self.waiting) if w.again), None)
             i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
@@ -133,7 +159,41 @@ class Engine:
         beside = BESIDE[self.runner.stages[0].device.type]
         by_slot = {r.slot: r for r in self.running}
         for steps in schedule(loads, self.runner.chunk, beside=beside, alone=self.deterministic):
-            self._step([(by_slot[s.slot], s.n) for s in steps if by_slot[s.slot] in self.running])
+            if flight := self._step([(by_slot[s.slot], s.n) for s in steps if by_slot[s.slot] in self.running]):
+                if self._goes_on(flight):
+                    self._flight = flight
+                else:
+                    self._land(flight)
+
+    def _goes_on(self, flight: _Flight) -> bool:
+        """Whether the step after this one needs nothing of what the host will know: all are answers, a token each, drawn by
+        logits alone, that do not end with it, and nobody waits who could be admitted."""
+        return (
+            self.ahead
+            and len(flight.due) == len(self.running)
+            and not (self.waiting and self.prefixes.free)
+            and all(
+                r in self.running and r.answers and run.n == 1 and r.sampler.plain and r.constraint is None
+                and r.request.top_logprobs is None and self._left(r) > 1 and r.done + 2 < self.llm.plan.workload.context
+                and (r.kept or r.done + 1 - len(r.request.prompt) < self.keep_after)
+                for r, run in flight.due
+            )
+        )  # fmt: skip
+
+    def _following(self, flight: _Flight) -> _Flight | None:
+        """The step after one whose tokens the host does not have yet, launched; None where that has to wait for them."""
+        if not self._goes_on(flight):
+            return None
+        if self.speculate:
+            self._draft([r for r, _ in flight.due])
+            if self.drafted:
+                for r, _ in flight.due:
+                    r.draft = ()  # proposed again once the token is known
+                return None
+        if not all(self.prefixes.grow(r.slot, r.done + 2) for r, _ in flight.due):
+            return None
+        due = [(r, Run(self.prefixes.slots[r.slot].place, r.done + 1, [0])) for r, _ in flight.due]  # ids are on the device
+        return self._launch(due, flight.drawn_W)
 
     def _n_tokens(self, w: _Waiting) -> int:
         return len(w.again.tokens if w.again else w.request.prompt)
@@ -195,34 +255,45 @@ class Engine:
         self._constrainer = self._constrainer or Constrainer(self.llm.tokenizer)
         return self._constrainer.start(request.grammar, most)
 
-    def _step(self, due: list[tuple[_Running, int]]) -> None:
-        """One forward pass over the next tokens of each, and what follows from it."""
+    def _step(self, due: list[tuple[_Running, int]]) -> _Flight | None:
+        """One forward pass over the next tokens of each, launched."""
         due = [(r, n) for r, n in due if self._has_pages(r, r.done + n)]
-        due = [(r, n) for r, n in due if r in self.running]  # some gave their pages to older ones
-        if not due:
-            return
-        runs = []
+        runs: list[tuple[_Running, Run]] = []
         for r, n in due:
+            if r not in self.running:  # gave its pages to older ones
+                continue
             if r.answers:  # as long as the others of the step: a token that nobody tries is refused as one that was wrong
                 ids = [r.tokens[-1], *r.draft, *[r.tokens[-1]] * (n - 1 - len(r.draft))]
             else:
                 ids = r.tokens[r.done : r.done + n]
             wanted = n if r.answers else int(r.done + n == len(r.tokens))
-            runs.append(Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted))
-        start = time.perf_counter()
+            runs.append((r, Run(self.prefixes.slots[r.slot].place, r.done, ids, wanted)))
+        return self._launch(runs) if runs else None
+
+    def _launch(self, due: list[tuple[_Running, Run]], ids: Tensor | None = None) -> _Flight | None:
+        """A step on its way, with `ids` of the device in place of the runs'; None where it failed, and its requests with it."""
+        now = time.perf_counter()
         try:
-            x = self.runner.run(runs)
+            x = self.runner.run([run for _, run in due], ids)
             logits = self.runner.logits(x) if x.shape[0] else x
-            best = best_of(logits)
         except HeadwiseError as error:
             for r, _ in due:
                 self._finish(r, "error", error.parts)
-            return
-        if all(r.answers for r, _ in due) and len({n for _, n in due}) == 1:
-            self.llm.costs.took(len(due), due[0][1], time.perf_counter() - start)
+            return None
+        drawn = tokens(logits, [d for r, run in due for d in r.sampler.draws(run.wanted, after=int(ids is not None))])
+        return _Flight(due, logits, drawn, Arriving(drawn), now)
+
+    def _land(self, flight: _Flight) -> None:
+        """What follows from a step, once its tokens are there."""
+        drawn, now = flight.arriving.wait(), time.perf_counter()
+        if all(r.answers and r in self.running for r, _ in flight.due) and len({run.n for _, run in flight.due}) == 1:
+            self.llm.costs.took(len(flight.due), flight.due[0][1].n, now - max(flight.launched, self._landed_at))
+        self._landed_at = now
         row = 0
-        for (r, _), run in zip(due, runs, strict=True):
-            self._follow_up(r, run, logits[row : row + run.wanted], best[row : row + run.wanted])
+        for r, run in flight.due:
+            if r in self.running:  # it may have ended while this step was on its way
+                run = run._replace(ids=[r.tokens[r.done]]) if run.n == 1 else run  # the host knows it now
+                self._follow_up(r, run, flight.logits_WV[row : row + run.wanted], drawn[row : row + run.wanted])
             row += run.wanted
 
     def _has_pages(self, r: _Running, n_tokens: int) -> bool:
@@ -233,7 +304,7 @@ class Engine:
             self.waiting.insert(0, _Waiting(youngest.request, youngest.arrived, youngest))
         return r in self.running
 
-    def _follow_up(self, r: _Running, run: Run, logits_WV: Tensor, best: Sequence[int]) -> None:
+    def _follow_up(self, r: _Running, run: Run, logits_WV: Tensor, drawn: Sequence[int]) -> None:
         """What a step of one request leads to: more of the prompt, or tokens of the answer."""
         prompt = len(r.request.prompt)
         if not r.answers:
@@ -245,12 +316,12 @@ class Engine:
             if len(r.tokens) == prompt:
                 self.emit(Prefill(r.request.id, r.done, prompt, r.cached))
             if run.wanted:
-                self._sample(r, logits_WV[0], best[0])
+                self._sample(r, logits_WV[0], drawn[0])
             self._end(r)
             return
         accepted = 0
         for i in range(run.n):
-            token = self._sample(r, logits_WV[i], best[i])
+            token = self._sample(r, logits_WV[i], drawn[i])
             if i == len(r.draft) or token != r.draft[i]:
                 break
             accepted += 1
@@ -264,7 +335,7 @@ class Engine:
             self.prefixes.keep(r.slot)
         self._end(r)
 
-    def _sample(self, r: _Running, logits_V: Tensor, best: int) -> int | None:
+    def _sample(self, r: _Running, logits_V: Tensor, drawn: int) -> int | None:
         """The next token of an answer; None where the answer has ended."""
         allowed = None
         if r.constraint is not None and (mask := r.constraint.allowed()) is not None:
@@ -273,7 +344,7 @@ class Engine:
             if not allowed.any():
                 r.ended = "stop"
                 return None
-        token = r.sampler.token(logits_V, allowed, best)
+        token = r.sampler.token(logits_V, allowed, drawn)
         r.first = r.first or time.perf_counter()
         r.tokens.append(token)
         if token in self.stop:
@@ -302,6 +373,8 @@ class Engine:
         now = time.perf_counter()
         first = r.first or now
         self.running.remove(r)
+        if self._flight is not None and any(r is other for other, _ in self._flight.due):
+            self.prefixes.wrote(r.slot, (), 1)  # by the step on its way, as a refused draft
         self.prefixes.leave(r.slot)
         self.emit(
             Finish(

@@ -46,9 +46,11 @@ class Runner:
         self.position += len(ids)
         return x
 
-    def run(self, runs: Sequence[Run]) -> Tensor:
+    def run(self, runs: Sequence[Run], ids: Tensor | None = None) -> Tensor:
         """One forward pass over tokens of one or several sequences; their caches have them afterwards.
 
+        Args:
+            ids: on the first device, in place of the runs' own, which the host may not know yet.
         Returns:
             The wanted hidden states in the order of `runs`, (W, D), valid until the next step.
         Raises:
@@ -67,7 +69,7 @@ class Runner:
         padded = self._padded(runs)
         before, x = None, torch.empty(0)
         for stage in self.stages:
-            x = stage.step(padded, before)
+            x = stage.step(padded, before, ids)
             before = stage
         return x if padded is runs else x[:n]
 

@@ -105,8 +105,11 @@ class Stage:
         with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
             self._known = storages(self)
 
-    def step(self, runs: Sequence[Run], before: Stage | None) -> Tensor:
+    def step(self, runs: Sequence[Run], before: Stage | None, ids: Tensor | None = None) -> Tensor:
         """One forward pass over its layers; `before` is the stage whose hidden states these tokens have, None of the first.
+
+        Args:
+            ids: of the tokens, on the device, in place of the runs' own.
 
         Returns:
             The hidden states, (T, D), of the last stage those that are wanted, (W, D); valid until the next step.
@@ -118,12 +121,12 @@ class Stage:
             # a GPU's allocator counts by itself; tokens of answers need next to nothing, and pay for every call
             if self.device.type == "cpu" and not all(r.answers for r in runs):
                 with self.arena.lent(), Peak(self._known) as peak:
-                    self.steps.fill(runs)
+                    self.steps.fill(runs, ids)
                     x = self._forward(runs)
                 self.transient_bytes = max(self.transient_bytes, peak.peak_bytes)
                 return x
             with self._lent():
-                self.steps.fill(runs)
+                self.steps.fill(runs, ids)
                 if self.replay is not None and (key := self.steps.key(runs)) is not None:
                     return self.replay.run(("step", key), lambda: self._forward(runs))
                 return self._forward(runs)

@@ -1,8 +1,9 @@
 """What happens to the projected heads before attention, in one launch: norm, RoPE, and keys and values to their slots.
 
-Each program takes one head of one token. A query is normed, rotated and written where attention reads it; a key is normed,
-rotated, quantised and stored; a value is normed (where the family norms it), quantised and stored. Where one tensor is kept for
-K and V (`spec.kv`), the head that makes both is stored as [V | the rotated values of K], and the query becomes what meets it.
+Each program takes one head, of one token or, where tokens are many, of several. A query is normed, rotated and written where
+attention reads it; a key is normed, rotated, quantised and stored; a value is normed (where the family norms it), quantised and
+stored. Where one tensor is kept for K and V (`spec.kv`), the head that makes both is stored as [V | the rotated values of K], and
+the query becomes what meets it.
 
 Shapes    T tokens; H query heads, then G keys, then G values side by side (values not with one tensor; neither where the layer
           owns no cache), A values each (a power of two); P rotated pairs (i, i + A / 2): qkv_TN, cos and sin (T, P) -> q_out
@@ -24,6 +25,7 @@ from headwise.kernels.stored import FLOAT, FP8, Q8_0, Stored, bits, in_turn, ove
 
 HEAD_DIMS = (64, 128, 256, 512)
 FP8_MAX = tl.constexpr(448.0)
+FEW, MANY = 64, (8, 4)  # tokens with a program each; of more, tokens and warps a program
 
 
 @triton.jit
@@ -44,110 +46,115 @@ def to_fp8(x):
 
 
 @triton.jit
-def _store(data, scales, row, at, x, N: tl.constexpr, W: tl.constexpr, FORMAT: tl.constexpr):
-    """N fp32 values as columns [at, at + N) of a stored row of W; `at` in whole blocks of 32."""
+def _store(data, scales, rows, ok, at, x, N: tl.constexpr, W: tl.constexpr, FORMAT: tl.constexpr):
+    """(T, N) fp32 values as columns [at, at + N) of stored rows of W; `at` in whole blocks of 32."""
+    T: tl.constexpr = x.shape[0]
+    cols = at + tl.arange(0, N)[None, :]
     if FORMAT == FLOAT:
-        tl.store(data + row * W + at + tl.arange(0, N), x.to(data.dtype.element_ty))
+        tl.store(data + rows * W + cols, x.to(data.dtype.element_ty), mask=ok)
     elif FORMAT == FP8:
-        tl.store(data + row * W + at + tl.arange(0, N), to_fp8(x))
+        tl.store(data + rows * W + cols, to_fp8(x), mask=ok)
     else:
         NB: tl.constexpr = N // 32
-        x2 = tl.reshape(x, (NB, 32))
+        x3 = tl.reshape(x, (T, NB, 32))
         if FORMAT == Q8_0:
-            d = tl.max(tl.abs(x2), 1) / 127.0
+            d = tl.max(tl.abs(x3), 2) / 127.0
             inverse = tl.where(d > 0, 1.0 / d, 0.0)
-            q = _round(x2 * inverse[:, None]).to(tl.int8)
-            tl.store(data + row * W + at + tl.arange(0, N), tl.reshape(q, (N,)))
+            q = _round(x3 * inverse[:, :, None]).to(tl.int8)
+            tl.store(data + rows * W + cols, tl.reshape(q, (T, N)), mask=ok)
         else:
-            high, low = tl.max(x2, 1), tl.min(x2, 1)
+            high, low = tl.max(x3, 2), tl.min(x3, 2)
             d = tl.where(high >= -low, high, low) / -8.0
             inverse = tl.where(d != 0, 1.0 / d, 0.0)
-            q = tl.minimum(tl.maximum(x2 * inverse[:, None] + 8.5, 0.0), 15.0).to(tl.int32)
-            first, second = tl.split(tl.permute(tl.reshape(q, (NB, 2, 16)), (0, 2, 1)))
-            packed = (first | (second << 4)).to(tl.uint8)
-            tl.store(data + row * (W // 2) + at // 2 + tl.arange(0, N // 2), tl.reshape(packed, (N // 2,)))
-        tl.store(scales + row * (W // 32) + at // 32 + tl.arange(0, NB), d.to(tl.float16))
+            q = tl.minimum(tl.maximum(x3 * inverse[:, :, None] + 8.5, 0.0), 15.0).to(tl.int32)
+            first, second = tl.split(tl.permute(tl.reshape(q, (T, NB, 2, 16)), (0, 1, 3, 2)))
+            packed = tl.reshape((first | (second << 4)).to(tl.uint8), (T, N // 2))
+            tl.store(data + rows * (W // 2) + at // 2 + tl.arange(0, N // 2)[None, :], packed, mask=ok)
+        tl.store(scales + rows * (W // 32) + at // 32 + tl.arange(0, NB)[None, :], d.to(tl.float16), mask=ok)
 
 
 @triton.jit
-def _tail(head, w, rstd, cos, sin, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
-    """The rotated values of a head side by side, first halves then second ones, zeros up to R."""
-    j = tl.arange(0, R)
+def _tail(head, ok, w, rstd, cos, sin, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr, NORM: tl.constexpr):
+    """The rotated values of heads side by side, first halves then second ones, zeros up to R."""
+    j = tl.arange(0, R)[None, :]
     i = j % P
-    ok = j < 2 * P
-    a = tl.load(head + i, mask=ok, other=0).to(tl.float32)
-    b = tl.load(head + A // 2 + i, mask=ok, other=0).to(tl.float32)
+    turns = j < 2 * P
+    a = tl.load(head + i, mask=ok & turns, other=0).to(tl.float32)
+    b = tl.load(head + A // 2 + i, mask=ok & turns, other=0).to(tl.float32)
     if NORM:
-        a = a * rstd * tl.load(w + i, mask=ok, other=0).to(tl.float32)
-        b = b * rstd * tl.load(w + A // 2 + i, mask=ok, other=0).to(tl.float32)
-    c = tl.load(cos + i, mask=ok, other=0).to(tl.float32)
-    s = tl.load(sin + i, mask=ok, other=0).to(tl.float32)
+        a = a * rstd * tl.load(w + i, mask=turns, other=0).to(tl.float32)
+        b = b * rstd * tl.load(w + A // 2 + i, mask=turns, other=0).to(tl.float32)
+    c = tl.load(cos + i, mask=ok & turns, other=0).to(tl.float32)
+    s = tl.load(sin + i, mask=ok & turns, other=0).to(tl.float32)
     return tl.where(j < P, a * c - b * s, b * c + a * s)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T"])
 def _kernel(
-    qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, slots, eps, row_stride,
+    qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, slots, eps, row_stride, T,
     H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
-    NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, BT: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
-    t = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.program_id(0)  # the heads of a token run side by side: they lie so in memory
+    t = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)[:, None]
+    ok = t < T
     B: tl.constexpr = A // 2
-    x = qkv + t.to(tl.int64) * row_stride + head * A
-    i = tl.arange(0, B)
-    a = tl.load(x + i).to(tl.float32)
-    b = tl.load(x + B + i).to(tl.float32)
+    x = qkv + t * row_stride + head * A
+    i = tl.arange(0, B)[None, :]
+    a = tl.load(x + i, mask=ok, other=0).to(tl.float32)
+    b = tl.load(x + B + i, mask=ok, other=0).to(tl.float32)
     rstd = 1.0
     if NORM:
-        rstd = tl.rsqrt((tl.sum(a * a) + tl.sum(b * b)) / A + eps)
+        rstd = tl.rsqrt((tl.sum(a * a, 1) + tl.sum(b * b, 1)) / A + eps)[:, None]
     cos, sin = cos_ptr + t * P, sin_ptr + t * P
     if head < H:
         if NORM:
             a = a * rstd * tl.load(q_w + i).to(tl.float32)
             b = b * rstd * tl.load(q_w + B + i).to(tl.float32)
         E: tl.constexpr = A + R
-        out = q_out + (t.to(tl.int64) * H + head) * E
+        out = q_out + (t * H + head) * E
         kind: tl.constexpr = q_out.dtype.element_ty
         if ONE:
             still = i >= P
-            tl.store(out + i, tl.where(still, a * tl.load(k_w + i).to(tl.float32), 0.0).to(kind))
-            tl.store(out + B + i, tl.where(still, b * tl.load(k_w + B + i).to(tl.float32), 0.0).to(kind))
+            tl.store(out + i, tl.where(still, a * tl.load(k_w + i).to(tl.float32), 0.0).to(kind), mask=ok)
+            tl.store(out + B + i, tl.where(still, b * tl.load(k_w + B + i).to(tl.float32), 0.0).to(kind), mask=ok)
             if R > 0:
-                tl.store(out + A + tl.arange(0, R), _tail(x, q_w, rstd, cos, sin, A, P, R, NORM).to(kind))
+                tail = _tail(x, ok, q_w, rstd, cos, sin, A, P, R, NORM)
+                tl.store(out + A + tl.arange(0, R)[None, :], tail.to(kind), mask=ok)
         else:
             if P > 0:
-                c = tl.load(cos + i, mask=i < P, other=1.0).to(tl.float32)
-                s = tl.load(sin + i, mask=i < P, other=0.0).to(tl.float32)
+                c = tl.load(cos + i, mask=ok & (i < P), other=1.0).to(tl.float32)
+                s = tl.load(sin + i, mask=ok & (i < P), other=0.0).to(tl.float32)
                 a, b = a * c - b * s, b * c + a * s
-            tl.store(out + i, a.to(kind))
-            tl.store(out + B + i, b.to(kind))
+            tl.store(out + i, a.to(kind), mask=ok)
+            tl.store(out + B + i, b.to(kind), mask=ok)
     else:
-        slot = tl.load(slots + t).to(tl.int64)
+        slot = tl.load(slots + t, mask=ok, other=0).to(tl.int64)
         g = head - H
         if g < G:
-            row = slot * G + g
+            rows = slot * G + g
             if ONE:
-                _store(k_data, k_scales, row, 0, a * rstd, B, A + R, K_FORMAT)
-                _store(k_data, k_scales, row, B, b * rstd, B, A + R, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, 0, a * rstd, B, A + R, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, B, b * rstd, B, A + R, K_FORMAT)
                 if R > 0:
-                    _store(k_data, k_scales, row, A, _tail(x, k_w, rstd, cos, sin, A, P, R, NORM), R, A + R, K_FORMAT)
+                    _store(k_data, k_scales, rows, ok, A, _tail(x, ok, k_w, rstd, cos, sin, A, P, R, NORM), R, A + R, K_FORMAT)
             else:
                 if NORM:
                     a = a * rstd * tl.load(k_w + i).to(tl.float32)
                     b = b * rstd * tl.load(k_w + B + i).to(tl.float32)
                 if P > 0:
-                    c = tl.load(cos + i, mask=i < P, other=1.0).to(tl.float32)
-                    s = tl.load(sin + i, mask=i < P, other=0.0).to(tl.float32)
+                    c = tl.load(cos + i, mask=ok & (i < P), other=1.0).to(tl.float32)
+                    s = tl.load(sin + i, mask=ok & (i < P), other=0.0).to(tl.float32)
                     a, b = a * c - b * s, b * c + a * s
-                _store(k_data, k_scales, row, 0, a, B, A, K_FORMAT)
-                _store(k_data, k_scales, row, B, b, B, A, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, 0, a, B, A, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, B, b, B, A, K_FORMAT)
         else:
-            row = slot * G + g - G
+            rows = slot * G + g - G
             scale = rstd if V_NORM else 1.0
-            _store(v_data, v_scales, row, 0, a * scale, B, A, V_FORMAT)
-            _store(v_data, v_scales, row, B, b * scale, B, A, V_FORMAT)
+            _store(v_data, v_scales, rows, ok, 0, a * scale, B, A, V_FORMAT)
+            _store(v_data, v_scales, rows, ok, B, b * scale, B, A, V_FORMAT)
 
 
 def heads(
@@ -181,13 +188,14 @@ def heads(
     none = qkv_TN
     kd, ks = (bits(k.data_SGW), k.scales_SGB) if k else (none, None)
     vd, vs = (bits(v.data_SGW), v.scales_SGB) if v else (none, None)
-    _kernel[(T, n_heads)](
+    tokens, warps = (1, 1 if A <= 128 else 2) if T <= FEW else MANY
+    _kernel[(n_heads, triton.cdiv(T, tokens))](
         qkv_TN, q_out_THE, kd, none if ks is None else ks, vd, none if vs is None else vs,
         none if q_norm is None else q_norm, none if k_norm is None else k_norm,
         none if cos_TP is None else cos_TP, none if sin_TP is None else sin_TP,
-        none if slots_T is None else slots_T, eps, qkv_TN.stride(0),
+        none if slots_T is None else slots_T, eps, qkv_TN.stride(0), T,
         H=H, G=G, A=A, P=pairs, R=R, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0),
-        K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, num_warps=1 if A <= 128 else 2, **overlap(qkv_TN),
+        K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, BT=tokens, num_warps=warps, **overlap(qkv_TN),
     )  # fmt: skip
     return q_out_THE
 

@@ -307,6 +307,74 @@ def test_drafts_say_what_is_said_without_them_and_save_steps(llm: LLM, monkeypat
         assert told[True][1] < 0.8 * told[False][1]
 
 
+@pytest.mark.parametrize("speculate", [False, True])
+def test_steps_launched_ahead_say_what_steps_say_that_wait(llm: LLM, monkeypatch: pytest.MonkeyPatch, speculate: bool) -> None:
+    """The step behind an end token, a cancelled request's or a full slot's: its tokens are nobody's, its slot somebody's soon."""
+    ahead = 0
+    real = llm.runner.run
+
+    def counted(runs: Sequence[Any], ids: Any = None) -> Any:
+        nonlocal ahead
+        ahead += ids is not None
+        return real(runs, ids)
+
+    monkeypatch.setattr(llm.runner, "run", counted)
+    draw = random.Random(8)
+    prompts = [[2, *(draw.randrange(40, 6000) for _ in range(n))] for n in (40, 130, 3, 64, 200)]
+    prompts.append(llm.tokenize("def add(a, b):\n    return a + b\n\n\n" * 6))
+    told = {}
+    for early in (False, True):
+        run = Run(llm, ahead=early, speculate=speculate)
+        for i, prompt in enumerate(prompts):
+            run.submit(i, prompt, max_tokens=(30, 7, 30, 1, 2, 40)[i], temperature=float(i % 2), top_k=40 * (i % 3 == 1), seed=i)
+        run.drain()
+        assert run.engine.prefixes.counts()["pages_lost"] == 0
+        told[early] = [run.tokens(i) for i in range(6)]
+        run.submit(6, [*prompts[0], *told[early][0], 77], max_tokens=9)  # goes on from what its slot holds
+        run.drain()
+        told[early] += [run.tokens(6), [run.finish(6).cached_tokens > 40]]
+
+    assert told[True] == told[False]
+    assert ahead > 20
+
+
+def test_a_request_cancelled_with_a_step_on_its_way_leaves_its_slot_as_it_says(llm: LLM, alone: LLM) -> None:
+    run = Run(llm, ahead=True, speculate=False)
+    prompt = [2, *range(100, 300)]
+    run.submit(0, prompt, max_tokens=200)
+    while len(run.tokens(0)) < 60:
+        run.engine.round()
+    assert run.engine._flight is not None
+    run.engine.cancel(0)
+    said = run.tokens(0)
+    held = max(run.engine.prefixes.slots.values(), key=lambda held: len(held.tokens))
+    assert held.written == len(held.tokens) + 1
+    run.submit(1, [*prompt, *said[:50], 5, 6, 7], max_tokens=20, logit_bias=NEVER_END)
+    run.drain()
+
+    assert run.finish(0).reason == "cancelled" and run.finish(0).tokens == len(said) == len(run.tokens(0))
+    assert run.finish(1).cached_tokens >= len(prompt)
+    assert same(alone, [*prompt, *said[:50], 5, 6, 7], run.tokens(1))
+
+
+def test_an_end_token_ends_its_answer_with_a_step_on_its_way(llm: LLM) -> None:
+    prompts = [[2, *range(100 * i, 100 * i + 60)] for i in (3, 4)]
+    whole = Run(llm, ahead=True)
+    for i, prompt in enumerate(prompts):
+        whole.submit(i, prompt, max_tokens=30)
+    whole.drain()
+    said = [whole.tokens(i) for i in range(2)]
+    run = Run(llm, ahead=True)
+    end = next(token for token in said[0][8:] if token not in said[0][:8] and token not in said[1])
+    run.engine.stop = frozenset({end})
+    for i, prompt in enumerate(prompts):
+        run.submit(i, prompt, max_tokens=30)
+    run.drain()
+
+    assert run.tokens(0) == said[0][: said[0].index(end)] and run.finish(0).reason == "stop" and run.finish(0).end == end
+    assert run.tokens(1) == said[1] and run.finish(1).reason == "length"
+
+
 def test_answers_of_a_step_are_tried_as_far_as_each_other(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """One repeats itself and the other does not: what stands behind the other's next token is nobody's guess, and never said."""
     monkeypatch.setattr(llm, "costs", Free())
@@ -314,9 +382,9 @@ def test_answers_of_a_step_are_tried_as_far_as_each_other(llm: LLM, monkeypatch:
     shapes: set[tuple[int, ...]] = set()
     real = llm.runner.run
 
-    def run_and_look(runs: Sequence[Any]) -> Any:
+    def run_and_look(runs: Sequence[Any], *ids: Any) -> Any:
         shapes.add(tuple(r.n for r in runs if r.answers))
-        return real(runs)
+        return real(runs, *ids)
 
     monkeypatch.setattr(llm.runner, "run", run_and_look)
     told = {}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from headwise.engine.request import Sampling
-from headwise.engine.sample import Sampler, best_of
+from headwise.engine.sample import Draw, Sampler, tokens
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-300, 1e-40, 1e-9])
@@ -26,10 +26,60 @@ def test_a_temperature_divides_the_logits() -> None:
     assert abs(drawn / 4000 - 0.9) < 0.02
 
 
+def test_chances_are_those_of_the_filters() -> None:
+    """Top-k 3 of five leaves 4:2:1; top-p 0.8 then leaves 4:2, which pass it together; min-p 0.6 leaves the first alone."""
+    logits = torch.tensor([0.0, 2.0, -1.0, 4.0, 1.0]).exp2().log().expand(4, -1)  # chances 1:4:0.5:16:2, over 23.5
+    numbers = [(i + 0.5) / 2000 for i in range(2000)]
+
+    def counted(sampling: Sampling) -> list[int]:
+        drawn = [int(t) for i in range(0, 2000, 4) for t in tokens(logits, [Draw(sampling, u) for u in numbers[i : i + 4]])]
+        return [drawn.count(token) for token in range(5)]
+
+    shares = counted(Sampling(temperature=1.0))
+    assert [round(n / 2000 * 23.5, 1) for n in shares] == [1.0, 4.0, 0.5, 16.0, 2.0]
+    shares = counted(Sampling(temperature=1.0, top_k=3))
+    assert [round(n / 2000 * 22, 1) for n in shares] == [0.0, 4.0, 0.0, 16.0, 2.0]
+    shares = counted(Sampling(temperature=1.0, top_p=0.8))
+    assert [round(n / 2000 * 20, 1) for n in shares] == [0.0, 4.0, 0.0, 16.0, 0.0]
+    assert counted(Sampling(temperature=1.0, min_p=0.3)) == [0, 0, 0, 2000, 0]
+
+
+def test_a_row_is_drawn_as_it_would_be_alone() -> None:
+    """Rows of one step with settings of their own: one row's filter or temperature taken for another's."""
+    torch.manual_seed(0)
+    logits = torch.randn(11, 501) * 3
+    settings = [Sampling(temperature=t, top_k=k, top_p=p, min_p=m) for t, k, p, m in [
+        (0.0, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (0.7, 5, 1.0, 0.0), (2.0, 0, 0.9, 0.0), (1.0, 40, 0.5, 0.1), (1.5, 0, 1.0, 0.2),
+        (0.0, 3, 0.1, 0.0), (1e-40, 0, 1.0, 0.0), (1.0, 10_000, 1.0, 0.0), (0.3, 1, 1.0, 0.0), (1.0, 0, 0.999, 0.0),
+    ]]  # fmt: skip
+    draws = [Draw(s, u) for s, u in zip(settings, torch.rand(11).tolist(), strict=True)]
+    together = tokens(logits, draws).tolist()
+
+    assert together[7] == int(logits[7].argmax()) and together[9] == int(logits[9].argmax())
+    assert together == [int(tokens(logits[i : i + 1], draws[i : i + 1])) for i in range(11)]
+    assert tokens(logits[:2], [Draw(settings[1], 1.0 - 2**-60)] * 2).max() < 501  # a number that fp32 rounds to 1
+
+
+def test_numbers_are_those_of_the_tokens_that_were_taken() -> None:
+    """A refused draft takes no number away: the seed's next token is the same with and without drafts."""
+    logits, sampling = torch.randn(40, 64), Sampling(temperature=1.0, seed=5)
+    one, drafting = Sampler(sampling), Sampler(sampling)
+    alone = [one.token(logits[i]) for i in range(40)]
+
+    said: list[int] = []
+    while len(said) < 36:
+        drawn = tokens(logits[len(said) : len(said) + 4], drafting.draws(4)).tolist()
+        for i in range(1 + len(said) % 3):  # as many as were accepted
+            said.append(drafting.token(logits[len(said)], None, drawn[i]))
+    assert said == alone[: len(said)]
+    assert [d.u for d in one.draws(3, after=2)] == [d.u for d in one.draws(5)][2:]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_best_token_of_each_row_is_that_of_its_largest_logit(dtype: torch.dtype) -> None:
     logits = torch.randn(5, 1001).to(dtype)
     logits[[0, 1, 2, 3, 4], [1000, 0, 7, 512, 999]] = 9.0
 
-    assert best_of(logits) == [1000, 0, 7, 512, 999]
-    assert best_of(logits[:0]) == []
+    draws = [Draw(Sampling())] * 5
+    assert tokens(logits, draws).tolist() == [1000, 0, 7, 512, 999]
+    assert tokens(logits[:0], []).tolist() == []

@@ -38,6 +38,11 @@ HEADS = [  # name, T, position, H, G, A, pairs, one, owns, normed, v normed, rin
     ("llama", 3, 9, 3, 1, 64, 32, False, True, False, False, 0, "q4_0"),
     ("exaone without rope", 2, 3, 4, 2, 128, 0, False, True, True, False, 0, "f16"),
     ("odd pairs", 2, 3, 2, 1, 128, 20, False, True, True, True, 7, "q8_0"),
+    ("many: sliding", K.FEW + 3, 39, 2, 1, 256, 128, False, True, True, True, 80, "f16"),
+    ("many: global q8_0", K.FEW + 3, 11, 2, 1, 512, 64, True, True, True, True, 0, "q8_0"),
+    ("many: global q4_0", K.FEW + 2, 0, 2, 1, 512, 64, True, True, True, True, 0, "q4_0"),
+    ("many: fp8", K.FEW + 1, 2, 2, 2, 128, 64, False, True, True, False, 0, "fp8"),
+    ("many: shared", K.FEW + 5, 2, 3, 0, 64, 32, False, False, False, False, 0, "f16"),
 ]
 
 
