@@ -27,10 +27,12 @@ from torch import Tensor
 from headwise.bench.engine import random_blocks
 from headwise.kernels import experts as X
 from headwise.kernels import router as R
+from headwise.kernels import skinny as S
+from headwise.kernels.arrange import arrange_pairs
 from headwise.kernels.expand import expand
 from headwise.kernels.matvec import quantise
 from headwise.kernels.tiled import Planes
-from headwise.planner.workspace import order_values
+from headwise.planner.workspace import PAIR_TILE, arranged_values, order_values
 from headwise.weights.blocks import dequantise
 from headwise.weights.retile import empty, retile
 
@@ -40,6 +42,7 @@ LAYERS = 3  # in rotation
 dtype = torch.bfloat16
 ALONE = [(4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8), (2, 1024, 2), (4, 512, 2), (2, 2048, 4), (8, 1024, 4)]
 INTEGERS = [(32, 1, 4), (64, 2, 4), (16, 1, 4), (64, 1, 4), (16, 1, 2), (32, 2, 2), (8, 1, 1), (8, 1, 2), (16, 1, 1)]
+ARRANGED = [S.EXPERTS, S.Config(128, 4, registers=128), S.Config(64, 4, registers=128), S.Config(32, 2, registers=128)]
 # pairs of a tile: rows, values of K, warps and stages of a launch, gated and not
 GROUPED = {
     16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((64, 64, 4, 4), (64, 64, 4, 5)), ((32, 64, 4, 5), (128, 64, 4, 4))],
@@ -285,6 +288,34 @@ def main(out: str, seconds: float) -> None:
                     report(f"integers, {name}", T, f"{c}{' sorted' if listed else ''}", us, wrong, tb_s=T * K * size / us / 1e6)
         report("quantise", T, "", microseconds([partial(quantise, x, words, planes=X.PLANES)] * 20), 0.0)
         report("gate_integers", T, "", microseconds([partial(X.gate_integers, both, chosens[0].ids_TK, GATE, more)] * 20), 0.0)
+    for T in (1, 2, 4, 8, 16, 32, 64):
+        x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in stacks]
+        orders = [
+            R.order(k.ids_TK, E, PAIR_TILE, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")) for k in chosens
+        ]
+        both, y, into = room(T * K, 2 * W), room(T * K, D), room(T, D)
+        tile = room(min(T * K, T * K // PAIR_TILE + E) * arranged_values(PAIR_TILE, D))
+        more = torch.empty_like(tile)
+        used = statistics.mean(int(k.ids_TK.unique().numel()) for k in chosens)
+        for c in ARRANGED:
+            first = [
+                partial(S.skinny_experts, arrange_pairs(x, o, E, torch.empty_like(tile)), s[0][0], both, by_pair=False, config=c)
+                for s, o in zip(stacks, orders, strict=True)
+            ]
+            first[0]()
+            gated = arrange_pairs(both, orders[0], E, more, GATE)
+            second = [
+                partial(S.skinny_experts, gated._replace(order=o), s[1][0], y, by_pair=True, config=c)
+                for s, o in zip(stacks, orders, strict=True)
+            ]
+            second[0]()
+            wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], stacks[0][0][1], stacks[0][1][1]))
+            for name, calls, size in (("gate and up", first, 2 * W * D * 4.5 / 8), ("down", second, W * D * 5.5 / 8)):
+                us = microseconds(calls * 6)
+                report(f"arranged, {name}", T, f"{c.rows} x {c.warps}", us, wrong, tb_s=used * size / us / 1e6)
+        us = microseconds([partial(arrange_pairs, x, orders[0], E, tile)] * 20)
+        report("arrange_pairs", T, "", us, 0.0)
+        report("arrange_pairs, gated", T, "", microseconds([partial(arrange_pairs, both, orders[0], E, tile, GATE)] * 20), 0.0)
     for n in (16, 64):
         tile = room(n * 2 * W * D)
         whole = stacks[0][0][0].tall()

@@ -17,8 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.kernels.gates import ACTIVATIONS, Gate, gated
+from headwise.kernels.router import Order
 from headwise.kernels.stored import in_turn, overlap
-from headwise.planner.workspace import SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
+from headwise.planner.workspace import PAIR_TILE, SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
 
 STEP = SKINNY_STEP // 32  # groups that `skinny` takes at a time
 TYPES = (torch.bfloat16, torch.float16)
@@ -77,6 +79,64 @@ def arrange(x_TK: Tensor, room: Tensor) -> Arranged:
         x_TK, out.values, x_TK.stride(0), T, K, TP=TP, STEP=STEP, num_warps=4, **overlap(x_TK)
     )
     return out
+
+
+class ArrangedPairs(NamedTuple):
+    """Rows of pairs, arranged a tile of one expert after the other."""
+
+    values: Tensor
+    shape: tuple[int, int]  # pairs, K
+    order: Order
+
+
+@triton.jit(do_not_specialize=["n_experts", "per_row", "K", "x_stride"])
+def _arrange_pairs(
+    x, bias_a, bias_b, pairs, starts, first, experts, out, n_experts, per_row, K, x_stride,
+    ACT: tl.constexpr, BIAS: tl.constexpr, TP: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    in_turn(PDL)
+    tile = tl.program_id(1)
+    if tile < tl.load(first + n_experts):
+        expert = tl.load(experts + tile)
+        r = tl.arange(0, TP * G)[:, None]
+        t, group, e = r // G, tl.program_id(0) * G + r % G, tl.arange(0, 32)[None, :]
+        at = tl.load(starts + expert) + (tile - tl.load(first + expert)) * TP + t
+        k = group * 32 + e
+        ok = (at < tl.load(starts + expert + 1)) & (k < K)
+        row = at if ACT >= 0 else tl.load(pairs + at, mask=ok, other=0) // per_row
+        p = x + row.to(tl.int64) * x_stride + k
+        v = tl.load(p, mask=ok, other=0.0)
+        if ACT >= 0:
+            a, u = v.to(tl.float32), tl.load(p + K, mask=ok, other=0.0).to(tl.float32)
+            if BIAS:
+                a += tl.load(bias_a + expert * K + k, mask=k < K, other=0.0)
+                u += tl.load(bias_b + expert * K + k, mask=k < K, other=0.0)
+            v = tl.where(ok, gated(a, u, ACT), 0.0).to(out.dtype.element_ty)
+        steps = tl.cdiv(K, 32 * STEP) * STEP
+        tl.store(out + tile * (steps * 32 * TP) + arranged_at(group, e, t, TP), v, mask=group < steps)
+
+
+def arrange_pairs(x: Tensor, order: Order, n_experts: int, room: Tensor, gate: Gate | None = None) -> ArrangedPairs:
+    """The rows of each pair's token, of `x` (T, K); or with `gate` act(x[:, :K]) * x[:, K:] of rows in the order of `order`.
+
+    Raises:
+        ValueError: no whole groups of 32, tiles of other than 8 pairs, or too little room.
+    """
+    P, K = order.pairs_P.shape[0], x.shape[1] // (1 if gate is None else 2)
+    tiles, values = order.tiles(n_experts), arranged_values(order.tile_rows, K)
+    if K % 32 or order.tile_rows != PAIR_TILE or P % x.shape[0] or (gate is not None and x.shape[0] != P):
+        raise ValueError(f"arrange_pairs: {tuple(x.shape)} for {P} pairs in tiles of {order.tile_rows}: {PAIR_TILE}, K whole 32s")
+    if room.dtype != x.dtype or room.dtype not in TYPES or room.numel() < tiles * values or x.stride(1) != 1:
+        raise ValueError(f"arrange_pairs: {room.numel()} {room.dtype}, not {tiles} tiles of {values} of {x.dtype}, {x.stride()}")
+    out = room.flatten()[: tiles * values]
+    some = gate is not None and gate.gate_bias_EW is not None
+    biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
+    _arrange_pairs[(triton.cdiv(values // (32 * PAIR_TILE), 8), tiles)](
+        x, *biases, *order[:4], out, n_experts, P // x.shape[0], K, x.stride(0),
+        ACT=-1 if gate is None else ACTIVATIONS[gate.activation].value, BIAS=some, TP=PAIR_TILE, STEP=STEP, G=8, num_warps=4,
+        **overlap(x),
+    )  # fmt: skip
+    return ArrangedPairs(out, (P, K), order)
 
 
 def reference(x_TK: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ Source    transformers 5.23 Gemma4TextExperts, Qwen3MoeExperts, GptOssExperts (i
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -22,24 +22,14 @@ from torch import Tensor
 from triton import knobs
 
 from headwise.kernels.configs import Arch
+from headwise.kernels.gates import ACTIVATIONS, ALPHA, LIMIT, Gate, gated
 from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, to_integers
 from headwise.kernels.router import Chosen, Order
 from headwise.kernels.stored import device_arch, in_turn, overlap
 from headwise.kernels.tiled import LAYOUTS, Q4_K, Q5_K, Q6_K, Q8_0, Planes, pointers
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative error of the weighted sum
-SILU, GELU, CLAMPED = (tl.constexpr(i) for i in range(3))
-ACTIVATIONS: dict[str, Any] = {"silu": SILU, "gelu_tanh": GELU, "swiglu_clamped": CLAMPED}
-ALPHA, LIMIT = tl.constexpr(1.702), tl.constexpr(7.0)  # gpt-oss; transformers 5.23 GptOssConfig
 PLANES = 2  # of the integers, see `matvec`
-
-
-class Gate(NamedTuple):
-    """What becomes of the two halves: act(gate + its bias) * (up + its bias); biases (E, W) in fp32."""
-
-    activation: str
-    gate_bias_EW: Tensor | None = None
-    up_bias_EW: Tensor | None = None
 
 
 class Launch(NamedTuple):
@@ -95,17 +85,6 @@ def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int) -> 
 
 
 @triton.jit
-def _gated(g, u, ACT: tl.constexpr):
-    if ACT == CLAMPED:
-        g = tl.minimum(g, LIMIT)
-        return g / (1.0 + tl.exp(-ALPHA * g)) * (tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + 1.0)
-    elif ACT == GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
-        return g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g))) * u
-    else:
-        return g / (1.0 + tl.exp(-g)) * u
-
-
-@triton.jit
 def _pairs(
     x, ids, a, b, bias_a, bias_b, out, N, K, expert_stride, pairs_a_row, GATED: tl.constexpr, ACT: tl.constexpr,
     BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
@@ -132,7 +111,7 @@ def _pairs(
         u = tl.sum(acc_b, 1)
         if BIAS:
             u += tl.load(bias_b + e * N + n, mask=n < N, other=0)
-        y = _gated(y, u, ACT)
+        y = gated(y, u, ACT)
     tl.store(out + p.to(tl.int64) * N + n, y.to(out.dtype.element_ty), mask=n < N)
 
 
@@ -176,7 +155,7 @@ def _gate_integers(
         e = tl.load(ids + p)
         a += tl.load(bias_a + e * W + n, mask=ok, other=0)
         u += tl.load(bias_b + e * W + n, mask=ok, other=0)
-    to_integers(_gated(a, u, ACT), out + (p * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES)
+    to_integers(gated(a, u, ACT), out + (p * groups + g)[:, None] * (8 * PLANES + 4), ok, PLANES)
 
 
 @triton.jit(do_not_specialize=["first_expert", "n_experts"])
@@ -217,7 +196,7 @@ def _grouped(
         if GATED:
             if BIAS:
                 acc_b += tl.load(bias_b + e * N + n, mask=n < N, other=0)[None, :]
-            acc = _gated(acc, acc_b, ACT)
+            acc = gated(acc, acc_b, ACT)
         to = (at if GATED else pair).to(tl.int64)
         tl.store(out + to[:, None] * N + n[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (n < N)[None, :])
 

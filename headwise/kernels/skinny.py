@@ -7,7 +7,9 @@ what it reads of the planes is one operand of `mma.sync`, and its scale is worke
 the other operand is read (`kernels.arrange`). Both cross shared memory as they are stored, copied a step ahead. K is shared out
 between programs where rows are few; each leaves a partial sum and the last to finish adds them up, in the order of K.
 
-Shapes    x in bf16 or f16, to 64 rows; W in planes (`tiled.Planes`); out_TN in the type of x.
+Of a stack of experts a program takes a tile of up to 8 pairs (token, choice) of one expert, which it finds by `router.Order`.
+
+Shapes    x in bf16 or f16, to 64 rows; W in planes (`tiled.Planes`), a matrix or a stack; out_TN in the type of x.
 Accuracy  Weights become x's type: scale and minimum rounded, then one multiply-add; sums in fp32.
 Cost      the bytes of W once; 2.4 instructions a weight of q4_k where rows are few, half of them on integers. Measured by
           benchmarks/skinny.py.
@@ -26,9 +28,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from headwise.kernels.arrange import STEP, Arranged
+from headwise.kernels.arrange import STEP, Arranged, ArrangedPairs
 from headwise.kernels.stored import overlap
-from headwise.kernels.tiled import LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
+from headwise.kernels.tiled import EIGHT, LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
 from headwise.planner.workspace import SKINNY_ROWS, padded
 
 PLAIN = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 1, [1, 0]))
@@ -42,6 +44,9 @@ class Config(NamedTuple):
     stages: int = 2
     splits: int = 1
     registers: int = 128  # most a thread
+
+
+EXPERTS = Config(64, 2, registers=168)  # of an expert's few pairs
 
 
 @gluon.constexpr_function
@@ -363,11 +368,11 @@ def _plane(
         async_copy.async_copy_global_to_shared(to, at)
 
 
-@gluon.jit(do_not_specialize=["N", "groups", "T", "out_stride", "share", "splits"])
+@gluon.jit(do_not_specialize=["N", "groups", "T", "out_stride", "share", "splits", "n_experts"])
 def _skinny(
-    x_ptr, low, high, head, out, part, done, N, groups, T, out_stride, share, splits,
-    KIND: gl.constexpr, TP: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr, STAGES: gl.constexpr,
-    MASKED: gl.constexpr, BF16: gl.constexpr, PDL: gl.constexpr,
+    x_ptr, low, high, head, out, part, done, pairs, starts, first, experts, N, groups, T, out_stride, share, splits, n_experts,
+    EXPERTS: gl.constexpr, BY_PAIR: gl.constexpr, KIND: gl.constexpr, TP: gl.constexpr, ROWS: gl.constexpr, WARPS: gl.constexpr,
+    STAGES: gl.constexpr, MASKED: gl.constexpr, BF16: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     E: gl.constexpr = ROWS // 8
     dtype: gl.constexpr = gl.bfloat16 if BF16 else gl.float16
@@ -387,13 +392,29 @@ def _skinny(
     xs = gl.allocate_shared_memory(dtype, [STAGES, 8, TP * 32], gl.SwizzledSharedLayout(8, 1, 1, [1, 0]))
 
     eights = (N + 7) // 8
-    begin = gl.program_id(1) * share
+    split = 0 if EXPERTS else gl.program_id(1)
+    begin = split * share
     end = gl.minimum(begin + share, (groups + 7) // 8)
+    row = 0
+    if EXPERTS:  # a tile of pairs of one expert; which, the router may just have said
+        if PDL:
+            gdc_wait()
+        tile = gl.program_id(1)
+        live = tile < gl.load(first + n_experts)
+        expert = gl.load(experts + gl.where(live, tile, 0))
+        row = gl.load(starts + expert) + (tile - gl.load(first + expert)) * TP
+        T = gl.where(live, gl.minimum(gl.load(starts + expert + 1) - row, TP), 0)
+        end = gl.where(live, end, begin)
+        of = expert.to(gl.int64) * eights * groups
+        low += of * (LOW // 8)
+        high += of * (HIGH // 8)
+        head += of * (HEAD + 4) // 8 if KIND == Q6_K else of * HEAD // 8
+        x_ptr += tile * ((groups + 7) // 8 * (8 * TP * 32))
     for i in gl.static_range(STAGES - 1):
         if begin + i < end:
             _copy_planes(low, high, head, begin + i, groups, eights, lows.index(i), highs.index(i), heads.index(i),
                          mores.index(i), KIND, ROWS, WARPS, MASKED)  # fmt: skip
-    if PDL:  # nobody writes weights; x may just have been
+    if PDL and not EXPERTS:  # nobody writes weights; x may just have been
         gdc_wait()
     for i in gl.static_range(STAGES - 1):
         if begin + i < end:
@@ -446,12 +467,14 @@ def _skinny(
     n = gl.program_id(0) * ROWS + gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, ol)), 1)
     t = gl.expand_dims(gl.arange(0, TP, gl.SliceLayout(0, ol)), 0)
     ok = (n < N) & (t < T)
+    if EXPERTS:
+        t = gl.load(pairs + row + t, mask=t < T, other=0) if BY_PAIR else row + t
     where = t * out_stride + n
-    if splits == 1:
+    if splits == 1 or EXPERTS:
         gl.store(out + where, y.to(dtype), mask=ok)
     else:
         mine = t * N + n
-        gl.store(part + gl.program_id(1) * T * N + mine, y, mask=ok)
+        gl.store(part + split * T * N + mine, y, mask=ok)
         gl.thread_barrier()
         if gl.atomic_add(done + gl.program_id(0), 1, sem="acq_rel") == splits - 1:
             y = gl.zeros([ROWS, TP], gl.float32, ol)
@@ -538,11 +561,7 @@ def skinny(
         raise ValueError(f"skinny: ({T}, {K}) by a matrix of ({N}, {w.K}) into {tuple(out_TN.shape)} of strides {out_TN.stride()}")
     if out_TN.dtype != x.values.dtype:
         raise ValueError(f"skinny: activations of {x.values.dtype} into {out_TN.dtype}, not alike")
-    planes = [w.low if p is None else p for p in (w.low, w.high, w.head)]
-    if not all(p.is_contiguous() for p in planes):
-        raise ValueError(f"skinny: planes of strides {w.low.stride()} and {w.head.stride()} for {N} rows, not contiguous")
-    if c.rows % (16 * c.warps) or c.warps not in (1, 2, 4, 8):
-        raise ValueError(f"skinny: {c.rows} rows by {c.warps} warps, not 16 or more by 1, 2, 4 or 8")
+    planes = _words(w, c)
     programs, groups = -(-N // c.rows), K // 32
     part = count = out_TN
     if c.splits > 1:
@@ -552,9 +571,38 @@ def skinny(
             raise ValueError(f"skinny: {c.splits} splits need {programs} int32 zeros, got {done}")
         part, count = scratch, done
     _skinny[(programs, c.splits)](
-        x.values, *(p.view(torch.int32) for p in planes), out_TN, part, count, N, groups, T, out_TN.stride(0),
-        -(-groups // (STEP * c.splits)), c.splits, KIND=LAYOUTS[w.type].kind, TP=padded(T), ROWS=c.rows, WARPS=c.warps,
+        x.values, *planes, out_TN, part, count, *[count] * 4, N, groups, T, out_TN.stride(0), -(-groups // (STEP * c.splits)),
+        c.splits, 0, EXPERTS=False, BY_PAIR=False, KIND=LAYOUTS[w.type].kind, TP=padded(T), ROWS=c.rows, WARPS=c.warps,
         STAGES=c.stages, MASKED=groups % STEP != 0, BF16=x.values.dtype == torch.bfloat16, num_warps=c.warps,
         maxnreg=c.registers, **overlap(out_TN),
     )  # fmt: skip
     return out_TN
+
+
+def skinny_experts(x: ArrangedPairs, w: Planes, out_PN: Tensor, *, by_pair: bool, config: Config | None = None) -> Tensor:
+    """Each pair's product with its expert of a stack, into rows in the order of `x.order`, or with `by_pair` of the pairs.
+
+    Raises:
+        ValueError: shapes, strides or types this kernel does not take, with both numbers.
+    """
+    (P, K), N, order, c = x.shape, w.rows, x.order, config or EXPERTS
+    if w.low.dim() != 3 or w.K != K or tuple(out_PN.shape) != (P, N) or out_PN.stride(1) != 1 or N % EIGHT:
+        raise ValueError(f"skinny_experts: ({P}, {K}) by a stack {tuple(w.low.shape)} of ({N}, {w.K}) into {tuple(out_PN.shape)}")
+    if out_PN.dtype != x.values.dtype:
+        raise ValueError(f"skinny_experts: activations of {x.values.dtype} into {out_PN.dtype}, not alike")
+    groups, E = K // 32, w.low.shape[0]
+    _skinny[(-(-N // c.rows), order.tiles(E))](
+        x.values, *_words(w, c), out_PN, out_PN, out_PN, *order[:4], N, groups, 0, out_PN.stride(0), -(-groups // STEP), 1, E,
+        EXPERTS=True, BY_PAIR=by_pair, KIND=LAYOUTS[w.type].kind, TP=order.tile_rows, ROWS=c.rows, WARPS=c.warps, STAGES=c.stages,
+        MASKED=groups % STEP != 0, BF16=x.values.dtype == torch.bfloat16, num_warps=c.warps, maxnreg=c.registers, **overlap(out_PN),
+    )  # fmt: skip
+    return out_PN
+
+
+def _words(w: Planes, c: Config) -> list[Tensor]:
+    planes = [w.low if p is None else p for p in (w.low, w.high, w.head)]
+    if not all(p.is_contiguous() for p in planes):
+        raise ValueError(f"skinny: planes of strides {w.low.stride()} and {w.head.stride()} for {w.rows} rows, not contiguous")
+    if c.rows % (16 * c.warps) or c.warps not in (1, 2, 4, 8):
+        raise ValueError(f"skinny: {c.rows} rows by {c.warps} warps, not 16 or more by 1, 2, 4 or 8")
+    return [p.view(torch.int32) for p in planes]

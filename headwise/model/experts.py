@@ -1,7 +1,8 @@
 """Routed experts on our kernels: the chosen ones read from the device, nothing synchronised, so that a step can be recorded.
 
-Few tokens: each pair (token, choice) by itself, quantised experts as integers. Many: pairs sorted by expert, a grouped product;
-quantised experts are expanded before, as many at a time as the tile holds. `model.mlp` has the plain form.
+One token: each pair (token, choice) by itself; more: pairs sorted by expert, a grouped product. Quantised experts meet up to 4
+tokens as integers, up to 64 on the tensor cores where those kernels run (elsewhere up to 160 as integers), and are expanded before
+more, as many at a time as the tile holds. `model.mlp` has the plain form.
 
 Legend: T tokens, D hidden size, W width, E experts, K experts per token, P = T * K pairs.
 """
@@ -14,12 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from headwise.model.arena import Arena
-from headwise.planner.workspace import EXPERT_ROWS
+from headwise.planner.workspace import EXPERT_ROWS, PAIR_TILE
 from headwise.spec.layers import MoeSpec
 from headwise.weights.blocks import BlockTensor
 
 STACKS = ("experts_gate", "experts_up", "experts_down")
 ALONE_ROWS = 1  # tokens whose pairs each read their expert; with more, experts that several chose are read once
+INTEGER_ROWS = 4  # tokens whose quantised experts are fastest with integers
 TILES = ((12, 16), (48, 64))  # up to so many pairs an expert, a tile has so many; else 128
 
 
@@ -53,9 +55,12 @@ def routed(
         X.pairs(h, chosen.ids_TK, (w["experts_gate"], w["experts_up"]), gated, gate)
         X.pairs(gated, chosen.ids_TK, (w["experts_down"],), y)
         return _sum(X, w, y, chosen, out, beside, arena)
-    tile_rows = next((rows for most, rows in TILES if most >= T * K // E), 128)
+    arranged = not floats and INTEGER_ROWS < T <= arena.room.skinny_rows
+    tile_rows = PAIR_TILE if arranged else next((rows for most, rows in TILES if most >= T * K // E), 128)
     order = R.order(chosen.ids_TK, E, tile_rows, arena.take("expert.order", arena.size("expert.order"))) if T > 1 else None
-    if not floats and T <= EXPERT_ROWS:
+    if arranged:
+        _arranged(w, h, order, gate, y, arena)
+    elif not floats and T <= EXPERT_ROWS:
         _as_integers(w, h, chosen.ids_TK, gate, y, arena, None if order is None else order.pairs_P)
     else:
         assert order is not None
@@ -68,6 +73,22 @@ def routed(
 
 def _sum(X: Any, w: Mapping[str, Any], y: Tensor, chosen: Any, out: Tensor, beside: Any, arena: Arena) -> Tensor:
     return X.combine(y, chosen, out, w.get("experts_down_bias"), beside=beside, eps=arena.eps_value)
+
+
+def _arranged(w: Mapping[str, Any], h: Tensor, order: Any, gate: Any, y: Tensor, arena: Arena) -> None:
+    from headwise.kernels.arrange import arrange_pairs
+    from headwise.kernels.skinny import skinny_experts
+
+    P, E, W, room = y.shape[0], w["experts_gate"].low.shape[0], w["experts_gate"].rows, arena.room.tile
+    assert room is not None  # planned for every step whose rows are arranged
+    both = arena.take("expert.gated", P, 2 * W)
+    given = arrange_pairs(h, order, E, room)
+    if "experts_gate_up" in w:
+        skinny_experts(given, w["experts_gate_up"], both, by_pair=False)
+    else:  # of two types
+        skinny_experts(given, w["experts_gate"], both[:, :W], by_pair=False)
+        skinny_experts(given, w["experts_up"], both[:, W:], by_pair=False)
+    skinny_experts(arrange_pairs(both, order, E, room, gate), w["experts_down"], y, by_pair=True)
 
 
 def _as_integers(w: Mapping[str, Any], h: Tensor, ids_TK: Tensor, gate: Any, y: Tensor, arena: Arena, order: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from math import prod
 from typing import Literal
 
 from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
-from headwise.spec.layers import Kind, LayerSpec, ModelSpec
+from headwise.spec.layers import Kind, LayerSpec, ModelSpec, MoeSpec
 from headwise.spec.rope import RopeSpec
 
 ITEM_BYTES: Mapping[str, int] = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "i64": 8}
@@ -26,7 +26,8 @@ SKINNY_ROWS, SKINNY_STEP = 64, 256  # most rows that are arranged, in the tile, 
 QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are shared out, and counters of programs
 EXPERT_ROWS = 160  # tokens whose pairs meet quantised experts as integers, each pair by itself
 ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
-ORDER_TILE, ORDER_BLOCK = 16, 128  # pairs of the smallest tile, and of a program that sorts
+PAIR_TILE = 8  # pairs of a tile whose rows are arranged
+ORDER_TILE, ORDER_BLOCK = PAIR_TILE, 128  # pairs of the smallest tile, and of a program that sorts
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
 
@@ -54,6 +55,12 @@ def padded(T: int) -> int:
 def arranged_values(T: int, K: int) -> int:
     """Values of T rows of K as `kernels.arrange` writes them."""
     return padded(T) * -(-K // SKINNY_STEP) * SKINNY_STEP
+
+
+def arranged_pair_values(n_tokens: int, moe: MoeSpec, hidden: int) -> int:
+    """The most values of the rows of all pairs of a step, arranged by tiles of an expert."""
+    P = n_tokens * moe.n_active
+    return min(P, P // PAIR_TILE + moe.n_experts) * arranged_values(PAIR_TILE, max(hidden, moe.width))
 
 
 def order_values(n_tokens: int, n_experts: int, n_active: int) -> int:
@@ -216,7 +223,8 @@ def workspace(
     if block_weights or plane_values:
         expert = max((2 * m.width * D for m in moes), default=0) if fused_experts and plane_values else 0  # gate and up
         arranged = arranged_values(SKINNY_ROWS, widest) if plane_values else 0
-        tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged)
+        of_pairs = (arranged_pair_values(min(C, SKINNY_ROWS), m, D) for m in moes if expert)
+        tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged, *of_pairs)
         add("weight.tile", "always", max(tile, DEQUANT_TILE_VALUES if block_weights else 0))
     if block_weights:
         add("weight.tile on the way", "always", DEQUANT_TILE_VALUES * DEQUANT_TEMP_BYTES // 4, kind="f32", reserved=True)

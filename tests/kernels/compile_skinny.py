@@ -10,9 +10,10 @@ from kernels.compile_rows import SHARED
 from kernels.compiling import Compiled
 
 import headwise.kernels.arrange as A
+import headwise.kernels.router as R
 import headwise.kernels.skinny as S
 from headwise.kernels.tiled import LAYOUTS
-from headwise.planner.workspace import arranged_values, padded
+from headwise.planner.workspace import PAIR_TILE, arranged_values, padded
 from headwise.weights.retile import empty
 
 N = 5376
@@ -42,6 +43,23 @@ def compile_one(type_name: str, T: int, capability: int, dtype: torch.dtype) -> 
     }  # fmt: skip
 
 
+def experts(type_name: str, capability: int) -> dict[str, object]:
+    K, E = 2816 if LAYOUTS[type_name].block == 256 else 704, 128
+    stand_in, kernels = Compiled(S._skinny, capability), (A._arrange_pairs, S._skinny)
+    A._arrange_pairs, S._skinny = Compiled(A._arrange_pairs, capability), stand_in
+    order = R.Order(*(torch.zeros(n, dtype=torch.int32) for n in (32, E + 1, E + 1, 32 + E)), PAIR_TILE)
+    x = A.arrange_pairs(torch.empty(4, K, dtype=torch.bfloat16), order, E, torch.empty(2**20, dtype=torch.bfloat16))
+    S.skinny_experts(x, empty(type_name, (E, N, K), "cpu"), torch.empty(32, N, dtype=torch.bfloat16), by_pair=True)
+    A._arrange_pairs, S._skinny = kernels
+    r = stand_in.reports[0]
+    return {
+        "type": type_name, "T": "experts", "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
+        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, PAIR_TILE, S.EXPERTS),
+        "shared_limit": SHARED[capability], "products": r.ptx.count("mma.sync.aligned.m16n8k16"),
+        "wanted": 16 * (S.EXPERTS.rows // (16 * S.EXPERTS.warps)), "copies": r.ptx.count("cp.async.cg.shared.global"),
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     both = torch.bfloat16, torch.float16
     jobs = [
@@ -49,5 +67,8 @@ if __name__ == "__main__":
         for i, name in enumerate(LAYOUTS)
         for T, card, dtype in ((1, 90, 0), ((33, 17)[i % 2], 90, i % 2), ((9, 32)[i % 2], (80, 86, 89)[i % 3], 0))
     ]
-    for job in jobs[int(sys.argv[1]) :: 2]:
+    part = int(sys.argv[1])
+    for job in jobs[part::2]:
         print(json.dumps(compile_one(*job)), flush=True)
+    for name, card in (("q4_k", 90), ("q5_0", 86), ("q8_0", 90), ("q6_k", 80))[part::2]:
+        print(json.dumps(experts(name, card)), flush=True)
