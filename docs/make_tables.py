@@ -190,6 +190,28 @@ def engine(result: str = "engine_h200", models: Sequence[str] = ()) -> str:
     return table("| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |", rows, above)
 
 
+def prefill_line() -> str:
+    found = newest("prefill_line_h200")
+    versions = [f"{who} {found[who.replace('.', '_')]}" for who in ("torch", "transformers", "llama.cpp")]
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {', '.join(versions)}: {found['model']}, random weights, "
+        f"chunks of {found['chunk']:,}; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
+    )
+    for s in found["stopped"]:
+        above += f" {s['who']} ends before {s['tokens']:,} tokens: {s['why'].rstrip('.')}."
+    by = {(r["who"], r["weights"], r["tokens"]): r for r in found["rows"]}
+    engines = list(dict.fromkeys(key[:2] for key in by))
+    rows = []
+    for tokens in sorted({key[2] for key in by}):
+        cells = [f"{tokens:,}"]
+        cells += [f"{by[*engine, tokens]['prefill_tok_s']:,.0f}" if (*engine, tokens) in by else "" for engine in engines]
+        for row in (by.get(("headwise", weights, tokens), {}) for weights in ("bf16", "q4_k_m")):
+            cells += [f"{row['reckoned_s'] / row['prefill_s']:.0%}" if row else "", f"{row['off']:.2f}" if "off" in row else ""]
+        rows.append(cells)
+    head = f"| prompt | {' | '.join(' '.join(engine) for engine in engines)} | bf16 of the arithmetic | a doubling over the "
+    return table(f"{head}arithmetic's | q4_k_m of the arithmetic | a doubling over the arithmetic's |", rows, above)
+
+
 def streams() -> str:
     found = newest("streams_h200")
     compared, wrong = (sum(a[what] for a in found["answers"]) for what in ("compared", "wrong"))
@@ -385,6 +407,10 @@ TABLES = {
     "converter": ("docs/llamacpp.md", converter),
     "tier0": ("docs/tier0.md", tier0),
 }
+
+
+if list(RESULTS.glob("prefill_line_h200_*.json")):
+    TABLES["prefill-line"] = ("docs/measurements.md", prefill_line)
 
 
 def marked(text: str, name: str, table: str) -> str:
