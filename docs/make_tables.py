@@ -45,15 +45,20 @@ def attention() -> str:
         f"{found['gpu']}, {found['date']}, commit {found['commit']}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, "
         f"reads {found['read_tb_s']:.2f} TB/s."
     )
+    if found.get("libraries"):
+        above += f" {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}."
     rows = []
-    for row in found["rows"]:
+    for row in found["rows"] + found.get("refused", []):
         s = row["shape"]
         store = "one tensor" if s["one"] else "two tensors"
         what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
         what += f", window {s['window']}" if s["window"] else ""
+        cells = ("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"])
+        if "why" in row:
+            rows.append((*cells, "", f"refused: {row['why'].replace('|', '/')}", ""))
+            continue
         rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tb_s']:.2f} TB/s"
-        rows.append(("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"], f"{row['us']:,.1f}",
-                     rate, f"{row['fraction']:.0%}"))  # fmt: skip
+        rows.append((*cells, f"{row['us']:,.1f}", rate, f"{row['fraction']:.0%}"))
     return table("| | shape | tokens | KV | who | us | rate | of the card |", rows, above)
 
 
