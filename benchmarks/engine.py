@@ -27,17 +27,11 @@ QUANTISED = ("gemma-4-31b", "gemma-4-26b-a4b")  # also measured in q4_k_m, which
 
 
 def built(name: str) -> Any:
-    """transformers' model of a catalogue entry's shape, random weights in bf16 on the card, sdpa.
-
-    A transformers without Gemma 4's unified kind, whose text model is Gemma 4's, takes that.
-    """
+    """transformers' model of a catalogue entry's shape, random weights in bf16 on the card, sdpa."""
     config = dict(catalogue._entries()[name]["config"])
     if isinstance(config.get("layer_types"), str):
         config["layer_types"] = ["sliding_attention" if c == "S" else "full_attention" for c in config["layer_types"]]
     kind = config.pop("model_type")
-    if kind not in transformers.CONFIG_MAPPING:
-        kind = kind.replace("_unified", "")
-        config |= {"hidden_size_per_layer_input": 0}
     made = transformers.AutoConfig.for_model(kind, **config)
     torch.set_default_dtype(torch.bfloat16)
     try:
