@@ -86,8 +86,8 @@ class Line:
                     prefill(ids)
                     if i or tokens > WARM:
                         times.append(time.perf_counter() - start)
-            except torch.OutOfMemoryError as error:
-                return self.stop(who, weights, tokens, f"out of memory: {error}")
+            except RuntimeError as error:  # out of memory is one
+                return self.stop(who, weights, tokens, f"{type(error).__name__}: {error}")
             took.append(min(times))
             row = {"who": who, "weights": weights, "tokens": tokens, "prefill_s": took[-1], "slowest_s": max(times),
                    "prefill_tok_s": tokens / took[-1]}  # fmt: skip
