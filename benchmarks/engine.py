@@ -26,7 +26,8 @@ DECODED = 12
 QUANTISED = ("gemma-4-31b", "gemma-4-26b-a4b")  # also measured in q4_k_m, which transformers does not run
 
 
-def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+def built(name: str) -> Any:
+    """transformers' model of a catalogue entry's shape, random weights in bf16 on the card, sdpa."""
     config = dict(catalogue._entries()[name]["config"])
     if isinstance(config.get("layer_types"), str):
         config["layer_types"] = ["sliding_attention" if c == "S" else "full_attention" for c in config["layer_types"]]
@@ -35,12 +36,16 @@ def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("cuda"):
-            model = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
+            return transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def theirs(name: str, lengths: tuple[int, ...]) -> list[dict[str, Any]]:
+    model = built(name)
     rows = []
     for length in lengths:
-        ids = torch.randint(3, made.vocab_size, (1, length), device="cuda")
+        ids = torch.randint(3, model.config.vocab_size, (1, length), device="cuda")
         prefill, decode = [], []
         with torch.inference_mode():
             for _ in range(2):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.text import Text
 
 from headwise import api
-from headwise.bench.roofline import svg
+from headwise.bench import prefill_line, roofline
 
 HERE = Path(__file__).parent
 WIDTH = 110
@@ -61,9 +61,11 @@ def draw(name: str, command: str) -> None:
     (HERE / "img" / f"{name}.svg").write_text(console.export_svg(title="headwise", unique_id=name), encoding="utf-8")
 
 
-def roofline() -> str:
-    """docs/img/attention-roofline.svg, of the newest measurement."""
-    return svg(json.loads(max(RESULTS.glob("attention_h200_*.json")).read_text()))
+def drawn() -> dict[str, str]:
+    """The pictures of measurements, each of its newest result; those without one are left out."""
+    makers = {"attention-roofline": ("attention_h200", roofline.svg), "prefill-line": ("prefill_line_h200", prefill_line.svg)}
+    found = {name: (sorted(RESULTS.glob(f"{result}_*.json")), svg) for name, (result, svg) in makers.items()}
+    return {name: svg(json.loads(files[-1].read_text())) for name, (files, svg) in found.items() if files}
 
 
 def table() -> str:
@@ -84,7 +86,8 @@ def main(names: list[str]) -> None:
     (HERE / "img").mkdir(exist_ok=True)
     for name in names or PICTURES:
         draw(name, PICTURES[name])
-    (HERE / "img/attention-roofline.svg").write_text(roofline(), encoding="utf-8")
+    for name, picture in drawn().items():
+        (HERE / f"img/{name}.svg").write_text(picture, encoding="utf-8")
     (HERE / "gemma4-table.md").write_text(table(), encoding="utf-8")
 
 

@@ -45,15 +45,20 @@ def attention() -> str:
         f"{found['gpu']}, {found['date']}, commit {found['commit']}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, "
         f"reads {found['read_tb_s']:.2f} TB/s."
     )
+    if found.get("libraries"):
+        above += f" {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}."
     rows = []
-    for row in found["rows"]:
+    for row in found["rows"] + found.get("refused", []):
         s = row["shape"]
         store = "one tensor" if s["one"] else "two tensors"
         what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
         what += f", window {s['window']}" if s["window"] else ""
+        cells = ("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"])
+        if "why" in row:
+            rows.append((*cells, "", f"refused: {row['why'].replace('|', '/')}", ""))
+            continue
         rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tb_s']:.2f} TB/s"
-        rows.append(("decode" if s["decode"] else "prefill", what, f"{s['length']:,}", s["kv"], row["who"], f"{row['us']:,.1f}",
-                     rate, f"{row['fraction']:.0%}"))  # fmt: skip
+        rows.append((*cells, f"{row['us']:,.1f}", rate, f"{row['fraction']:.0%}"))
     return table("| | shape | tokens | KV | who | us | rate | of the card |", rows, above)
 
 
@@ -188,6 +193,28 @@ def engine(result: str = "engine_h200", models: Sequence[str] = ()) -> str:
         prefill, decode = f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.1f}"
         rows.append((row["model"], row["weights"], row["who"], f"{row['tokens']:,}", prefill, of[0], decode, of[1]))
     return table("| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |", rows, above)
+
+
+def prefill_line() -> str:
+    found = newest("prefill_line_h200")
+    versions = [f"{who} {found[who.replace('.', '_')]}" for who in ("torch", "transformers", "llama.cpp")]
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {', '.join(versions)}: {found['model']}, random weights, "
+        f"chunks of {found['chunk']:,}; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
+    )
+    for s in found["stopped"]:
+        above += f" {s['who']} ends before {s['tokens']:,} tokens: {s['why'].rstrip('.')}."
+    by = {(r["who"], r["weights"], r["tokens"]): r for r in found["rows"]}
+    engines = list(dict.fromkeys(key[:2] for key in by))
+    rows = []
+    for tokens in sorted({key[2] for key in by}):
+        cells = [f"{tokens:,}"]
+        cells += [f"{by[*engine, tokens]['prefill_tok_s']:,.0f}" if (*engine, tokens) in by else "" for engine in engines]
+        for row in (by.get(("headwise", weights, tokens), {}) for weights in ("bf16", "q4_k_m")):
+            cells += [f"{row['reckoned_s'] / row['prefill_s']:.0%}" if row else "", f"{row['off']:.2f}" if "off" in row else ""]
+        rows.append(cells)
+    head = f"| prompt | {' | '.join(' '.join(engine) for engine in engines)} | bf16 of the arithmetic | a doubling over the "
+    return table(f"{head}arithmetic's | q4_k_m of the arithmetic | a doubling over the arithmetic's |", rows, above)
 
 
 def streams() -> str:
@@ -385,6 +412,10 @@ TABLES = {
     "converter": ("docs/llamacpp.md", converter),
     "tier0": ("docs/tier0.md", tier0),
 }
+
+
+if list(RESULTS.glob("prefill_line_h200_*.json")):
+    TABLES["prefill-line"] = ("docs/measurements.md", prefill_line)
 
 
 def marked(text: str, name: str, table: str) -> str:

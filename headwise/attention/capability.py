@@ -21,17 +21,18 @@ PACKAGES = ("flash-attn", "flash-attn-4", "flashinfer-python")  # distributions 
 ALL_KV = ("f32", "f16", "bf16", "fp8", "q8_0", "q4_0")
 
 
+def here(package: str) -> bool:
+    """Whether this Python has the distribution."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 @cache
 def installed() -> frozenset[str]:
     """Those of PACKAGES that this Python has."""
-
-    def here(package: str) -> bool:
-        try:
-            metadata.version(package)
-        except metadata.PackageNotFoundError:
-            return False
-        return True
-
     return frozenset(p for p in PACKAGES if here(p))
 
 

@@ -1,7 +1,8 @@
 """How fast attention is on this card, beside what the card can do and what PyTorch has for the same shape.
 
-Every candidate is compared with the formula in fp64 before it is timed. Prefill: candidates in turn, one launch each round,
-median of the rounds. Decode: launches over caches in rotation, so that the second-level cache is cold, replayed as one graph.
+Every candidate is compared with the formula in fp64 before it is timed. Prefill: PyTorch's operators and the attention libraries
+that are installed beside ours, in turn, one launch each round, median of the rounds; a rival that fails or is wrong is reported,
+not timed. Decode: launches over caches in rotation, so that the second-level cache is cold, replayed as one graph.
 Ceilings are measured in the same run: the best matrix product of several sizes, and reading a gibibyte.
 Operations are useful ones only: 4 * heads * head_dim for each query and each key it sees.
 """
@@ -11,15 +12,19 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib import metadata
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from headwise.attention.capability import DeviceKind
+from headwise.attention.capability import BACKENDS, PACKAGES, DeviceKind, here, need_for
 from headwise.attention.choose import choose_layers
+from headwise.attention.optional import CALLS
 from headwise.cache.storage import LayerCache, Scratch, Span, alone
 from headwise.engine.stage import attend_functions
 from headwise.errors import UsageError
@@ -60,6 +65,19 @@ SHAPES = (
     *(replace(_GLOBAL, length=n) for n in (8192, 32768, 131072)),
     *(replace(_GLOBAL, kv=kv) for kv in ("fp8", "q8_0", "q4_0")),
 )  # fmt: skip
+
+
+Attend = Callable[[], Tensor]
+"""One launch; its result, (T, H, D)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refused:
+    """A rival that takes the shape by its own account, and why it is not timed."""
+
+    shape: Shape
+    who: str
+    why: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +121,7 @@ class Ours:
         )  # fmt: skip
         kind = DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
         fmt = KV_FORMATS[shape.kv]
+        self.kind = kind
         choice = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind)
         self.name = choice[0].backend.name
         self.attend = attend_functions(choice)[0]
@@ -159,42 +178,70 @@ def formula(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Tens
     return out
 
 
-def rivals(ours: Ours) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-    """PyTorch's operators on the same keys, two tensors where they know no other way; those that refuse are left out."""
+def rivals(ours: Ours) -> tuple[Tensor, Iterator[tuple[str, Attend]]]:
+    """The formula's last results over two tensors of the same keys, and who computes them: those that take the shape."""
+    shape, scale = ours.shape, ours.layer.scale
+    k, v = ours.held()
+    q = ours.q
+    if shape.one:  # K as the model computes it has head_dim values: the same work, other numbers
+        q, k = q[..., : shape.head_dim].contiguous(), k[..., : shape.head_dim].contiguous()
+    v = v.contiguous()
+    want = formula(q[-CHECKED:], k, v, shape, scale)
+    return want, chain(operators(q, k, v, shape, scale), libraries(q, k, v, shape, scale, ours.kind))
+
+
+def operators(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: float) -> Iterator[tuple[str, Attend]]:
+    """PyTorch's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    shape = ours.shape
-    if shape.decode:
-        return
-    k, v = ours.held()
-    q = ours.q.transpose(0, 1)[None]
-    if shape.one:  # K as the model computes it has head_dim values: the same work, other numbers, so its own formula
-        q = ours.q[..., : shape.head_dim].transpose(0, 1)[None].contiguous()
-        k = k[..., : shape.head_dim]
-    group = shape.heads // shape.kv_heads
-    kb, vb = (x.transpose(0, 1)[None].contiguous() for x in (k, v))
+    q = q_THD.transpose(0, 1)[None]
+    k, v = (x.transpose(0, 1)[None].contiguous() for x in (k_SGD, v_SGD))
     if shape.head_dim <= 256:  # out of shared memory at 512
-        yield "FlexAttention", flex(q, kb, vb, shape, ours.layer.scale)
-    if shape.window is not None:  # the operators know none
+        yield "FlexAttention", flex(q, k, v, shape, scale)
+    if shape.window is not None:  # the others know none
         return
+    group = shape.heads // shape.kv_heads
     for name, backend, expand in (
         ("torch flash", SDPBackend.FLASH_ATTENTION, False),
         ("torch cuDNN", SDPBackend.CUDNN_ATTENTION, False),
         ("torch efficient", SDPBackend.EFFICIENT_ATTENTION, True),
     ):
-        keys, values = (x.repeat_interleave(group, 1) if expand else x for x in (kb, vb))
+        keys, values = (x.repeat_interleave(group, 1) if expand else x for x in (k, v))
 
         def run(keys: Tensor = keys, values: Tensor = values, backend: Any = backend, gqa: bool = not expand) -> Tensor:
             with sdpa_kernel(backend):
-                out = torch.nn.functional.scaled_dot_product_attention(
-                    q, keys, values, is_causal=True, scale=ours.layer.scale, enable_gqa=gqa
-                )
+                out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=gqa)
             return out[0].transpose(0, 1)
 
         yield name, run
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Callable[[], Tensor]:
+def libraries(
+    q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: float, kind: DeviceKind
+) -> Iterator[tuple[str, Attend]]:
+    """Those installed, by the limits of their rows in the table of backends; FFPA, which is no backend, by its documentation.
+
+    Source: ffpa-attn 0.2.4 ffpa_attn_func: head_dim over 256, causal, no window; its CuTe kernels of SM90 up to 512.
+    """
+    need = need_for(layer_of(replace(shape, one=False)), kv=KV_FORMATS["bf16"], dtype="bf16", device=kind)
+    for backend in BACKENDS:
+        if backend.package and backend.refusal(need) is None:
+            call = partial(CALLS[backend.name], q_THD, k_SGD, v_SGD, scale, shape.window, None)
+            yield backend.name, lambda call=call: call()[0]
+    if here("ffpa-attn") and 256 < shape.head_dim <= 512 and shape.window is None:
+        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SGD, v_SGD))
+        for how in ("triton", "cutedsl"):
+
+            def run(how: str = how) -> Tensor:
+                from ffpa_attn import ffpa_attn_func  # type: ignore[import-not-found]
+
+                out = ffpa_attn_func(q, k, v, is_causal=True, scale=scale, enable_gqa=True, forward_backend=how)
+                return out[0].transpose(0, 1)
+
+            yield f"ffpa-attn {how}", run
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Attend:
     """FlexAttention, compiled, with the blocks that its mask leaves empty skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -257,7 +304,25 @@ def cache_bytes(shape: Shape) -> int:
     return keys * shape.kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))
 
 
-def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) -> list[Row]:
+def taken(theirs: Iterable[tuple[str, Attend]], want: Tensor) -> tuple[dict[str, Attend], dict[str, float], dict[str, str]]:
+    """The rivals whose last results are those wanted, each one's error, and why the others are not among them."""
+    calls: dict[str, Attend] = {}
+    errors: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    for name, call in theirs:
+        try:
+            error = relative(call()[-len(want) :], want)
+        except Exception as failure:  # whatever another library raises is its row
+            refused[name] = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            continue
+        if error < ERROR:
+            calls[name], errors[name] = call, error
+        else:
+            refused[name] = f"wrong: relative error {error:.1e}"
+    return calls, errors, refused
+
+
+def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) -> tuple[list[Row], list[Refused]]:
     n_caches = max(3, -(-(2**28) // cache_bytes(shape))) if shape.decode else 1
     ours = Ours(shape, device, n_caches)
     ours()
@@ -273,16 +338,11 @@ def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) ->
         middle = statistics.median(us)
         tb_s = cache_bytes(shape) / middle / 1e6
         return [Row(shape=shape, who=ours.name, us=middle, low_us=min(us), high_us=max(us), tflops=None, tb_s=tb_s,
-                    fraction=tb_s / ceiling[1], error=error)]  # fmt: skip
-    calls: dict[str, Callable[[], Any]] = {ours.name: ours}
-    errors = {ours.name: error}
-    for name, call in rivals(ours):
-        try:
-            got = call()
-        except RuntimeError:  # "No available kernel": the operator does not take this shape
-            continue
-        calls[name] = call
-        errors[name] = error if shape.one else relative(got[-n:], want)
+                    fraction=tb_s / ceiling[1], error=error)], []  # fmt: skip
+    want, theirs = rivals(ours)
+    others, errors, refused = taken(theirs, want)
+    calls: dict[str, Callable[[], Any]] = {ours.name: ours, **others}
+    errors[ours.name] = error
     work = 4 * shape.heads * shape.head_dim * pairs(shape.length, shape.window)
     out = []
     for name, us in in_turn(calls, ROUNDS).items():
@@ -290,7 +350,7 @@ def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) ->
         tflops = work / middle / 1e6
         out.append(Row(shape=shape, who=name, us=middle, low_us=min(us), high_us=max(us), tflops=tflops, tb_s=None,
                        fraction=tflops / ceiling[0], error=errors[name]))  # fmt: skip
-    return out
+    return out, [Refused(shape=shape, who=who, why=why) for who, why in refused.items()]
 
 
 def bench(*, as_json: bool, say: Callable[[str], None]) -> dict[str, Any]:
@@ -306,19 +366,24 @@ def bench(*, as_json: bool, say: Callable[[str], None]) -> dict[str, Any]:
     head = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "matrix_tflops": ceiling[0], "read_tb_s": ceiling[1],
+        "libraries": {name: metadata.version(name) for name in (*PACKAGES, "ffpa-attn") if here(name)},
     }  # fmt: skip
     say(f"{head['gpu']}: bf16 products {ceiling[0]:.0f} TFLOP/s, reads {ceiling[1]:.2f} TB/s")
     rows: list[dict[str, Any]] = []
+    refused: list[dict[str, Any]] = []
     for shape in SHAPES:
-        for row in measure(shape, device, ceiling):
+        phase, window = "decode" if shape.decode else "prefill", f" window {shape.window}" if shape.window else ""
+        what = f"{phase:<8}{shape.name:<22}{shape.head_dim}{window:<12} {shape.length:>7} {shape.kv:<5}"
+        timed, not_timed = measure(shape, device, ceiling)
+        for row in timed:
             rows.append(asdict(row))
             rate = f"{row.tflops:.0f} TFLOP/s" if row.tflops else f"{row.tb_s:.2f} TB/s"
-            what = "decode" if shape.decode else "prefill"
-            window = f" window {shape.window}" if shape.window else ""
-            say(f"{what:<8}{shape.name:<22}{shape.head_dim}{window:<12} {shape.length:>7} {shape.kv:<5}{row.who:<17}"
-                f"{row.us:>10.1f} us  {rate:>12}  {row.fraction:>4.0%}")  # fmt: skip
+            say(f"{what}{row.who:<17}{row.us:>10.1f} us  {rate:>12}  {row.fraction:>4.0%}")
+        for row in not_timed:
+            refused.append(asdict(row))
+            say(f"{what}{row.who:<17}refused: {row.why}")
         torch.cuda.empty_cache()
-    result = head | {"rows": rows}
+    result = head | {"rows": rows, "refused": refused}
     if as_json:
         print(json.dumps(result))
     return result

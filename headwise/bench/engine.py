@@ -12,7 +12,7 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from headwise.planner.quantise import weight_types
 from headwise.planner.residence import groups, planed
 from headwise.spec.kv import KVFormat, kv_format
 from headwise.spec.layers import Kind, ModelSpec
-from headwise.spec.tensors import weight_tensors
+from headwise.spec.tensors import TensorSpec, weight_tensors
 from headwise.weights.blocks import Weight, dequantise, row_bytes
 from headwise.weights.load import RETILED_VALUES, allocate
 
@@ -62,6 +62,16 @@ def random_blocks(type_name: str, rows: int, columns: int, device: torch.device)
     for at in SCALES[type_name]:
         blocks[..., at : at + 2] = scale
     return data
+
+
+def blocks_of(t: TensorSpec, type_name: str, device: torch.device) -> Iterator[tuple[int, int, Tensor]]:
+    """A quantised matrix, or a stack of them, as `random_weights` has it, a few rows at a time: which matrix, first row, blocks."""
+    torch.manual_seed(zlib.crc32(t.name.encode()))
+    *lead, rows, columns = t.shape
+    step = max(8, RETILED_VALUES // columns // 8 * 8)
+    for i in range(*lead or (1,)):
+        for start in range(0, rows, step):
+            yield i, start, random_blocks(type_name, min(start + step, rows) - start, columns, device)
 
 
 def random_weights(
@@ -97,16 +107,11 @@ def random_weights(
         from headwise.weights.retile import retile
 
         parts = []
-        *lead, rows, columns = t.shape
-        step = max(8, RETILED_VALUES // columns // 8 * 8)
-        for i in range(*lead or (1,)):
-            matrix = w.matrix(i) if lead else w  # type: ignore[union-attr]
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
-                blocks = random_blocks(p.resident[t.name], stop - start, columns, device)
-                retile(blocks, p.resident[t.name], matrix.part(start, stop))  # type: ignore[union-attr]
-                if floats:
-                    parts.append(dequantise(blocks, p.resident[t.name], torch.float32))
+        for i, start, blocks in blocks_of(t, p.resident[t.name], device):
+            matrix = w.matrix(i) if t.role == "experts" else w  # type: ignore[union-attr]
+            retile(blocks, p.resident[t.name], matrix.part(start, start + len(blocks)))  # type: ignore[union-attr]
+            if floats:
+                parts.append(dequantise(blocks, p.resident[t.name], torch.float32))
         if floats:
             wide[t.name] = torch.cat(parts).view(t.shape)
     return weights, wide

@@ -138,7 +138,7 @@ def svg(result: Mapping[str, Any]) -> str:
         f"<title>Roofline of attention on {escape(result['gpu'])}</title>",
         f"<style>{STYLE}</style>",
         f'<rect class="page" width="{PAGE[0]}" height="{PAGE[1]}"/>',
-        _text(LEFT, 24, f"Attention on one {result['gpu']}, {result['date']}", "t"),
+        text(LEFT, 24, f"Attention on one {result['gpu']}, {result['date']}", "t"),
         *_grid(axes),
         *_roof(axes, matrix, read),
     ]
@@ -147,14 +147,14 @@ def svg(result: Mapping[str, Any]) -> str:
         px, py = axes.x(p.intensity), axes.y(p.tflops)
         if abs(x - px) + abs(y - py) > 20:
             lines.append(f'<path class="lead" d="M{px:.1f} {py:.1f}L{x:.1f} {y:.1f}"/>')
-        lines.append(_text(x, box.bottom - 2, str(p.shape), "b", "middle"))
+        lines.append(text(x, box.bottom - 2, str(p.shape), "b", "middle"))
     rivals = list(dict.fromkeys(p.who for p in found if not p.ours))
     lines += [_marker(p.who, rivals, axes.x(p.intensity), axes.y(p.tflops)) for p in sorted(found, key=lambda p: not p.ours)]
     lines += _legend(shapes, found, rivals, result["rows"])
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _text(x: float, y: float, words: str, style: str = "", anchor: str = "start", more: str = "") -> str:
+def text(x: float, y: float, words: str, style: str = "", anchor: str = "start", more: str = "") -> str:
     kind = f' class="{style}"' if style else ""
     return f'<text x="{x:.1f}" y="{y:.1f}"{kind} text-anchor="{anchor}"{more}>{escape(words)}</text>'
 
@@ -164,15 +164,15 @@ def _grid(axes: Axes) -> list[str]:
     for power in range(ceil(axes.x0), floor(axes.x1) + 1):
         x = axes.x(10**power)
         out.append(f'<path class="grid" d="M{x:.1f} {TOP}V{TOP + HEIGHT}"/>')
-        out.append(_text(x, TOP + HEIGHT + 17, f"{10**power:,}", anchor="middle"))
+        out.append(text(x, TOP + HEIGHT + 17, f"{10**power:,}", anchor="middle"))
     for power in range(ceil(axes.y0), floor(axes.y1) + 1):
         y = axes.y(10**power)
         out.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{LEFT + WIDTH}"/>')
-        out.append(_text(LEFT - 8, y + 4, f"{10**power:,}", anchor="end"))
+        out.append(text(LEFT - 8, y + 4, f"{10**power:,}", anchor="end"))
     out.append(f'<path class="axis" d="M{LEFT} {TOP}V{TOP + HEIGHT}H{LEFT + WIDTH}"/>')
-    out.append(_text(LEFT + WIDTH / 2, TOP + HEIGHT + 36, "useful operations a byte (FLOP/B)", anchor="middle"))
+    out.append(text(LEFT + WIDTH / 2, TOP + HEIGHT + 36, "useful operations a byte (FLOP/B)", anchor="middle"))
     x, y = 16, TOP + HEIGHT / 2
-    out.append(_text(x, y, "TFLOP/s", anchor="middle", more=f' transform="rotate(-90 {x} {y:.0f})"'))
+    out.append(text(x, y, "TFLOP/s", anchor="middle", more=f' transform="rotate(-90 {x} {y:.0f})"'))
     return out
 
 
@@ -184,8 +184,8 @@ def _roof(axes: Axes, matrix: float, read: float) -> list[str]:
     turn = f' transform="rotate({degrees(atan((y1 - y0) / (x1 - x0))):.1f} {x:.1f} {y:.1f})"'
     return [
         f'<path class="roof" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}H{LEFT + WIDTH}"/>',
-        _text(LEFT + WIDTH - 4, y1 - 7, f"bf16 products {matrix:.0f} TFLOP/s", anchor="end"),
-        _text(x, y - 7, f"reads {read:.2f} TB/s", anchor="middle", more=turn),
+        text(LEFT + WIDTH - 4, y1 - 7, f"bf16 products {matrix:.0f} TFLOP/s", anchor="end"),
+        text(x, y - 7, f"reads {read:.2f} TB/s", anchor="middle", more=turn),
     ]
 
 
@@ -193,7 +193,10 @@ def _marker(who: str, rivals: Sequence[str], x: float, y: float) -> str:
     """Ours a disc; rivals hollow, each its own form."""
     if who not in rivals:
         return f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="{R}"/>'
-    forms = ("M-4 -4H4V4H-4Z", "M0 -5L5 4H-5Z", "M0 -5.5L5.5 0L0 5.5L-5.5 0Z", "M-5 -4H5L0 5Z")
+    forms = (
+        "M-4 -4H4V4H-4Z", "M0 -5L5 4H-5Z", "M0 -5.5L5.5 0L0 5.5L-5.5 0Z", "M-5 -4H5L0 5Z", "M0 -5V5M-5 0H5", "M-4 -4L4 4M-4 4L4 -4",
+        "M-5 3A5 5 0 0 1 5 3Z", "M-2 -5H2V5H-2Z", "M-5 -2H5V2H-5Z",
+    )  # fmt: skip
     form = forms[rivals.index(who) % len(forms)]
     return f'<path class="rival" transform="translate({x:.1f} {y:.1f})" d="{form}"/>'
 
@@ -205,18 +208,18 @@ def _legend(shapes: Sequence[Shape], found: Sequence[Point], rivals: Sequence[st
         chosen = [(i, s) for i, s in enumerate(shapes, 1) if s.decode == (phase == "decode") and i in ours]
         if not chosen:
             continue
-        out.append(_text(LEGEND, y, f"{phase}, ours", "b"))
+        out.append(text(LEGEND, y, f"{phase}, ours", "b"))
         for number, shape in chosen:
             y += ROW
             row = ours[number]
             rate = f"{row['tb_s']:.2f} TB/s" if shape.decode else f"{row['tflops']:.0f} TFLOP/s"
-            out.append(_text(LEGEND + 16, y, str(number), "b", "end"))
-            out.append(_text(LEGEND + 24, y, words(shape)))
-            out.append(_text(PAGE[0] - 12, y, f"{rate}, {row['fraction']:.0%}", anchor="end"))
+            out.append(text(LEGEND + 16, y, str(number), "b", "end"))
+            out.append(text(LEGEND + 24, y, words(shape)))
+            out.append(text(PAGE[0] - 12, y, f"{rate}, {row['fraction']:.0%}", anchor="end"))
         y += ROW + 10
     for who in ("headwise", *rivals):
         out.append(_marker(who, rivals, LEGEND + 12, y - 4))
-        out.append(_text(LEGEND + 24, y, who))
+        out.append(text(LEGEND + 24, y, who))
         y += ROW
     return out
 

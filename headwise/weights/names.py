@@ -251,6 +251,14 @@ def skipped_by_reason(matched: Matched) -> dict[str, int]:
     return dict(Counter(filter(None, matched.skipped.values())))
 
 
+def gguf_name(ours: str) -> str:
+    """What llama.cpp's converter calls a tensor of ours."""
+    if not ours.startswith("layers."):
+        return _GGUF_MODEL[ours][0].name
+    _, index, local = ours.split(".", 2)
+    return f"blk.{index}.{_GGUF_LAYER[local][0].name}"
+
+
 def row_axis(ours: TensorSpec) -> Literal[-1, -2]:
     """The axis that counts a tensor's outputs: the last of a vector or a bias, else the last but one."""
     return -1 if len(ours.shape) == 1 or ours.name.endswith("_bias") else -2

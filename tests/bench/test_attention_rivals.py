@@ -1,0 +1,130 @@
+"""Who is timed beside our attention: libraries by the limits they declare, and only those whose answer is the formula's.
+
+The libraries need a card; functions with their arguments' meaning stand in for them.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from headwise.attention.capability import DeviceKind
+from headwise.bench import attention as bench
+from headwise.bench.attention import Shape, formula, libraries, taken
+from headwise.bench.roofline import _marker
+
+SLIDING = Shape(name="sliding", head_dim=128, heads=6, kv_heads=2, window=5, length=33)
+CAUSAL = replace(SLIDING, window=None)
+LARGE = replace(CAUSAL, head_dim=512)
+HOPPER = DeviceKind("cuda", (9, 0), packages=frozenset({"flash-attn-4", "flashinfer-python"}))
+
+
+def tensors(shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(shape.length, heads, shape.head_dim) for heads in (shape.heads, shape.kv_heads, shape.kv_heads))
+    return q, k, v
+
+
+def ffpa_attn_func(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: None = None, dropout_p: float = 0.0, is_causal: bool = False,
+    scale: float | None = None, enable_gqa: bool = False, *, forward_backend: str,
+) -> Tensor:  # fmt: skip
+    """(1, heads, tokens, head_dim), as scaled_dot_product_attention."""
+    assert forward_backend in ("triton", "cutedsl")
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+@pytest.fixture(autouse=True)
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = ModuleType("ffpa_attn")
+    module.ffpa_attn_func = ffpa_attn_func  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "ffpa_attn", module)
+    monkeypatch.setattr(bench, "here", lambda package: package == "ffpa-attn")
+
+    def call(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: None) -> tuple[Tensor, None]:
+        shape = replace(CAUSAL, head_dim=q.shape[-1], window=window, length=len(q))
+        return formula(q, k, v, shape, scale).float(), None
+
+    for name in ("flash-attn-4", "flashinfer"):
+        monkeypatch.setitem(bench.CALLS, name, call)
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind", "names"),
+    [
+        (SLIDING, HOPPER, ["flash-attn-4", "flashinfer"]),
+        (CAUSAL, HOPPER, ["flash-attn-4", "flashinfer"]),
+        (LARGE, HOPPER, ["ffpa-attn triton", "ffpa-attn cutedsl"]),
+        (replace(LARGE, window=5), HOPPER, []),
+        (CAUSAL, replace(HOPPER, capability=(8, 0)), ["flashinfer"]),  # flash-attn-4's row begins at Hopper
+        (CAUSAL, replace(HOPPER, packages=frozenset()), []),
+    ],
+)
+def test_a_library_is_asked_for_what_it_declares(shape: Shape, kind: DeviceKind, names: list[str]) -> None:
+    q, k, v = tensors(shape)
+    want = formula(q[-16:], k, v, shape, 0.1)
+
+    calls, errors, refused = taken(libraries(q, k, v, shape, 0.1, kind), want)
+
+    assert list(calls) == names
+    assert all(error < 1e-5 for error in errors.values())
+    assert not refused
+
+
+def test_a_rival_that_is_wrong_or_fails_is_reported_and_the_others_go_on() -> None:
+    """A wrong answer that is timed, or a library's error that ends the bench."""
+    want = torch.ones(16, 2, 4, dtype=torch.float64)
+
+    def fails() -> Tensor:
+        raise AssertionError("head_dim 512\nnot here")
+
+    theirs = [("fails", fails), ("wrong", lambda: torch.ones(20, 2, 4) * 1.1), ("right", lambda: torch.ones(20, 2, 4))]
+    calls, errors, refused = taken(theirs, want)
+
+    assert list(calls) == ["right"]
+    assert errors == {"right": 0.0}
+    assert refused == {"fails": "head_dim 512", "wrong": "wrong: relative error 1.0e-01"}
+
+
+def test_queries_that_see_all_keys_are_not_the_causal_ones() -> None:
+    """The check sees a mask that is missing: the last queries see nearly all keys, but not all."""
+    q, k, v = tensors(CAUSAL)
+    want = formula(q[-16:], k, v, CAUSAL, 0.1)
+    full = torch.nn.functional.scaled_dot_product_attention(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)), scale=0.1, enable_gqa=True
+    )
+
+    assert not taken([("full", lambda: full[0].transpose(0, 1))], want)[0]
+
+
+def test_a_refusal_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = Path(__file__).parents[2] / "docs"
+    found = json.loads(max((docs.parent / "benchmarks/results").glob("attention_h200_*.json")).read_text())
+    shape = found["rows"][0]["shape"]
+    found |= {"refused": [{"shape": shape, "who": "a library", "why": "a | b"}], "libraries": {"a library": "1.2"}}
+    (tmp_path / "attention_h200_2026-01-01.json").write_text(json.dumps(found))
+    monkeypatch.setattr(sys, "path", [str(docs), *sys.path])
+    import make_tables
+
+    monkeypatch.setattr(make_tables, "RESULTS", tmp_path)
+    table = make_tables.attention().splitlines()
+
+    assert table[0].endswith("a library 1.2.")
+    assert table[-1].endswith("| a library |  | refused: a / b |  |")
+    assert table[-1].count("|") == table[2].count("|")
+
+
+def test_each_rival_has_a_marker_of_its_own() -> None:
+    """Four forms went round: the fifth rival stood for the first."""
+    names = [f"rival {i}" for i in range(9)]
+
+    assert len({_marker(who, names, 0, 0) for who in names}) == len(names)
