@@ -252,7 +252,8 @@ def _fill_fp8(into: Fp8Tensor, files: _Files, part: Part) -> Iterator[int]:
     if part.pairs_of:
         source = replace(source, tensor=source.tensor.flatten(0, -2))  # a copy on the host: rows in another order
     N, K = into.shape
-    for (rows,) in _tiles((N,), max(1, TILE_BYTES // 4 // K)):
+    n_values = DEQUANT_TILE_VALUES if source.scales is None else TILE_BYTES // 4
+    for (rows,) in _tiles((N,), max(1, n_values // K)):
         if source.scales is None:
             data, scales = to_fp8(source.tile((rows,), into.device))
         else:
