@@ -39,9 +39,12 @@ E4M3_ERROR = 4e-2  # relative, of a product with activations in e4m3: 2.5 % root
 COLD_BYTES = 256 << 20  # of copies in rotation; an H200's second-level cache holds 60 MB
 ROUNDS = 7
 BF16 = torch.bfloat16
-ROWS = [fp8.RowConfig(*c) for c in ((8, 1024, 4), (4, 1024, 4), (8, 512, 4), (16, 256, 4, 2), (8, 256, 4, 2), (4, 2048, 8),
-                                    (16, 512, 8), (8, 512, 4, 2))]  # fmt: skip
-FEW = [fp8.Config(rows, 4, stages, splits) for rows in (64, 128) for stages in (3, 4, 5) for splits in (1, 2, 4, 6)]
+ROWS = [
+    fp8.RowConfig(*c)
+    for c in ((8, 1024, 4), (4, 1024, 4), (8, 512, 4), (16, 256, 4, 2), (8, 256, 4, 2), (4, 2048, 8), (16, 512, 8), (8, 512, 4, 2),
+              (4, 512, 1), (2, 512, 1, 2), (2, 1024, 1), (4, 256, 1, 2), (8, 512, 2), (4, 1024, 2))
+]  # fmt: skip
+FEW = [fp8.Config(rows, 4, stages, splits) for rows in (64, 128) for stages in (3, 4) for splits in (1, 2, 4, 6)]
 
 
 def captured(calls: list[Callable[[], object]]) -> torch.cuda.CUDAGraph:
@@ -130,7 +133,7 @@ def measure(name: str, T: int, sweep: bool) -> list[dict[str, Any]]:
                 add(f"{label}, {tuple(c)}", [partial(fp8.one_row, x, v.data, v.scales, out, config=c) for v in some], near)
         elif T <= fp8.MOST_ROWS and sweep and not blocks:
             for c in FEW:
-                if T * N * c.splits <= QUANT_PARTIAL:
+                if c.splits == 1 or T * N * c.splits <= QUANT_PARTIAL:
                     more = {"scratch": room.partial, "done": room.done, "config": c}
                     add(f"{label}, {tuple(c)}", [partial(fp8.product, x, v.data, v.scales, out, **more) for v in some], near)
         if not blocks:

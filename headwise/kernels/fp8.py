@@ -54,7 +54,7 @@ class Config(NamedTuple):
     splits: int = 1
 
 
-PROGRAMS = 8  # a multiprocessor, at most
+WARPS = 32  # a multiprocessor, at most
 
 
 def dequantised(w_NK: Tensor, scales_NS: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def one_row(
     ):  # fmt: skip
         raise ValueError(f"fp8: {act}, times {None if times is None else tuple(times.shape)}, {tuple(x_1K.shape)} for (1, {N})")
     c = config or row_config(N, K, gated)
-    _row[(min(-(-N // c.rows), PROGRAMS * processors(y_1N.device)),)](
+    _row[(min(-(-N // c.rows), WARPS // c.warps * processors(y_1N.device)),)](
         x_1K, bits(w_NK), scales_NS, y_1N if times is None else times, y_1N, N, K, S, BN=c.rows, BK=c.columns, BLOCKS=S > 1,
         GATED=gated, TIMES=times is not None, GELU=act == "gelu_tanh", EVEN=K % c.columns == 0, UNROLL=c.unroll,
         CVT=converts(y_1N.device), num_warps=c.warps, **overlap(y_1N),
