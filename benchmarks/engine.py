@@ -1,6 +1,6 @@
 """Whole-token speed beside transformers on the same card, in one run: `python benchmarks/engine.py OUT.json [MODEL ...]`.
 
-headwise's rows are `headwise bench engine`'s, in bf16 and two models in q4_k_m too; transformers (sdpa) builds the same random
+headwise's rows are `headwise bench engine`'s, in bf16, some also in fp8 or q4_k_m; transformers (sdpa) builds the same random
 shape in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`.
 """
 
@@ -23,7 +23,7 @@ from headwise.spec import catalogue
 
 LENGTHS = (512, 4096, 31744)
 DECODED = 12
-QUANTISED = ("gemma-4-31b", "gemma-4-26b-a4b")  # also measured in q4_k_m, which transformers does not run
+QUANTISED = {"gemma-4-31b": ("fp8", "q4_k_m"), "gemma-4-26b-a4b": ("q4_k_m",)}  # also measured; transformers runs neither here
 
 
 def built(name: str) -> Any:
@@ -85,7 +85,7 @@ def main(out: str, models: list[str]) -> None:
         return found
 
     for name in models:
-        for weights in ("bf16", "q4_k_m") if name in QUANTISED else ("bf16",):
+        for weights in ("bf16", *QUANTISED.get(name, ())):
             say = partial(print, flush=True)
             result = kept(bench([name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=say))
         try:

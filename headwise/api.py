@@ -16,7 +16,7 @@ from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
 from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Room, Target, Workload, fewest, server_rooms
 from headwise.planner.memory import plan as plan_memory
-from headwise.planner.quantise import weight_types
+from headwise.planner.quantise import MADE, made_at_load, weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
 from headwise.spec.kv import KVFormat, kv_format
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
@@ -105,11 +105,11 @@ def work_on(
 
 
 def stored_weights(source: Source, scheme: str | None) -> dict[str, str]:
-    """Our tensor name -> stored type: the file's own, or what `scheme` would give."""
-    if scheme is None and source.path is not None:
+    """Our tensor name -> stored type: the file's own, made fp8 at load where that is the scheme, or what `scheme` would give."""
+    if (scheme is None or scheme.lower() == MADE) and source.path is not None:
         listing = source.path if source.gguf is None else source.gguf.paths[0]
         if source.gguf is not None or any(Path(listing).glob("*.safetensors*")):
-            return stored_types(source.spec, list_checkpoint(Path(listing)))
+            return dict(made_at_load(source.spec, stored_types(source.spec, list_checkpoint(Path(listing))), scheme))
     return weight_types(source.spec, scheme or DEFAULT_WEIGHTS)
 
 

@@ -70,7 +70,7 @@ def _run_parser(p: argparse.ArgumentParser) -> None:
 
 def _plan_parser(p: argparse.ArgumentParser) -> None:
     _common(p, "plan")
-    p.add_argument("--weights", metavar="bf16|q8_0|q4_k_m|...", help="count this weight type")
+    p.add_argument("--weights", metavar="bf16|fp8|q8_0|q4_k_m|...", help="count this weight type")
     p.add_argument("--gpu", action="append", default=[], metavar="NAME[:GiB],NAME", help="the cards that share the layers")
     p.add_argument("--device", choices=("cpu",), help="plan for this machine's CPU")
     p.add_argument("--engine", default="headwise", metavar="headwise|llama.cpp|ollama|vllm[@version]")
@@ -179,7 +179,7 @@ def _bench_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("what", choices=("attention", "engine"))
     p.add_argument("models", nargs="*", metavar="MODEL", help="engine: catalogue names; default gemma-4-31b")
     p.add_argument("--lengths", default="512,4096,31744", metavar="N,N", help="engine: prompts of so many tokens")
-    p.add_argument("--weights", default="bf16", metavar="bf16|q8_0|q4_k_m|...", help="engine: weight type")
+    p.add_argument("--weights", default="bf16", metavar="bf16|fp8|q8_0|q4_k_m|...", help="engine: weight type")
     p.add_argument("--kv", default="bf16", metavar=KV_TYPES, help="engine: KV type of all layers")
     p.add_argument("--ubatch", type=int, default=2048, metavar="N", help="engine: most tokens of one prefill step")
     p.add_argument("--svg", metavar="FILE", help="attention: draw the roofline there")

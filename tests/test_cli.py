@@ -165,6 +165,7 @@ def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture
         (("run", "-p", "x" * 3000, "--device", "cpu", "--context", "64"), 1, "the prompt has"),
         (("run", "-p", "x", "--kv", "q3_x"), 2, "unknown KV type"),
         (("run", "-p", "x", "--dtype", "q8_0"), 2, "unknown dtype"),
+        (("run", "-p", "x", "--device", "cpu", "--weights", "fp8"), 2, "--weights fp8 has no effect on the CPU"),
         (("plan", "gemma-4-31b", "--dtype", "q8_0"), 2, "unknown dtype"),
         (("plan", "gemma-4-31b", "--ubatch", "0"), 2, "--ubatch 0 makes no sense"),
         (("plan", "gemma-4-31b", "--context", "9223372036854775808"), 2, "makes no sense"),

@@ -92,6 +92,12 @@ def skinny_rows(device: torch.device, dtype: str) -> int:
     return most_rows(card(device))
 
 
+def scaled_rows(device: torch.device, dtype: str) -> bool:
+    """Whether PyTorch multiplies e4m3 by e4m3 there, with a scale for each row of both: NVIDIA from 8.9 on, into bf16."""
+    kind = device_kind(device)
+    return kind.api == "cuda" and kind.capability is not None and kind.capability >= (8, 9) and dtype == "bf16"
+
+
 def _triton_version() -> tuple[int, int] | None:
     try:
         major, minor = metadata.version("triton").split(".")[:2]

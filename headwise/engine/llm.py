@@ -27,6 +27,7 @@ from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.model.arena import TORCH
 from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest, plan
+from headwise.planner.quantise import made_at_load
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
 from headwise.spec.layers import ModelSpec
@@ -148,6 +149,7 @@ class LLM:
         kv: KV type of all layers, or {"global": ..., "sliding": ...}; default the activations' type.
         device: "cpu", "cuda:N", or a list of cards, each with a limit if need be ("cuda:0:12GiB"), which share the layers;
             "cuda", the default where there is one, is one card where the model fits, else as few as hold it.
+        weights: "fp8" makes the layers' matrices of a checkpoint in floats e4m3 while it is loaded, on a GPU.
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
@@ -168,6 +170,7 @@ class LLM:
         context: int | None = None,
         kv: str | Mapping[str, str] | None = None,
         device: str | Sequence[str] | None = None,
+        weights: str | None = None,
         dtype: str | None = None,
         chunk: int = DEFAULT_CHUNK,
         backend: str | Mapping[str, str] | None = None,
@@ -209,12 +212,19 @@ class LLM:
             return work, by_kind
 
         first = allowed if together else allowed[:1]
-        work_of({device_kind(p.device) for p in first})  # refused, where it is, before the weights are looked at
+        work, _ = work_of({device_kind(p.device) for p in first})  # refused, where it is, before the weights are looked at
+        if weights and work.cpu:
+            raise UsageError(
+                f"--weights {weights} has no effect on the CPU",
+                why=f"matrices are expanded to {work.dtype} there",
+                do="leave it out",
+            )
         matched = match(self.spec, list_checkpoint(self.source.path))
+        stored = made_at_load(self.spec, matched.types, weights)
         self.skipped = skipped_by_reason(matched)
 
         def plan_on(cards: Sequence[Card]) -> Plan:
-            return plan(self.spec, matched.types, work_of({c.kind for c in cards})[0], [c.target for c in cards])
+            return plan(self.spec, stored, work_of({c.kind for c in cards})[0], [c.target for c in cards])
 
         cards: Sequence[Card] = [card_of(p, sharing=len(first)) for p in first]
         self.plan = plan_on(cards)

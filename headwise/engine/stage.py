@@ -17,7 +17,7 @@ from torch import Tensor
 from headwise.attention.choose import Choice
 from headwise.cache.storage import LayerCache
 from headwise.engine.batch import Run, Steps
-from headwise.engine.devices import before_loading, skinny_rows
+from headwise.engine.devices import before_loading, scaled_rows, skinny_rows
 from headwise.engine.measure import Peak, storages
 from headwise.engine.replay import Replay, own_stream, records
 from headwise.model.arena import Arena
@@ -82,7 +82,10 @@ class Stage:
         w, own = plan.workload, plan.stages[index]
         self.spec, self.layers, self.weights, self.device, self.stream = plan.spec, own.layers, weights, device, stream
         self.arena = Arena(own.buffers, device)
-        self.arena.room = self.arena.room._replace(fused=w.fused, skinny_rows=skinny_rows(device, w.dtype) if w.fused else 0)
+        if w.fused:
+            self.arena.room = self.arena.room._replace(
+                fused=True, skinny_rows=skinny_rows(device, w.dtype), scaled_rows=scaled_rows(device, w.dtype)
+            )
         self.caches = {
             layer.index: LayerCache(
                 layer, w.kv[layer.kind], n_tokens=w.context, chunk=w.chunk, device=device, rings=w.slots, pool_tokens=w.pool_tokens

@@ -22,10 +22,11 @@ class Room(NamedTuple):
     """Scratch of a product with a quantised weight, None where no weight needs it; and which kernels of ours there are.
 
     Args:
-        tile: rows of the weight as floats; or of activations, arranged for `kernels.skinny`.
+        tile: rows of the weight as floats; or of activations, arranged for `kernels.skinny`, or in e4m3.
         words, partial, done: `kernels.matvec`: activations as integers, partial sums, counters (zeros).
         fused: one row of floats takes `kernels.floats`.
         skinny_rows: most that take `kernels.skinny`.
+        scaled_rows: the card multiplies e4m3 by e4m3, with a scale for each row of both.
     """
 
     tile: Tensor | None = None
@@ -34,6 +35,7 @@ class Room(NamedTuple):
     done: Tensor | None = None
     fused: bool = False
     skinny_rows: int = 0
+    scaled_rows: bool = False
 
 
 class Arena:

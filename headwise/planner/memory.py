@@ -6,14 +6,14 @@ are allocated bytes. All arithmetic is on exact integers; nothing is allocated t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from headwise.errors import PlanError, UsageError
 from headwise.hardware.gpus import Gpu
-from headwise.planner.residence import FLOAT_TYPES, multiplied, planed, resident_types, weight_bytes
-from headwise.planner.workspace import Buffer, arena_bytes, workspace
+from headwise.planner.residence import FLOAT_TYPES, FP8_TYPES, multiplied, planed, resident_types, weight_bytes
+from headwise.planner.workspace import SKINNY_ROWS, Buffer, arena_bytes, workspace
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.tensors import outer_tensors, weight_tensors
@@ -248,7 +248,8 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     def planned(w: Workload) -> Plan:
         w = w.at(w.context)
         stages, used = _split(spec, sizes, w, quantised, targets)
-        notes = tuple(f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
+        left_out = (f"{t.name} is left out: it gets no layer" for t in targets if not any(t is u for u in used))
+        notes = (*left_out, *_fp8_words(spec, w, stored, resident))
         return Plan(spec=spec, workload=w, stored=stored, resident=resident, stages=stages, targets=used, notes=notes)
 
     if not targets:
@@ -274,6 +275,26 @@ def _room_words(p: Plan) -> str:
     return f"{w.slots} slots by default{most}: agents make parallel calls; each may have the whole context, and there are {pages}"
 
 
+def _fp8_words(spec: ModelSpec, w: Workload, stored: Mapping[str, str], resident: Mapping[str, str]) -> Iterator[str]:
+    """Which tensors in e4m3 stay so, which do not, and when activations become e4m3 too."""
+    if any(t in FP8_TYPES for t in resident.values()):
+        yield "matrices are kept in fp8 (e4m3); activations " + (
+            f"of steps of more than {SKINNY_ROWS} tokens are rounded to e4m3 too, on cards that multiply it (compute capability "
+            f"8.9 and up): about 2.5 % of error a product"
+            if _scaled_rows(w, resident)
+            else "stay as they are"
+        )
+    expanded = [t.role for t in weight_tensors(spec) if stored[t.name] in FP8_TYPES and resident[t.name] not in FP8_TYPES]
+    if expanded:
+        roles = {"matrix": "matrices", "experts": "experts", "table": "tables", "vector": "routers"}
+        yield f"{' and '.join(sorted({roles[r] for r in expanded}))} stored in fp8 are expanded at load: {len(expanded)} tensors"
+
+
+def _scaled_rows(w: Workload, resident: Mapping[str, str]) -> bool:
+    """Whether activations may become e4m3, as `model.linear` has it, on a card that can."""
+    return w.fused and w.dtype == "bf16" and "fp8" in resident.values()
+
+
 class _Quantised(NamedTuple):
     """What the products with weights that stay quantised need of `workspace`; the same for every context."""
 
@@ -281,17 +302,20 @@ class _Quantised(NamedTuple):
     plane_values: int
     plain_experts: bool
     fused_experts: bool
+    scaled_rows: bool
 
 
 def _quantised(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> _Quantised:
-    planes = planed(spec, resident) if w.fused else frozenset()
+    fp8 = frozenset(name for name, t in resident.items() if t in FP8_TYPES)
+    ours = planed(spec, resident) | fp8 if w.fused else frozenset[str]()
     fused = multiplied(spec, resident) if w.fused else frozenset()
     with_experts = {layer.index for layer in spec.layers if layer.mlp.moe}
     return _Quantised(
-        block_weights=any(t not in FLOAT_TYPES for name, t in resident.items() if name not in planes),
-        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in planes and t.role != "table"), default=0),
+        block_weights=any(t not in FLOAT_TYPES for name, t in resident.items() if name not in ours),
+        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in ours and t.role != "table"), default=0),
         plain_experts=not with_experts <= fused,
         fused_experts=bool(fused),
+        scaled_rows=_scaled_rows(w, resident),
     )
 
 

@@ -12,11 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from headwise.errors import UsageError
+from headwise.planner.residence import FLOAT_TYPES
 from headwise.spec.ggml import by_name
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, weight_tensors
 
 _FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # the nearest type with blocks of 32
+MADE = "fp8"  # the scheme that a checkpoint of floats may get while it is loaded
 _LEFT_ALONE = "ple.proj"  # per_layer_model_proj, small and shared by all layers: 16 bits in every quantised file
 
 
@@ -50,6 +52,7 @@ class Scheme:
     v: _Some | None = None
     down: _Some | None = None
     experts: str | None = None
+    matrices: str | None = None  # of the layers
     o_of_8_experts: str | None = None  # Mixtral's own rules
 
 
@@ -76,6 +79,7 @@ SCHEMES: Mapping[str, Scheme] = {
     ),
     "q4_0": Scheme(base="q4_0", output="q6_k"),
     "mxfp4": Scheme(base="bf16", experts="mxfp4"),  # gpt-oss as published
+    "fp8": Scheme(base="bf16", matrices="fp8"),  # what `made_at_load` makes of a checkpoint in bf16
 }
 
 
@@ -103,9 +107,34 @@ def weight_types(spec: ModelSpec, scheme: str) -> dict[str, str]:
             types[tensor.name] = "f32"
         elif tensor.name == _LEFT_ALONE:
             types[tensor.name] = key if key in ("f32", "f16") else "bf16"
+        elif rule.matrices and in_layer(tensor):
+            types[tensor.name] = rule.matrices
         else:
             types[tensor.name] = _whole_blocks(_type(spec, tensor, rule, v_order), tensor)
     return types
+
+
+def made_at_load(spec: ModelSpec, stored: Mapping[str, str], weights: str | None) -> Mapping[str, str]:
+    """The types of a checkpoint of `stored` ones after `--weights`; fp8: layers' matrices that are stored as floats become e4m3.
+
+    Raises:
+        UsageError: weights that are not made at load.
+    """
+    if weights is None:
+        return stored
+    if weights.lower() != MADE:
+        raise UsageError(
+            f"--weights {weights} is not made at load",
+            why=f"{MADE} is, of floats; other types come from files",
+            do=f"--weights {MADE}",
+        )
+    made = {t.name for t in weight_tensors(spec) if in_layer(t)}
+    return {name: MADE if name in made and kind in FLOAT_TYPES else kind for name, kind in stored.items()}
+
+
+def in_layer(tensor: TensorSpec) -> bool:
+    """A matrix of a layer, of attention or an MLP; not the output projection, nor what all layers share."""
+    return tensor.role == "matrix" and tensor.name.startswith("layers.")
 
 
 def _type(spec: ModelSpec, tensor: TensorSpec, rule: Scheme, v_order: Mapping[int, int]) -> str:

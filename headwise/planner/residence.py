@@ -1,8 +1,9 @@
 """The type each weight has in memory: a pure rule that the planner counts with and the loader follows.
 
 Vectors (norms, biases, routers, scales) are fp32 everywhere. On a GPU a quantised weight stays as it is stored, re-tiled where
-our kernels read it; on a CPU, where PyTorch multiplies floats only, matrices are expanded once to the activations'
-type, and tables that are only looked up stay as stored.
+our kernels read it, and a matrix in e4m3 stays so too, while experts and tables in e4m3 are expanded to the activations' type; on a
+CPU, where PyTorch multiplies floats only, matrices are expanded once to that type, and tables that are only looked up stay
+as stored.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ FLOAT_TYPES = frozenset({"f32", "f16", "bf16"})
 KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"})
 # Types that our kernels multiply as they are, re-tiled once at load; `kernels.tiled` has a layout of each.
 PLANE_TYPES = frozenset({"q4_k", "q5_k", "q6_k", "q8_0", "q5_0", "q4_0", "mxfp4"})
+# e4m3 bytes with fp32 scales: one a row, or one for each 128 values of a row (where 128 rows share one on disk, each has a copy).
+FP8_TYPES = frozenset({"fp8", "fp8_block"})
+FP8_BLOCK = 128
 ROWS_TOGETHER = 8  # of a re-tiled matrix
 MAX_EXPERTS = 256  # that our router chooses from
 GROUPS = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up"), "experts_gate_up": ("experts_gate", "experts_up")}
@@ -36,6 +40,8 @@ def _resident(tensor: TensorSpec, stored: str, spec: ModelSpec, cpu: bool, dtype
     if tensor.role == "vector":
         return "f32"
     only_looked_up = tensor.role == "table" and not (tensor.name == "embed" and spec.tied)
+    if stored in FP8_TYPES and tensor.role == "matrix" and not cpu:
+        return stored
     if stored in KEPT_TYPES and (only_looked_up or not cpu):
         return stored
     return dtype
@@ -43,7 +49,14 @@ def _resident(tensor: TensorSpec, stored: str, spec: ModelSpec, cpu: bool, dtype
 
 def weight_bytes(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, int]:
     """Our tensor name -> its bytes in the given types."""
-    return {t.name: n_bytes(by_name(types[t.name]), t.n_elements) for t in weight_tensors(spec)}
+    return {t.name: _tensor_bytes(t, types[t.name]) for t in weight_tensors(spec)}
+
+
+def _tensor_bytes(tensor: TensorSpec, kind: str) -> int:
+    if kind not in FP8_TYPES:
+        return n_bytes(by_name(kind), tensor.n_elements)
+    columns = tensor.shape[-1]
+    return tensor.n_elements + tensor.n_elements // columns * 4 * (1 if kind == "fp8" else -(-columns // FP8_BLOCK))
 
 
 def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ...]]:

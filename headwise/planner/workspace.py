@@ -63,6 +63,11 @@ def arranged_pair_values(n_tokens: int, moe: MoeSpec, hidden: int) -> int:
     return min(P, P // PAIR_TILE + moe.n_experts) * arranged_values(PAIR_TILE, max(hidden, moe.width))
 
 
+def scaled_bytes(T: int, K: int) -> int:
+    """T rows of K values in e4m3, and after them an fp32 scale a row."""
+    return T * (K + 4)
+
+
 def order_values(n_tokens: int, n_experts: int, n_active: int) -> int:
     """int32 values of pairs sorted by expert: the pairs, where each expert and its tiles begin, tiles, counts of blocks."""
     P = n_tokens * n_active
@@ -114,6 +119,7 @@ def workspace(
     plane_values: int = 0,
     plain_experts: bool = True,
     fused_experts: bool = False,
+    scaled_rows: bool = False,
     reads: Collection[str] = ("tiles",),
     first: bool = True,
     last: bool = True,
@@ -126,6 +132,7 @@ def workspace(
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
         plane_values: of the largest matrix or stack of experts read by our kernels, which expand tiles for long steps only.
         plain_experts, fused_experts: some experts are multiplied one by one by PyTorch; some by our kernels.
+        scaled_rows: some matrices are in e4m3 with a scale a row, and rows of activations that meet them may become e4m3 as well.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
         first, last: whether this stage embeds, and whether it has the logits. Other buffers are those of the whole model, so
             that what a stage needs beside its layers does not depend on which they are.
@@ -224,7 +231,8 @@ def workspace(
         expert = max((2 * m.width * D for m in moes), default=0) if fused_experts and plane_values else 0  # gate and up
         arranged = arranged_values(SKINNY_ROWS, widest) if plane_values else 0
         of_pairs = (arranged_pair_values(min(C, SKINNY_ROWS), m, D) for m in moes if expert)
-        tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged, *of_pairs)
+        scaled = -(-scaled_bytes(C, widest) // ITEM_BYTES[dtype]) if scaled_rows else 0
+        tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged, scaled, *of_pairs)
         add("weight.tile", "always", max(tile, DEQUANT_TILE_VALUES if block_weights else 0))
     if block_weights:
         add("weight.tile on the way", "always", DEQUANT_TILE_VALUES * DEQUANT_TEMP_BYTES // 4, kind="f32", reserved=True)

@@ -377,6 +377,7 @@ class Models:
                 slots=slots or s.get("slots"),
                 pool=s.get("pool"),
                 ubatch=s.get("chunk") or DEFAULT_CHUNK,
+                weights=s.get("weights"),
                 gpus=() if s.get("device") in (None, "cuda") else list(self.devices),  # those named are used together
                 device="cpu" if cpu else None,
                 dtype=s.get("dtype"),

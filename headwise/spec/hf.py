@@ -20,6 +20,7 @@ from headwise.spec.rope import RopeSpec, default_rope, linear_rope, llama3_rope,
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _MAX_HEAD_SIZES = 64  # of one model; real ones have two
+_FP8_BLOCK = (128, 128)  # values that share a scale
 _LEAST_THETA = 2.0  # 1 would make every frequency the same, and YaRN divide by zero
 
 # Keys that change nothing in a forward pass: training, bookkeeping, generation defaults, other modalities.
@@ -143,15 +144,48 @@ def read_hf(folder: Path, *, ignore_keys: Collection[str] = ()) -> ModelSpec:
 
 
 def _check_stored_format(config: Config) -> None:
-    """Weights packed by another tool are refused here, where the message can name the format; MXFP4 is read."""
+    """Weights packed by another tool are refused here, where the message can name the format; MXFP4 and FP8 are read."""
     quant = config.section("quantization_config")
     method = quant.raw("quant_method", "unknown")
-    if method != "mxfp4":
+    packed = None if method == "mxfp4" else _not_fp8(method, quant)
+    if packed:
         raise SpecError(
-            f"{config.where}: the weights are packed as {shown(method)}",
-            why="safetensors are read as f32, f16, bf16 or MXFP4",
-            do="use the unquantised repository, or a GGUF of this model",
+            f"{config.where}: the weights are packed as {packed}",
+            why="safetensors are read as f32, f16, bf16, MXFP4, or FP8: e4m3 with a scale a matrix, a row or 128 by 128 values",
+            do="use the unquantised repository, its FP8 in one of those forms, or a GGUF of this model",
         )
+
+
+def _not_fp8(method: object, quant: Config) -> str | None:
+    """What the weights are packed as, where that is no FP8 that is read; which tensors are in FP8 their own types say.
+
+    Activations are quantised or not by our own rule, so scales measured for them ahead, and for a KV cache, are not read.
+    Source: transformers 5.23 FineGrainedFP8Config; compressed-tensors QuantizationScheme, formats "float-quantized" and, of older
+    files, "naive-quantized".
+    """
+    if method == "fp8":
+        block, kind = quant.raw("weight_block_size"), quant.raw("fmt", "e4m3")
+        if block is not None and block != list(_FP8_BLOCK):
+            return f"fp8 with weight_block_size {shown(block)}"
+        return None if kind in ("e4m3", "float8_e4m3fn") else f"fp8 of fmt {shown(kind)}"
+    if method != "compressed-tensors":
+        return shown(method)
+    kind, groups = quant.raw("format", "unknown"), quant.raw("config_groups")
+    if kind not in ("float-quantized", "naive-quantized"):
+        return f"compressed-tensors of format {shown(kind)}"
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(g, Mapping) for g in groups.values()):
+        return f"compressed-tensors with config_groups {shown(groups)}"
+    for group in groups.values():
+        weights = group.get("weights")
+        if not isinstance(weights, Mapping) or weights.get("num_bits") != 8 or weights.get("type") != "float":
+            return f"compressed-tensors with weights {shown(weights)}"
+        strategy, block = weights.get("strategy"), weights.get("block_structure")
+        if strategy not in ("tensor", "channel", "block") or (strategy == "block" and block != list(_FP8_BLOCK)):
+            return f"compressed-tensors with {shown(strategy)} scales of block_structure {shown(block)}"
+    sparse = quant.raw("sparsity_config")
+    if isinstance(sparse, Mapping) and sparse.get("format", "dense") != "dense":
+        return f"compressed-tensors with sparsity {shown(sparse.get('format'))}"
+    return None
 
 
 class _Common:

@@ -1,7 +1,8 @@
 """Quantised weights as GGUF stores them: rows of blocks, each a few scales and packed integers.
 
 A BlockTensor keeps the file's bytes. `dequantise` turns rows of them into floats on any device; in fp32 it gives bit for
-bit what gguf.quants 0.19 gives (same operations, same order), and other dtypes are that, rounded once.
+bit what gguf.quants 0.19 gives (same operations, same order), and other dtypes are that, rounded once. Beside them matrices in
+e4m3 with their scales, as safetensors have them or made of floats: Fp8Tensor.
 Source of the layouts: ggml/src/ggml-quants.c dequantize_row_*, as spelt out in gguf-py/gguf/quants.py.
 """
 
@@ -14,6 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from headwise.planner.residence import FP8_BLOCK
+
+FP8_MAX = 448.0  # of e4m3
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4 values, doubled
 
 
@@ -41,12 +45,37 @@ class BlockTensor:
         return BlockTensor(self.data[i], self.type, self.shape[1:])
 
 
+@dataclass(frozen=True, slots=True)
+class Fp8Tensor:
+    """A matrix in e4m3, `data` (N, K), times fp32 `scales`: of each row (N, 1), or of each 128 of a row (N, ceil(K / 128))."""
+
+    data: Tensor
+    scales: Tensor
+
+    def __post_init__(self) -> None:
+        (N, K), S = self.data.shape, self.scales.shape[-1]
+        if self.data.dtype != torch.float8_e4m3fn or self.scales.shape != (N, S) or S not in (1, -(-K // FP8_BLOCK)):
+            raise ValueError(f"Fp8Tensor: {self.data.dtype} {(N, K)} with scales {tuple(self.scales.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.data.shape)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def part(self, start: int, stop: int) -> Fp8Tensor:
+        """Rows `start` to `stop`, as a view."""
+        return Fp8Tensor(self.data[start:stop], self.scales[start:stop])
+
+
 if TYPE_CHECKING:
     from headwise.kernels.tiled import Planes
 
-    Weight = Tensor | BlockTensor | Planes
+    Weight = Tensor | BlockTensor | Fp8Tensor | Planes
 else:
-    Weight = Tensor | BlockTensor  # and, where triton is, kernels.tiled.Planes
+    Weight = Tensor | BlockTensor | Fp8Tensor  # and, where triton is, kernels.tiled.Planes
 
 
 def row_bytes(type_name: str, columns: int) -> int:
@@ -72,6 +101,19 @@ def dequantise(data: Tensor, type_name: str, dtype: torch.dtype, *, out: Tensor 
     if out is None:
         return floats.to(dtype)
     return out.copy_(floats)
+
+
+def expand_fp8(data: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
+    """e4m3 values (..., N, K) times their scales (..., N, 1 or ceil(K / 128)), in fp32; rounded once into `out` where given."""
+    each = scales if scales.shape[-1] == 1 else scales.repeat_interleave(FP8_BLOCK, -1)[..., : data.shape[-1]]
+    floats = data.float() * each
+    return floats if out is None else out.copy_(floats)
+
+
+def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of floats (N, K) as e4m3 and a scale each, (N, 1) fp32: the row's largest magnitude becomes 448."""
+    scales = x.abs().amax(-1, keepdim=True).float().clamp_(min=1e-30).div_(FP8_MAX)
+    return (x.float() / scales).clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scales
 
 
 def repack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:

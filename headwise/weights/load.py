@@ -18,10 +18,21 @@ import torch
 from torch import Tensor
 
 from headwise.errors import SpecError
+from headwise.planner.residence import FP8_BLOCK, FP8_TYPES
 from headwise.planner.workspace import DEQUANT_TILE_VALUES
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, weight_tensors
-from headwise.weights.blocks import BLOCK_TYPES, BlockTensor, Weight, dequantise, repack_mxfp4, row_bytes
+from headwise.weights.blocks import (
+    BLOCK_TYPES,
+    BlockTensor,
+    Fp8Tensor,
+    Weight,
+    dequantise,
+    expand_fp8,
+    repack_mxfp4,
+    row_bytes,
+    to_fp8,
+)
 from headwise.weights.listing import Listing, StoredTensor, list_checkpoint
 from headwise.weights.names import Part, match, row_axis
 
@@ -49,7 +60,8 @@ def load_weights(
     """Every tensor of `weight_tensors(spec, layers)` on `device`, and one more per group.
 
     Args:
-        resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in.
+        resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in; "fp8" for a matrix
+            that is stored as floats too, which is made here, a tile at a time.
         groups: group name -> members of one resident type, whose rows then lie one after another in one allocation;
             the result holds the whole under the group's name and the members as views of it.
         planes: names whose blocks are re-tiled for our kernels, `planner.residence.planed`; a group's members all or none.
@@ -63,8 +75,10 @@ def load_weights(
     device = torch.device(device)
     specs = {t.name: t for t in weight_tensors(spec, layers)}
     for name, stored in matched.types.items():
-        if resident[name] not in FLOATS and (resident[name] != stored or stored not in BLOCK_TYPES):
-            raise ValueError(f"{name} is stored as {stored} and cannot be kept as {resident[name]}")
+        kept = resident[name]
+        as_stored = kept == stored and stored in BLOCK_TYPES | FP8_TYPES
+        if not (kept in FLOATS or as_stored or (kept == "fp8" and stored in FLOATS)):
+            raise ValueError(f"{name} is stored as {stored} and cannot be kept as {kept}")
     weights = allocate(specs, resident, groups or {}, device, planes)
     total = sum(_n_bytes(weights[name]) for name in specs)
     done = 0
@@ -72,7 +86,10 @@ def load_weights(
     for name, ours in specs.items():
         for part in matched.parts[name]:
             into = weights[name]
-            fill = _retile(into, files, part) if _is_planes(into) else _fill(_region(into, part), files, part, ours)
+            if isinstance(into, Fp8Tensor):
+                fill = _fill_fp8(into, files, part)
+            else:
+                fill = _retile(into, files, part) if _is_planes(into) else _fill(_region(into, part), files, part, ours)
             for n_bytes in fill:
                 done += n_bytes
                 if progress:
@@ -119,6 +136,10 @@ def _empty(shape: tuple[int, ...], type_name: str, device: torch.device, planes:
         return retile.empty(type_name, shape, device)
     if type_name in FLOATS:
         return torch.empty(shape, dtype=FLOATS[type_name], device=device)
+    if type_name in FP8_TYPES:
+        rows, columns = shape
+        data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
+        return Fp8Tensor(data, torch.empty(rows, 1 if type_name == "fp8" else -(-columns // FP8_BLOCK), device=device))
     data = torch.empty((*shape[:-1], row_bytes(type_name, shape[-1])), dtype=torch.uint8, device=device)
     return BlockTensor(data, type_name, shape)
 
@@ -126,7 +147,7 @@ def _empty(shape: tuple[int, ...], type_name: str, device: torch.device, planes:
 def _narrow(whole: Weight, axis: int, start: int, length: int) -> Weight:
     if isinstance(whole, Tensor):
         return whole.narrow(axis, start, length)
-    if not isinstance(whole, BlockTensor):
+    if not isinstance(whole, BlockTensor):  # a matrix's rows, whatever they are
         return whole.part(start, start + length)
     shape = list(whole.shape)
     shape[axis] = length
@@ -134,7 +155,7 @@ def _narrow(whole: Weight, axis: int, start: int, length: int) -> Weight:
 
 
 def _is_planes(weight: Weight) -> TypeGuard[Planes]:
-    return not isinstance(weight, Tensor | BlockTensor)
+    return not isinstance(weight, Tensor | BlockTensor | Fp8Tensor)
 
 
 def _data(weight: Tensor | BlockTensor) -> Tensor:
@@ -144,6 +165,8 @@ def _data(weight: Tensor | BlockTensor) -> Tensor:
 def _n_bytes(weight: Weight) -> int:
     if _is_planes(weight):
         return sum(x.numel() for x in (weight.low, weight.high, weight.head) if x is not None)
+    if isinstance(weight, Fp8Tensor):
+        return weight.data.nbytes + weight.scales.nbytes
     assert isinstance(weight, Tensor | BlockTensor)
     return _data(weight).numel() * _data(weight).element_size()
 
@@ -180,15 +203,18 @@ def _region(weight: Weight, part: Part) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """One stored tensor as views into the file, rows by rows of our tensor; `type` is as listed, or mxfp4."""
+    """One stored tensor as views into the file, rows by rows of our tensor; `type` is as listed, or mxfp4, or fp8."""
 
     tensor: Tensor  # (..., rows, elements), or (..., rows, bytes) of blocks
     type: str
-    scales: Tensor | None = None  # of safetensors MXFP4, where `tensor` is (..., rows, blocks, 16)
+    scales: Tensor | None = None  # of MXFP4, where `tensor` is (..., rows, blocks, 16); of e4m3, those of each row
 
     def tile(self, index: tuple[slice, ...], device: torch.device | None = None) -> Tensor:
-        """Rows of the tensor, moved to `device` before they are repacked."""
+        """Rows of the tensor, moved to `device` before they are repacked; e4m3 as floats."""
         tensor = self.tensor[index].to(device)
+        if self.type == "fp8":
+            assert self.scales is not None
+            return expand_fp8(tensor, self.scales[index].to(device))
         if self.scales is not None:
             return repack_mxfp4(tensor, self.scales[index].to(device))
         if self.type == "mxfp4_raw":  # the exponent before each block, the nibbles in the checkpoint's order
@@ -203,8 +229,41 @@ def _source(files: _Files, part: Part) -> tuple[_Source, tuple[StoredTensor, ...
     if not part.scales:
         return _Source(_rows(files.view(stored), part, False), stored.type), (stored,)
     scales = files.listing.tensors[part.scales]
+    if stored.type == "f8_e4m3":
+        of_rows = _rows(_row_scales(files.view(scales).float(), stored.shape), part, False)
+        return _Source(_rows(files.view(stored), part, False), "fp8", of_rows), (stored, scales)
     exponents = _rows(files.view(scales), part, False, has_columns=True)
     return _Source(_rows(files.view(stored), part, True), "mxfp4", exponents), (stored, scales)
+
+
+def _row_scales(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Scales of all values, of each row, or of blocks of 128 by 128, as those of each row: (..., N, 1 or ceil(K / 128))."""
+    N = shape[-2]
+    if scales.numel() == 1:
+        return scales.reshape(1, 1).expand(*shape[:-1], 1)
+    if scales.numel() == math.prod(shape[:-1]):
+        return scales.reshape(*shape[:-1], 1)
+    return scales.repeat_interleave(FP8_BLOCK, -2)[..., :N, :]
+
+
+def _fill_fp8(into: Fp8Tensor, files: _Files, part: Part) -> Iterator[int]:
+    """Copies rows of e4m3, or makes them of floats, on the device; yields the bytes of each tile."""
+    source, read = _source(files, part)
+    if part.pairs_of:
+        source = replace(source, tensor=source.tensor.flatten(0, -2))  # a copy on the host: rows in another order
+    N, K = into.shape
+    n_values = DEQUANT_TILE_VALUES if source.scales is None else TILE_BYTES // 4
+    for (rows,) in _tiles((N,), max(1, n_values // K)):
+        if source.scales is None:
+            data, scales = to_fp8(source.tile((rows,), into.device))
+        else:
+            data, scales = source.tensor[rows], source.scales[rows]
+        tile = into.part(rows.start, rows.stop)
+        tile.data.copy_(data)
+        tile.scales.copy_(scales)
+        for tensor in read:
+            files.forget(tensor)
+        yield tile.data.nbytes + tile.scales.nbytes
 
 
 def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator[int]:
@@ -222,8 +281,8 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
     dequantised = type_name not in FLOATS and dest.dtype != torch.uint8
     n_values = min(TILE_BYTES // 4, DEQUANT_TILE_VALUES) if dequantised else TILE_BYTES // 4
     for index in _tiles(tuple(dest.shape[:-1]), max(1, n_values // columns)):
-        into, tile = dest[index], source.tile(index)
-        if type_name in FLOATS:
+        into, tile = dest[index], source.tile(index, dest.device if type_name == "fp8" else None)
+        if type_name in FLOATS or type_name == "fp8":
             into.copy_(tile.float() + part.add if part.add else tile)
         elif dest.dtype == torch.uint8:
             into.copy_(tile)
@@ -310,7 +369,7 @@ class _Files:
         if stored.path not in self.maps:
             with stored.path.open("rb") as file:  # a private copy, never written: torch warns of read-only buffers
                 self.maps[stored.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        dtype = FLOATS.get(stored.type, torch.uint8)
+        dtype = torch.float8_e4m3fn if stored.type == "f8_e4m3" else FLOATS.get(stored.type, torch.uint8)
         count = stored.n_bytes // dtype.itemsize
         flat = torch.frombuffer(self.maps[stored.path], dtype=dtype, count=count, offset=stored.offset)
         if stored.block > 1:

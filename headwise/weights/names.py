@@ -8,6 +8,7 @@ gguf-py/gguf/constants.py, conversion/*.py and src/models/*.cpp (GGUF).
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from headwise.errors import SpecError
+from headwise.planner.residence import FP8_BLOCK, FP8_TYPES
 from headwise.spec.layers import LayerSpec, ModelSpec
 from headwise.spec.tensors import TensorSpec, weight_tensors
 from headwise.weights.listing import Listing, StoredTensor
@@ -30,7 +32,7 @@ class Part:
     """Rows of one stored tensor that fill one of ours, or one expert of ours."""
 
     stored: str
-    scales: str | None = None  # `stored` holds MXFP4 nibbles of safetensors, this its exponents
+    scales: str | None = None  # `stored` holds MXFP4 nibbles of safetensors, this its exponents; or e4m3 and its scales
     expert: int | None = None  # fills only this expert of ours
     first: int = 0  # the first row taken,
     step: int = 1  # then every step-th (2: gate and up alternate),
@@ -70,6 +72,14 @@ def _dense(stem: str, kinds: Mapping[str, str]) -> dict[str, tuple[_Row, ...]]:
     return rows
 
 
+def _apart(kind: str) -> tuple[_Row, ...]:
+    """Gemma 4's experts as tools that quantise them store them, one by one.
+
+    Source: vLLM 001cabc1b vllm/model_executor/models/gemma4.py `load_weights`; sglang #22929 for the second.
+    """
+    return _Row(f"experts.{{e}}.{kind}.weight"), _Row(f"moe.experts.{{e}}.{kind}.weight")
+
+
 _HF_MODEL: Mapping[str, tuple[_Row, ...]] = {
     "embed": (_Row("{body}embed_tokens.weight"),),
     "norm": (_Row("{body}norm.weight"),),
@@ -107,9 +117,9 @@ _HF_EXPERTS: Mapping[str, Mapping[str, tuple[_Row, ...]]] = {
         "mlp_post_norm_1": (_Row("post_feedforward_layernorm_1.weight"),),
         "experts_norm": (_Row("pre_feedforward_layernorm_2.weight"),),
         "experts_post_norm": (_Row("post_feedforward_layernorm_2.weight"),),
-        "experts_gate": (_Row("experts.gate_up_proj", "first"),),
-        "experts_up": (_Row("experts.gate_up_proj", "second"),),
-        "experts_down": (_Row("experts.down_proj"),),
+        "experts_gate": (_Row("experts.gate_up_proj", "first"), *_apart("gate_proj")),
+        "experts_up": (_Row("experts.gate_up_proj", "second"), *_apart("up_proj")),
+        "experts_down": (_Row("experts.down_proj"), *_apart("down_proj")),
     },
     "qwen3_moe": {
         "router": (_Row("mlp.gate.weight"),),
@@ -197,6 +207,8 @@ _SKIPPED: Mapping[str, tuple[tuple[re.Pattern[str], str], ...]] = {
         (re.compile(r"(model\.)?(vision_\w+|embed_vision|multi_modal_projector)\."), "vision"),
         (re.compile(r"(model\.)?(audio_\w+|embed_audio)\."), "audio"),
         (re.compile(r"mtp\."), "multi-token prediction"),
+        (re.compile(r".*\.input_scale$"), "static scales of activations, which are measured token by token here"),
+        (re.compile(r".*\.([qkv]_scale|prob_scale|[qkv]_proj\.output_scale)$"), "scales of a KV cache in fp8; --kv says ours"),
         (re.compile(r".*\brotary_emb\.inv_freq$"), ""),
     ),
     "gguf": (
@@ -353,10 +365,17 @@ class _Table:
         if "{e}" in row.name:
             for e, stored in enumerate(wanted):
                 self._check(stored, shape[1:], ours)
-                yield replace(part, stored=stored, expert=e)
+                yield replace(part, stored=stored, scales=self._scales(stored, row), expert=e)
             return
         self._check(wanted[0], shape, ours)
-        yield replace(part, stored=wanted[0])
+        yield replace(part, stored=wanted[0], scales=self._scales(wanted[0], row))
+
+    def _scales(self, name: str, row: _Row) -> str | None:
+        """Where the scales of a tensor in e4m3 lie, if it is one that is read and has any."""
+        stored = self.listing.tensors[name]
+        if stored.type != "f8_e4m3" or row.transposed or len(stored.shape) < 2:
+            return None
+        return next((n for n in (f"{name}_scale_inv", f"{name}_scale") if n in self.listing.tensors), None)
 
     def _share_of_qkv(self, part: Part, layer: LayerSpec, share: Share, stored: StoredTensor, vector: bool) -> tuple[Part, int]:
         """Our rows of a fused q, k, v. A K=V layer may be stored with its V rows, which then repeat its K rows."""
@@ -385,6 +404,8 @@ class _Table:
         for pattern, why in _SKIPPED[self.listing.style]:
             if pattern.match(name):
                 return why
+        if name.endswith((".weight_scale", ".weight_scale_inv")):  # goes with its weight
+            name = name[: name.rindex("_scale")]
         if self.spec.tied and name in {row.name.format(head=self.head) for row in self.model_rows["head"]}:
             return "the output projection of a tied model is its embedding"
         if not name.startswith(self.layer_stem):
@@ -404,13 +425,36 @@ class _Table:
         return None
 
 
+def _fp8_type(stored: StoredTensor, scales: StoredTensor, listing: Listing) -> str:
+    """By the shape of the scales: fp8, one or one a row; fp8_block, one for each 128 by 128 values, several a row."""
+    *lead, N, K = stored.shape
+    blocks = (*lead, -(-N // FP8_BLOCK), -(-K // FP8_BLOCK))
+    n = math.prod(scales.shape)
+    if scales.type in FLOAT_TYPES and (n == 1 or scales.shape in ((*lead, N, 1), (*lead, N))):
+        return "fp8"
+    if scales.type in FLOAT_TYPES and scales.shape == blocks:
+        return "fp8" if K <= FP8_BLOCK else "fp8_block"
+    raise SpecError(
+        f"{listing.where}: {scales.name} is {scales.type} {list(scales.shape)}",
+        why=f"of {stored.name} {list(stored.shape)} one float is read, one a row, or one for each 128 by 128: {list(blocks)}",
+        do="use the unquantised repository, or a GGUF of this model",
+    )
+
+
 def _type(ours: TensorSpec, parts: tuple[Part, ...], listing: Listing) -> str:
     """The one type all parts of a tensor are stored in."""
-    found = {"mxfp4" if part.scales else listing.tensors[part.stored].type.removesuffix("_raw") for part in parts}
+
+    def type_of(part: Part) -> str:
+        stored = listing.tensors[part.stored]
+        if part.scales is None:
+            return stored.type.removesuffix("_raw")
+        return "mxfp4" if stored.type != "f8_e4m3" else _fp8_type(stored, listing.tensors[part.scales], listing)
+
+    found = {type_of(part) for part in parts}
     tensors = [listing.tensors[part.stored] for part in parts]
     if len(found) == 1:
         (type_name,) = found
-        if type_name in FLOAT_TYPES or tensors[0].block > 1:
+        if type_name in FP8_TYPES or type_name in FLOAT_TYPES or tensors[0].block > 1:
             return type_name
         if parts[0].scales and tensors[0].type == "u8" and listing.tensors[parts[0].scales].type == "u8":
             return type_name
@@ -421,6 +465,6 @@ def _type(ours: TensorSpec, parts: tuple[Part, ...], listing: Listing) -> str:
         type_name = " and ".join(sorted(found))
     raise SpecError(
         f"{listing.where}: {parts[0].stored} is stored as {type_name}",
-        why=f"{ours.name} can be read from {', '.join(FLOAT_TYPES)}, MXFP4 or GGUF's quantised types",
+        why=f"{ours.name} can be read from {', '.join(FLOAT_TYPES)}, e4m3 with scales, MXFP4 or GGUF's quantised types",
         do="use the unquantised repository, or a GGUF of this model",
     )

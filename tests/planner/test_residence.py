@@ -3,12 +3,14 @@ from typing import Any
 
 import pytest
 
+from headwise.planner.memory import Workload, plan
 from headwise.planner.quantise import weight_types
 from headwise.planner.residence import FLOAT_TYPES, KEPT_TYPES, groups, multiplied, planed, resident_types, weight_bytes
 from headwise.spec import catalogue
 from headwise.spec.ggml import GGML_TYPES, by_name
 from headwise.spec.hf import spec_from_config
-from headwise.spec.layers import ModelSpec
+from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.tensors import weight_tensors
 from headwise.weights.blocks import BLOCK_TYPES
 
@@ -18,7 +20,7 @@ GPT_OSS = catalogue.spec("gpt-oss-20b")
 
 
 def small(**more: Any) -> ModelSpec:
-    config = {
+    config: dict[str, Any] = {
         "model_type": "llama", "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "hidden_act": "silu",
     }  # fmt: skip
@@ -192,3 +194,50 @@ def test_tying_moves_a_cpu_s_embedding_between_the_rules() -> None:
     for tied in (True, False):
         spec = replace(small(), tied=tied)
         assert resident(spec, "q4_k", cpu=True)["embed"] == ("bf16" if tied else "q4_k")
+
+
+def test_a_matrix_in_e4m3_is_a_byte_a_value_and_four_a_scale() -> None:
+    """A block's scale lies on disk once, in memory with each of its rows."""
+    spec = small(intermediate_size=1040)
+    for kind, scales_of_gate, scales_of_down in (("fp8", 1040, 512), ("fp8_block", 1040 * 4, 512 * 9)):
+        held = resident(spec, kind, cpu=False)
+        sizes = weight_bytes(spec, held)
+        assert sizes["layers.0.gate"] == 1040 * 512 + 4 * scales_of_gate
+        assert sizes["layers.0.down"] == 512 * 1040 + 4 * scales_of_down
+        assert groups(spec, held)["layers.0.qkv"] == ("layers.0.q", "layers.0.k", "layers.0.v")
+    for spec in (small(), GPT_OSS):
+        assert of_role(spec, resident(spec, "fp8", cpu=False), "table", "experts") == {"bf16"}
+        assert of_role(spec, resident(spec, "fp8", cpu=True, dtype="f32"), "table", "matrix", "experts") <= {"f32"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "reads", "rounded"),
+    [
+        ("fp8", "bf16", "slots", True),
+        ("fp8", "f16", "slots", False),
+        ("fp8", "bf16", "tiles", False),
+        ("fp8_block", "bf16", "slots", False),
+    ],
+)
+def test_a_plan_says_when_activations_are_rounded_too_and_has_room_for_them(
+    kind: str, dtype: str, reads: str, rounded: bool
+) -> None:
+    spec = small(max_position_embeddings=4096)
+    kv: dict[Kind, KVFormat] = {"global": kv_format(dtype), "sliding": kv_format(dtype)}
+    stored = {t.name: kind if t.role == "matrix" else "bf16" for t in weight_tensors(spec)}
+    p = plan(spec, stored, Workload(context=4096, chunk=4096, kv=kv, dtype=dtype, reads=frozenset({reads})))
+
+    (note,) = p.notes
+    assert ("more than 64 tokens" in note) is rounded
+    assert ("stay as they are" in note) is not rounded
+    (tile,) = (b for b in p.stages[0].buffers if b.name == "weight.tile")
+    if rounded:
+        assert tile.n_bytes == 4096 * (1024 + 4)  # the widest rows, and a scale each
+
+
+def test_a_plan_says_what_in_fp8_is_expanded() -> None:
+    kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
+    stored = {t.name: "fp8_block" if t.role in ("matrix", "experts") else "bf16" for t in weight_tensors(GPT_OSS)}
+    p = plan(GPT_OSS, stored, Workload(context=64, kv=kv, dtype="bf16", reads=frozenset({"slots"})))
+
+    assert any(note == "experts stored in fp8 are expanded at load: 72 tensors" for note in p.notes)
