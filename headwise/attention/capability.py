@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from headwise.hardware.gpus import Gpu
-from headwise.spec.kv import KVFormat, k_values
+from headwise.spec.kv import KVFormat, q_values, turned_pairs
 from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
@@ -58,7 +58,8 @@ class Need:
     """What one layer asks of a backend on one device."""
 
     head_dim: int
-    key_dim: int  # what a cached key holds: head_dim, or V and the rotated part of K in one tensor
+    key_dim: int  # values of a key: head_dim, or of one tensor V's and the rotated part of K
+    v_alone: bool = False  # the one tensor is V: keys are rotated as they are read
     window: int | None
     kv: str
     dtype: str  # of the activations
@@ -85,6 +86,7 @@ class Capability:
     head_dims: Collection[int]
     reads: Literal["slots", "tiles", "scores"] = "tiles"
     one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs it takes; None: any in head_dims
+    v_alone: bool = False  # it rotates keys that are stored as V alone
     kv: tuple[str, ...] = ALL_KV
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
@@ -120,6 +122,8 @@ class Capability:
                 return f"one-tensor key size {need.key_dim} not in {listed(self.head_dims)}"
             if self.one_tensor is not None and (need.head_dim, need.key_dim) not in self.one_tensor:
                 return f"one tensor for K and V with keys of {need.key_dim} values for head_dim {need.head_dim}: not among its own"
+        if need.v_alone and not self.v_alone:
+            return "V alone for K and V: it does not rotate keys (--kv-layout v+rotated stores them rotated)"
         if need.window is not None and not self.windowed:
             return f"window {need.window}: it takes no window"
         if need.softcap is not None and not self.softcap:
@@ -171,6 +175,7 @@ BACKENDS: Sequence[Capability] = (
         head_dims=KERNEL_DIMS,
         reads="slots",
         one_tensor=tuple((d, d + r) for d in KERNEL_DIMS for r in (32, 64, 128, 256)),
+        v_alone=True,
         kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
         dtypes=("f16", "bf16"),
         softcap=True,
@@ -181,6 +186,7 @@ BACKENDS: Sequence[Capability] = (
         name="flash-attn-2",
         module="headwise.attention.torch_fused",
         verdict="fused",
+        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 257, 8),
         dtypes=("f16", "bf16"),
@@ -193,6 +199,7 @@ BACKENDS: Sequence[Capability] = (
         name="torch-efficient",
         module="headwise.attention.torch_fused",
         verdict="fused",
+        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 1025, 8),
         min_capability=(7, 0),
@@ -202,6 +209,7 @@ BACKENDS: Sequence[Capability] = (
         name="torch-flash-cpu",
         module="headwise.attention.torch_fused",
         verdict="fused",
+        v_alone=True,
         apis=("cpu",),
         head_dims=range(2, 1025),
         source="PyTorch 2.11 aten/native/cpu/FlashAttentionKernel.cpp: any head size, additive mask, grouped heads",
@@ -224,6 +232,7 @@ BACKENDS: Sequence[Capability] = (
         name="torch-cudnn",
         module="headwise.attention.torch_fused",
         verdict="fused",
+        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 257, 8),
         dtypes=("f16", "bf16"),
@@ -300,6 +309,7 @@ BACKENDS: Sequence[Capability] = (
         name="reference",
         module="headwise.attention.reference",
         verdict="materialised",
+        v_alone=True,
         apis=("cpu", "cuda", "rocm", "metal", "sycl"),
         head_dims=range(1, 65537),
         reads="scores",
@@ -313,7 +323,8 @@ def need_for(layer: LayerSpec, *, kv: KVFormat, dtype: str, device: DeviceKind) 
     """What `layer` needs on `device`."""
     return Need(
         head_dim=layer.head_dim,
-        key_dim=k_values(layer),
+        key_dim=q_values(layer),
+        v_alone=turned_pairs(layer) > 0,
         window=layer.window,
         kv=kv.name,
         dtype=dtype,

@@ -14,7 +14,7 @@ from torch import Tensor
 from headwise.cache.storage import LayerCache, Scratch, Span, Values
 from headwise.kernels import attend as portable
 from headwise.kernels.configs import FEW_ROWS, doublings
-from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.stored import Sequences, Slots, Stored, Turn
 
 MERGED_ROWS = 4  # up to as many, the launch itself merges the partial results
 
@@ -45,14 +45,14 @@ def attend(
         Sequences(on_device.starts_B1, on_device.lengths_B, span.n, span.stop),
         Slots(table.rows, ring=cache.n_slots if cache.window else 0, page=table.page),
         scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H, partial=scratch.partial, done=scratch.done,
-        overlap=not on_device.fresh,
+        overlap=not on_device.fresh, turn=None if cache.turn is None else Turn(*cache.turn),
     )  # fmt: skip
 
 
 def launch(
     backend: str, q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None, partial: Tensor | None = None,
-    done: Tensor | None = None, overlap: bool = True,
+    done: Tensor | None = None, overlap: bool = True, turn: Turn | None = None,
 ) -> None:  # fmt: skip
     """The kernel of `backend` for these shapes, over the cached keys of one or several sequences.
 
@@ -60,12 +60,15 @@ def launch(
         partial: fp32 scratch; None: keys are not shared between programs.
         done: int32 zeros, one a sequence and KV head: a decode launch merges its partial results itself.
         overlap: nothing has written keys of earlier steps in the two launches before (`decode_hopper`).
+        turn: what makes keys, where `k` holds V alone.
     Raises:
-        ValueError: a softcap with the Hopper kernels, whose row claims none; what `kernels.attend.check` refuses.
+        ValueError: a softcap or V alone with the Hopper kernels, whose row claims neither; what `kernels.attend.check` refuses.
     """
     hopper = backend == "headwise-hopper"
     if hopper and softcap is not None:
         raise ValueError(f"{backend} has no softcap")
+    if hopper and turn is not None:
+        raise ValueError(f"{backend} makes no keys of V alone")
     if hopper and slots.page not in (0, 64):
         raise ValueError(f"{backend}: pages of {slots.page} slots, its tiles are of 64")
     if hopper:  # the portable kernel asks itself
@@ -82,12 +85,12 @@ def launch(
         by_portable = not hopper or not native or (D == 512 and (window is not None or sinks_H is not None))
     merged = not by_portable and rows <= MERGED_ROWS and done is not None  # by the launch itself
     share = 2.0 if by_portable or not native else 0.75 if merged else 1.0
-    tile = portable.tile_rows(q_NHE, k, v, D, rows) if by_portable else max(16, 1 << (rows - 1).bit_length())
+    tile = portable.tile_rows(q_NHE, k, v, D, rows, turn) if by_portable else max(16, 1 << (rows - 1).bit_length())
     n_splits = splits(keys, tile, G * B, D, q_NHE.device, partial, share) if few else 1
     if by_portable:
         portable.attend(
             q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H,
-            n_splits=n_splits, scratch=partial,
+            n_splits=n_splits, scratch=partial, turn=turn,
         )  # fmt: skip
         return
     from headwise.kernels import attend_hopper, decode_hopper, decode_packed  # Gluon's modules exist in triton 3.6 only
