@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from headwise.hardware.gpus import Gpu
-from headwise.spec.kv import KVFormat, q_values, turned_pairs
+from headwise.spec.kv import KVFormat, q_values
 from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
@@ -59,7 +59,6 @@ class Need:
 
     head_dim: int
     key_dim: int  # values of a key: head_dim, or of one tensor V's and the rotated part of K
-    v_alone: bool = False  # the one tensor is V: keys are rotated as they are read
     window: int | None
     kv: str
     dtype: str  # of the activations
@@ -85,8 +84,7 @@ class Capability:
     apis: tuple[Api, ...]
     head_dims: Collection[int]
     reads: Literal["slots", "tiles", "scores"] = "tiles"
-    one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs it takes; None: any in head_dims
-    v_alone: bool = False  # it rotates keys that are stored as V alone
+    one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs, in both layouts; None: any in head_dims
     kv: tuple[str, ...] = ALL_KV
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
@@ -122,8 +120,6 @@ class Capability:
                 return f"one-tensor key size {need.key_dim} not in {listed(self.head_dims)}"
             if self.one_tensor is not None and (need.head_dim, need.key_dim) not in self.one_tensor:
                 return f"one tensor for K and V with keys of {need.key_dim} values for head_dim {need.head_dim}: not among its own"
-        if need.v_alone and not self.v_alone:
-            return "V alone for K and V: it does not rotate keys (--kv-layout v+rotated stores them rotated)"
         if need.window is not None and not self.windowed:
             return f"window {need.window}: it takes no window"
         if need.softcap is not None and not self.softcap:
@@ -164,8 +160,8 @@ BACKENDS: Sequence[Capability] = (
         max_capability=(9, 0),
         triton=(3, 6),
         source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
-        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes; Gluon's API changes between "
-        "versions of triton",
+        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes, and of V alone all but "
+        "decode over floats; Gluon's API changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",
@@ -175,7 +171,6 @@ BACKENDS: Sequence[Capability] = (
         head_dims=KERNEL_DIMS,
         reads="slots",
         one_tensor=tuple((d, d + r) for d in KERNEL_DIMS for r in (32, 64, 128, 256)),
-        v_alone=True,
         kv=("f16", "bf16", "fp8", "q8_0", "q4_0"),
         dtypes=("f16", "bf16"),
         softcap=True,
@@ -186,7 +181,6 @@ BACKENDS: Sequence[Capability] = (
         name="flash-attn-2",
         module="headwise.attention.torch_fused",
         verdict="fused",
-        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 257, 8),
         dtypes=("f16", "bf16"),
@@ -199,7 +193,6 @@ BACKENDS: Sequence[Capability] = (
         name="torch-efficient",
         module="headwise.attention.torch_fused",
         verdict="fused",
-        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 1025, 8),
         min_capability=(7, 0),
@@ -209,7 +202,6 @@ BACKENDS: Sequence[Capability] = (
         name="torch-flash-cpu",
         module="headwise.attention.torch_fused",
         verdict="fused",
-        v_alone=True,
         apis=("cpu",),
         head_dims=range(2, 1025),
         source="PyTorch 2.11 aten/native/cpu/FlashAttentionKernel.cpp: any head size, additive mask, grouped heads",
@@ -232,7 +224,6 @@ BACKENDS: Sequence[Capability] = (
         name="torch-cudnn",
         module="headwise.attention.torch_fused",
         verdict="fused",
-        v_alone=True,
         apis=("cuda",),
         head_dims=range(8, 257, 8),
         dtypes=("f16", "bf16"),
@@ -309,7 +300,6 @@ BACKENDS: Sequence[Capability] = (
         name="reference",
         module="headwise.attention.reference",
         verdict="materialised",
-        v_alone=True,
         apis=("cpu", "cuda", "rocm", "metal", "sycl"),
         head_dims=range(1, 65537),
         reads="scores",
@@ -324,7 +314,6 @@ def need_for(layer: LayerSpec, *, kv: KVFormat, dtype: str, device: DeviceKind) 
     return Need(
         head_dim=layer.head_dim,
         key_dim=q_values(layer),
-        v_alone=turned_pairs(layer) > 0,
         window=layer.window,
         kv=kv.name,
         dtype=dtype,

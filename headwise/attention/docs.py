@@ -31,8 +31,6 @@ def markdown() -> str:
             needs.append("floats in the cache of the activations' type")
         if b.one_tensor is not None and not b.one_tensor:
             needs.append("a tensor each for K and V")
-        elif not b.v_alone:
-            needs.append("not V alone")
         if b.package:
             needs.append(f"{b.package} installed")
         if b.by_name:

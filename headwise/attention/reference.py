@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from headwise.cache.storage import LayerCache, Scratch, Span, Turn
+from headwise.cache.storage import LayerCache, Scratch, Span
+from headwise.kernels.turn import Turn
 
 
 def visible(q_pos_T: Tensor, k_pos_S: Tensor, window: int | None) -> Tensor:

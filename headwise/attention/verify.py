@@ -23,8 +23,9 @@ from torch import Tensor
 from headwise.attention.choose import LayerGroup
 from headwise.attention.reference import attend as formula
 from headwise.attention.reference import turned, visible
-from headwise.cache.storage import LayerCache, Place, Scratch, Span, Turn, alone, slot_positions
+from headwise.cache.storage import LayerCache, Place, Scratch, Span, alone, slot_positions
 from headwise.errors import BackendError
+from headwise.kernels.turn import Turn
 from headwise.planner.workspace import partial_values, turn_values
 from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_values
 from headwise.spec.layers import LayerSpec

@@ -21,9 +21,10 @@ from torch import Tensor
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import choose_layers, forced_backends
 from headwise.attention.reference import turned
-from headwise.cache.storage import LayerCache, Scratch, Span, Turn, alone
+from headwise.cache.storage import LayerCache, Scratch, Span, alone
 from headwise.engine.stage import attend_functions
 from headwise.errors import UsageError
+from headwise.kernels.turn import Turn
 from headwise.planner.workspace import partial_values
 from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_values
 from headwise.spec.layers import KVLayout, LayerSpec, MlpSpec, ModelSpec

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headwise.cache.pages import Extent
+from headwise.kernels.turn import Turn
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
 from headwise.spec.layers import LayerSpec
 
@@ -33,19 +34,6 @@ class Segment(NamedTuple):
     causal: bool = False
     mask_TS: Tensor | None = None  # additive, 0 or -inf
     position: int = 0  # of the first slot, in a global layer
-
-
-class Turn(NamedTuple):
-    """What makes keys of a layer that stores V alone: K = RoPE(w * V), pairs (i, i + D / 2).
-
-    Args:
-        w_D: of K's norm.
-        freq_P: of the pairs that rotate, fp32, radians per token; `magnitude` multiplies cos and sin.
-    """
-
-    w_D: Tensor
-    freq_P: Tensor
-    magnitude: float = 1.0
 
 
 class Place(NamedTuple):

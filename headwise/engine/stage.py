@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from headwise.attention.choose import Choice
-from headwise.cache.storage import LayerCache, Turn
+from headwise.cache.storage import LayerCache
 from headwise.engine.batch import Run, Steps
 from headwise.engine.devices import before_loading, skinny_rows
 from headwise.engine.measure import Peak, storages
 from headwise.engine.replay import Replay, own_stream, records
+from headwise.kernels.turn import Turn
 from headwise.model.arena import Arena
 from headwise.model.decoder import Decoder
 from headwise.model.ops import PLAIN, fused

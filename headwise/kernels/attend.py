@@ -32,7 +32,6 @@ from headwise.kernels.stored import (
     Sequences,
     Slots,
     Stored,
-    Turn,
     bits,
     columns,
     cos_sin,
@@ -40,6 +39,7 @@ from headwise.kernels.stored import (
     load_values,
     slot_of,
 )
+from headwise.kernels.turn import Turn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOG2E = 1.4426950408889634

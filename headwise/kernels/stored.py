@@ -87,14 +87,6 @@ class Stored(NamedTuple):
         return self.data_SGW.shape[2] * (2 if self.data_SGW.dtype == torch.uint8 else 1)
 
 
-class Turn(NamedTuple):
-    """What makes keys of V alone, K = RoPE(w * V): K's norm, and of the rotating pairs (i, i + D / 2) frequencies in fp32."""
-
-    w_D: Tensor
-    freq_P: Tensor
-    magnitude: float = 1.0
-
-
 def bits(x: Tensor) -> Tensor:
     """A cached tensor as a kernel takes it: e4m3 as plain bytes."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x

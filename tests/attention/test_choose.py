@@ -49,7 +49,6 @@ def test_flash_attn_2_refuses_with_the_numbers(changes: dict[str, object], reaso
         ({"triton": None}, "triton none installed"),
         ({"key_dim": 544}, "keys of 544 values for head_dim 512"),
         ({"head_dim": 96, "key_dim": 96}, "head_dim 96 not in 64, 128, 256, 512"),
-        ({"v_alone": True}, "V alone for K and V: it does not rotate keys (--kv-layout v+rotated stores them rotated)"),
         ({"kv": "f32"}, "KV type f32 not in f16, bf16, fp8, q8_0, q4_0"),
         ({"kv": "f16"}, "KV type f16, reads floats of the activations' type bf16 only"),
         ({"softcap": 20.0}, "softcap 20: it has none"),
@@ -61,7 +60,7 @@ def test_the_hopper_kernels_refuse_with_the_numbers(changes: dict[str, object], 
 
 
 @pytest.mark.parametrize(
-    "changes", [{"softcap": 20.0}, {"kv": "f16"}, {"triton": (3, 8)}, {"key_dim": 544}, {"capability": (8, 6)}, {"v_alone": True}]
+    "changes", [{"softcap": 20.0}, {"kv": "f16"}, {"triton": (3, 8)}, {"key_dim": 544}, {"capability": (8, 6)}]
 )
 def test_what_the_hopper_kernels_refuse_the_portable_one_takes(changes: dict[str, object]) -> None:
     assert choose(replace(NEED, **changes)).backend.name == "headwise-triton"  # type: ignore[arg-type]

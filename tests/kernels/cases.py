@@ -61,7 +61,8 @@ def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
     """Relative error, correlation and finiteness of the kernel's result, whose buffer held NaN before."""
     from headwise.kernels.attend import attend, partial_floats, reference
     from headwise.kernels.configs import Config
-    from headwise.kernels.stored import Sequences, Slots, Stored, Turn
+    from headwise.kernels.stored import Sequences, Slots, Stored
+    from headwise.kernels.turn import Turn
 
     g = torch.Generator().manual_seed(case.seed)
     dtype, D, E, B = DTYPES[case.dtype], case.D, case.D + case.tail, len(case.keys)

@@ -11,7 +11,8 @@ from kernels.compiling import Compiled
 
 import headwise.kernels.attend as portable
 from headwise.kernels.configs import TABLE, Config, Row
-from headwise.kernels.stored import Sequences, Slots, Stored, Turn
+from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.turn import Turn
 
 CARDS = {"ampere": (80, 86, 89), "hopper": (90,), "rdna3": ("gfx1100",)}
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, "gfx1100": 64 * 1024}
@@ -98,6 +99,12 @@ def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object
         (512, True, None, 1), (512, True, None, 2), (512, False, None, 1), (256, False, 1024, 1), (128, False, None, 1),
         (64, False, 128, 1),
     )  # fmt: skip
+    of_v = Turn(torch.empty(512, dtype=torch.bfloat16), torch.empty(64))
+    for T in (1, 2):
+        q1, o1 = tensors(32, 640, 512, T)
+        few = Sequences(ints(0, T), ints(512), T, 512)
+        compiled(decode, "_decode", lambda q=q1, o=o1, k=k512, f=few: decode.attend_decode(
+            q, k, None, o, f, flat, scale=1.0, n_splits=4, scratch=scratch, turn=of_v), f"decode, V alone, {8 * T}")  # fmt: skip
     for D, one, window, T in shapes:
         for kv in ("bf16", "fp8", "q8_0", "q4_0"):
             E = D + 128 * one
