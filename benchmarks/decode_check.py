@@ -1,10 +1,10 @@
-"""Is decode over quantised caches right on this card? Every layout, ragged batches, against the formula in fp64.
+"""Is decode right on this card? Every KV type and layout, ragged batches, against the formula in fp64.
 
     PYTHONPATH=.:tests python benchmarks/decode_check.py [--backend headwise-hopper] [OUT.json]
 
-Head sizes 128 to 512, one tensor and two, groups of 2 to 16 heads; one sequence and batches; contiguous, paged and ring caches with
-and without a window and sinks; partial results merged by the launch and after it. What a cache does not hold is 99, results
-and scratch are NaN before. Half the cases have f16 queries, half bf16.
+Head sizes 128 to 512, one tensor (V with K's rotated values, or V alone) and two, groups of 2 to 16 heads; one sequence and
+batches; contiguous, paged and ring caches with and without a window and sinks; partial results merged by the launch and after it.
+What a cache does not hold is 99, results and scratch are NaN before. Half the cases have f16 queries, half bf16.
 """
 
 from __future__ import annotations
@@ -17,15 +17,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from kernels.cases import stored
+from kernels.cases import DTYPES, stored
 
 from headwise.attention.own_kernels import launch, partial_scratch
+from headwise.attention.reference import turned
 from headwise.kernels.attend import reference
 from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.turn import Turn
 
 ERROR = 6e-3
-KV = ("fp8", "q8_0", "q4_0")
-HEADS = ((512, 128, 32, 4), (512, 128, 16, 1), (512, 0, 8, 2), (256, 0, 32, 16), (256, 0, 8, 1), (128, 0, 32, 8))  # D, tail, H, G
+KV = ("floats", "fp8", "q8_0", "q4_0")  # floats: of the queries' type
+HEADS = (  # D, tail, rotating pairs of V alone, H, G
+    (512, 128, 0, 32, 4), (512, 128, 0, 16, 1), (512, 128, 64, 32, 4), (512, 128, 64, 16, 1), (512, 0, 0, 8, 2),
+    (256, 0, 0, 32, 16), (256, 0, 0, 8, 1), (128, 0, 0, 32, 8),
+)  # fmt: skip
 STEPS = (((1,), (1,)), ((65,), (1,)), ((3000,), (1,)), ((700, 64, 129, 1), (1, 1, 1, 1)), ((513, 300), (2, 1)))  # keys, queries
 LAYOUTS = (("flat", None), ("pages", None), ("flat", 200), ("ring", 200))
 PAGE = 64
@@ -33,7 +38,7 @@ PAGE = 64
 
 class Case(NamedTuple):
     kv: str
-    heads: tuple[int, int, int, int]
+    heads: tuple[int, int, int, int, int]
     step: tuple[tuple[int, ...], tuple[int, ...]]
     layout: str
     window: int | None
@@ -42,9 +47,10 @@ class Case(NamedTuple):
 
 def relative_error(case: Case, backend: str, device: torch.device) -> float:
     """||out - reference|| / ||reference||; infinite where a result is not finite."""
-    (D, tail, H, G), (keys, queries) = case.heads, case.step
+    (D, tail, pairs, H, G), (keys, queries) = case.heads, case.step
     g = torch.Generator(device=device).manual_seed(case.seed)
     dtype = torch.float16 if case.seed % 2 or device.type == "cpu" else torch.bfloat16
+    kv = next(name for name, kind in DTYPES.items() if kind == dtype) if case.kv == "floats" else case.kv
     E, B = D + tail, len(keys)
     ring = (case.window or 0) + max(queries) + 8 if case.layout == "ring" else 0
     room = ring or -(-max(keys) // PAGE) * PAGE
@@ -62,14 +68,19 @@ def relative_error(case: Case, backend: str, device: torch.device) -> float:
         return torch.randn(*shape, generator=g, device=device).to(dtype)
 
     caches, seen = [], []
-    for width in (E,) if tail else (D, D):
+    for width in (D,) if pairs else (E,) if tail else (D, D):
         cache = torch.full((n_slots, G, width), 99.0, device=device, dtype=dtype)
         for b, n in enumerate(keys):
             last = max(0, n - ring) if ring else 0  # a ring holds the last positions
             cache[slots(b)[last:]] = random(n - last, G, width)
-        values, held = stored(cache, case.kv)
+        values, held = stored(cache, kv)
         caches.append(Stored(values.data_SGD, values.scales_SGB))
         seen.append([held[slots(b)] for b in range(B)])
+    turn = None
+    if pairs:
+        freq = torch.tensor([1e6 ** (-2.0 * i / D) for i in range(pairs)], dtype=torch.float64).to(device, torch.float32)
+        turn = Turn(random(D), freq)
+        seen[0] = [turned(v, torch.arange(v.shape[0], device=device), turn, E) for v in seen[0]]
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=device)
     seqs = Sequences(starts, torch.tensor(keys, dtype=torch.int32, device=device), max(queries), max(keys))
     q = random(sum(queries), H, E)
@@ -82,7 +93,7 @@ def relative_error(case: Case, backend: str, device: torch.device) -> float:
     scale = 2 * E**-0.5
     launch(
         backend, q, k, v, out, seqs, where, scale=scale, window=case.window, sinks_H=sinks, done=done,
-        partial=None if partial is None else partial.fill_(float("nan")),
+        partial=None if partial is None else partial.fill_(float("nan")), turn=turn,
     )  # fmt: skip
     want = reference(q, seen[0], None if tail else seen[1], seqs, scale=scale, D=D, window=case.window, sinks_H=sinks)
     error = float((out.double() - want).norm() / want.norm())
@@ -105,8 +116,8 @@ def main() -> None:
         error = relative_error(Case(kv, heads, step, layout, window, seed), args.backend, device)
         rows.setdefault((kv, *heads), []).append(error)
     found = [
-        {"kv": kv, "head_dim": D, "tail": tail, "heads": H, "kv_heads": G, "cases": len(e), "worst": max(e)}
-        for (kv, D, tail, H, G), e in rows.items()
+        {"kv": kv, "head_dim": D, "tail": tail, "pairs": pairs, "heads": H, "kv_heads": G, "cases": len(e), "worst": max(e)}
+        for (kv, D, tail, pairs, H, G), e in rows.items()
     ]
     for row in found:
         print(row)

@@ -18,7 +18,7 @@ from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Room,
 from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import MADE, made_at_load, weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
-from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.kv import KVFormat, kv_format, laid_out
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
 from headwise.spec.read import Source, open_model
 from headwise.weights.listing import list_checkpoint
@@ -120,6 +120,7 @@ def plan(
     kv: str | None = None,
     kv_global: str | None = None,
     kv_sliding: str | None = None,
+    kv_layout: str | None = None,
     slots: int | None = 1,
     pool: int | None = None,
     ubatch: int = DEFAULT_CHUNK,
@@ -138,6 +139,7 @@ def plan(
         slots: sequences at once; None: what `serve` takes by default, see `planner.memory.server_rooms`.
         pool: tokens that the global layers hold of all sequences, default a context of each.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
+        kv_layout: of layers with one tensor for K and V: "v+rotated" (default) or "v", see `spec.kv`.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
         gpus: names from the GPU table, "rtx3090" or "rtx3090:24", to be used together; default as few of the detected cards
             as hold it.
@@ -148,14 +150,15 @@ def plan(
         SpecError, UsageError, PlanError: with what, why and what to do. Not fitting is no error: see `Plan.fits`.
     """
     model = source if isinstance(source, Source) else open_model(source, ignore_keys=ignore_keys, env=os.environ)
+    spec = laid_out(model.spec, kv_layout)
     stored = stored_weights(model, weights)
     targets = targets_for(gpus, device) if targets is None else list(targets)
     kinds = [CPU if device == "cpu" else None if t.gpu is None else DeviceKind.of(t.gpu) for t in targets]
-    context = min(DEFAULT_PLAN_CONTEXT, model.spec.max_context) if context is None else context
+    context = min(DEFAULT_PLAN_CONTEXT, spec.max_context) if context is None else context
 
     def plan_on(some: Sequence[int]) -> Plan:
         work, _ = work_on(
-            model.spec,
+            spec,
             {kind for i in some if (kind := kinds[i])},
             context=context,
             slots=1 if slots is None else slots,
@@ -165,17 +168,17 @@ def plan(
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
         )
-        return plan_memory(model.spec, stored, work, [targets[i] for i in some])
+        return plan_memory(spec, stored, work, [targets[i] for i in some])
 
     used = range(len(targets))
     p, used = (plan_on(used), used) if gpus or len(targets) < 2 else fewest(targets, plan_on)
     notes = [f"{t.name} is not needed" for i, t in enumerate(targets) if i not in used]
     if p.fits is False:
-        notes += _what_fits(p, model, [targets[i] for i in used])
+        notes += _what_fits(p, [targets[i] for i in used])
     return replace(p, notes=(*p.notes, *notes))
 
 
-def _what_fits(p: Plan, source: Source, targets: Sequence[Target]) -> Iterator[str]:
+def _what_fits(p: Plan, targets: Sequence[Target]) -> Iterator[str]:
     """What would fit in place of a plan that does not, tried before it is said."""
     w = p.workload
     yield "parts of a model on the CPU are not planned for"
@@ -183,12 +186,12 @@ def _what_fits(p: Plan, source: Source, targets: Sequence[Target]) -> Iterator[s
         yield f"--context {p.max_context} fits"
     q8 = kv_format("q8_0")
     for scheme in (None, "q8_0", "q4_k_m"):
-        stored = p.stored if scheme is None else weight_types(source.spec, scheme)
+        stored = p.stored if scheme is None else weight_types(p.spec, scheme)
         for kv in (w.kv, {"global": q8, "sliding": q8}):
             if scheme is None and kv is w.kv:
                 continue
             try:
-                other = plan_memory(source.spec, stored, replace(w, kv=kv), targets)
+                other = plan_memory(p.spec, stored, replace(w, kv=kv), targets)
             except UsageError:  # the type's blocks do not fit these heads
                 continue
             if other.fits:

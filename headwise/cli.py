@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
@@ -173,6 +174,7 @@ def _run(args: argparse.Namespace) -> int:
             context=context,
             tokenizer=tokenizer,
             kv=_kv(args),
+            kv_layout=args.kv_layout,
             device=_device(args),
             weights=args.weights,
             dtype=args.dtype,
@@ -237,6 +239,7 @@ def _plan(args: argparse.Namespace) -> int:
         kv=args.kv,
         kv_global=args.kv_global,
         kv_sliding=args.kv_sliding,
+        kv_layout=args.kv_layout,
         pool=args.pool,
         ubatch=args.ubatch,
         weights=args.weights,
@@ -298,6 +301,7 @@ def _explain(args: argparse.Namespace) -> int:
     from headwise import api
     from headwise.attention.choose import group_layers
     from headwise.attention.render import engine_view, explain_view
+    from headwise.spec.kv import laid_out
 
     source = _open(args)
     if args.engine != "headwise":
@@ -309,6 +313,7 @@ def _explain(args: argparse.Namespace) -> int:
         else:
             _stdout().print(engine_view(source.spec, args.engine, gpu.label, answer))
         return 0 if answer.proven_fused else 1
+    source = replace(source, spec=laid_out(source.spec, args.kv_layout))
     device, formats, choices = api.explain(
         source, gpu=args.gpu, kv=args.kv, kv_global=args.kv_global, kv_sliding=args.kv_sliding, backend=args.backend
     )
@@ -329,6 +334,7 @@ def _verify(args: argparse.Namespace) -> int:
             source,
             context=args.context,
             kv=_kv(args),
+            kv_layout=args.kv_layout,
             device=_device(args),
             dtype=args.dtype,
             chunk=args.ubatch,
@@ -404,6 +410,7 @@ def _serve(args: argparse.Namespace) -> int:
         "deterministic": args.deterministic,
         "speculate": args.speculate,
         "kv": _kv(args),
+        "kv_layout": args.kv_layout,
         "device": _device(args),
         "weights": args.weights,
         "dtype": args.dtype,

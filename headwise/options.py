@@ -77,6 +77,8 @@ OPTIONS = (
     Option("kv", "text", _KV, "KV type of all layers", KV_TYPES),
     Option("kv_global", "text", _KV, "KV type of the global layers", "T"),
     Option("kv_sliding", "text", _KV, "KV type of the sliding layers", "T"),
+    Option("kv_layout", "text", _KV, "where K and V are one tensor: V and K's rotated values, or V alone", "v+rotated|v",
+           unset="v+rotated"),
     Option("context", "whole", (*_LOADING, "plan"), "tokens of prompt and answer to plan memory for", "N"),
     Option("ubatch", "whole", (*_LOADING, "plan"), "most tokens of one prefill step", "N", 512),
     Option("device", "text", _LOADING, "default: CUDA where there is one, as few cards as hold the model", "cpu|cuda[:N]"),

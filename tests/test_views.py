@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from checkpoints import load
@@ -20,7 +21,7 @@ from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import weight_types
 from headwise.planner.render import bar, gib, plan_view
 from headwise.spec import catalogue
-from headwise.spec.kv import KV_FORMATS
+from headwise.spec.kv import KV_FORMATS, laid_out
 from headwise.spec.read import open_model
 
 
@@ -76,6 +77,20 @@ def test_an_explanation_has_a_cell_per_layer_and_every_refusal() -> None:
     assert "35/35 layers fused" in text
     assert sum(text.split("shares a cache")[0].count(c) for c in "▄█•") - 3 == 35  # three more in the key below
     assert "not flash-attn-2: head_dim 512 not in 8..256" in text
+
+
+def test_v_alone_is_said_where_it_is_planned_and_explained() -> None:
+    """Figures that another layout measured are not shown for it."""
+    source = open_model("gemma-4-31b", env={})
+    source = replace(source, spec=laid_out(source.spec, "v"))
+    device, kv, choices = api.explain(source, gpu="h200", kv=None)
+    text = shown(explain_view(source.spec, choices, group_layers(source.spec, choices, kv), device.label))
+    alone, stored = (api.plan("gemma-4-31b", gpus=["h200"], context=4096, kv_layout=x) for x in ("v", "v+rotated"))
+
+    assert "V alone for K and V, KV bf16\n  headwise-hopper\n" in text
+    assert "measured" not in text
+    assert alone.kv_global_bytes * 640 == stored.kv_global_bytes * 512
+    assert "KV bf16, V alone where K = V" in shown(plan_view(alone))
 
 
 def test_red_is_kept_for_layers_that_are_not_fused() -> None:

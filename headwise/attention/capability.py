@@ -13,7 +13,7 @@ from importlib import metadata
 from typing import Literal
 
 from headwise.hardware.gpus import Gpu
-from headwise.spec.kv import KVFormat, k_values
+from headwise.spec.kv import KVFormat, q_values
 from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
@@ -59,7 +59,7 @@ class Need:
     """What one layer asks of a backend on one device."""
 
     head_dim: int
-    key_dim: int  # what a cached key holds: head_dim, or V and the rotated part of K in one tensor
+    key_dim: int  # values of a key: head_dim, or of one tensor V's and the rotated part of K
     window: int | None
     kv: str
     dtype: str  # of the activations
@@ -85,7 +85,7 @@ class Capability:
     apis: tuple[Api, ...]
     head_dims: Collection[int]
     reads: Literal["slots", "tiles", "scores"] = "tiles"
-    one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs it takes; None: any in head_dims
+    one_tensor: Collection[tuple[int, int]] | None = None  # (head_dim, key size) pairs, in both layouts; None: any in head_dims
     kv: tuple[str, ...] = ALL_KV
     dtypes: tuple[str, ...] = ("f32", "f16", "bf16")
     windowed: bool = True
@@ -161,8 +161,8 @@ BACKENDS: Sequence[Capability] = (
         max_capability=(9, 0),
         triton=(3, 6),
         source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
-        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes; Gluon's API changes between "
-        "versions of triton",
+        "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes, and of V alone all but "
+        "decode over floats; Gluon's API changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",
@@ -314,7 +314,7 @@ def need_for(layer: LayerSpec, *, kv: KVFormat, dtype: str, device: DeviceKind) 
     """What `layer` needs on `device`."""
     return Need(
         head_dim=layer.head_dim,
-        key_dim=k_values(layer),
+        key_dim=q_values(layer),
         window=layer.window,
         kv=kv.name,
         dtype=dtype,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headwise.attention.choose import Choice
+from headwise.spec.kv import turned_pairs
 from headwise.spec.layers import ModelSpec
 
 WHERE = "tiny-hybrid in bf16 on one H200, 2026-11-21"
@@ -37,10 +38,10 @@ ARRANGEMENTS = (
 def mix_figures(spec: ModelSpec, choices: Sequence[Choice]) -> str | None:
     """What the arrangement of `choices` measured, beside the other ones of the same two backends.
 
-    None where nothing was measured, and for a model of one kind of layer: it has nothing to mix.
+    None where nothing was measured (V alone), and for a model of one kind of layer: it has nothing to mix.
     """
     names = {layer.kind: choice.backend.name for layer, choice in zip(spec.layers, choices, strict=True)}
-    if len(names) < 2:
+    if len(names) < 2 or any(map(turned_pairs, spec.layers)):
         return None
     here = next((a for a in ARRANGEMENTS if (a.sliding, a.full) == (names["sliding"], names["global"])), None)
     if here is None:

@@ -7,6 +7,7 @@ many (a prefill chunk): one program a block of queries.
 from __future__ import annotations
 
 from functools import cache as remember
+from functools import partial as partial_of
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from headwise.cache.storage import LayerCache, Scratch, Span, Values
 from headwise.kernels import attend as portable
 from headwise.kernels.configs import FEW_ROWS, doublings
 from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.turn import Turn
 
 MERGED_ROWS = 4  # up to as many, the launch itself merges the partial results
 
@@ -45,14 +47,14 @@ def attend(
         Sequences(on_device.starts_B1, on_device.lengths_B, span.n, span.stop),
         Slots(table.rows, ring=cache.n_slots if cache.window else 0, page=table.page),
         scale=scale, window=cache.window, softcap=softcap, sinks_H=sinks_H, partial=scratch.partial, done=scratch.done,
-        overlap=not on_device.fresh,
+        overlap=not on_device.fresh, turn=cache.turn,
     )  # fmt: skip
 
 
 def launch(
     backend: str, q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None, partial: Tensor | None = None,
-    done: Tensor | None = None, overlap: bool = True,
+    done: Tensor | None = None, overlap: bool = True, turn: Turn | None = None,
 ) -> None:  # fmt: skip
     """The kernel of `backend` for these shapes, over the cached keys of one or several sequences.
 
@@ -60,6 +62,7 @@ def launch(
         partial: fp32 scratch; None: keys are not shared between programs.
         done: int32 zeros, one a sequence and KV head: a decode launch merges its partial results itself.
         overlap: nothing has written keys of earlier steps in the two launches before (`decode_hopper`).
+        turn: what makes keys, where `k` holds V alone.
     Raises:
         ValueError: a softcap with the Hopper kernels, whose row claims none; what `kernels.attend.check` refuses.
     """
@@ -69,7 +72,7 @@ def launch(
     if hopper and slots.page not in (0, 64):
         raise ValueError(f"{backend}: pages of {slots.page} slots, its tiles are of 64")
     if hopper:  # the portable kernel asks itself
-        portable.check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H)
+        portable.check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H, turn)
     D, G, B = out_NHD.shape[-1], k.data_SGW.shape[1], seqs.lengths_B.shape[0]
     native = k.data_SGW.dtype == q_NHE.dtype
     rows = seqs.max_queries * q_NHE.shape[1] // G
@@ -77,23 +80,24 @@ def launch(
     few = rows <= FEW_ROWS
     pair = v is not None and D == 512
     if few:  # of floats, two tiles of both do not fit shared memory
-        by_portable = not hopper or (pair if native else not packed_takes(D, rows, k))
-    else:  # the prefill kernels of 512 have no window and no sinks
-        by_portable = not hopper or not native or (D == 512 and (window is not None or sinks_H is not None))
+        by_portable = not hopper or (pair if native else turn is not None or not packed_takes(D, rows, k))
+    else:  # the prefill kernels of 512 have no window and no sinks, and none of these makes keys of V alone
+        only_512 = D == 512 and (window is not None or sinks_H is not None)
+        by_portable = not hopper or not native or only_512 or turn is not None
     merged = not by_portable and rows <= MERGED_ROWS and done is not None  # by the launch itself
     share = 2.0 if by_portable or not native else 0.75 if merged else 1.0
-    tile = portable.tile_rows(q_NHE, k, v, D, rows) if by_portable else max(16, 1 << (rows - 1).bit_length())
+    tile = portable.tile_rows(q_NHE, k, v, D, rows, turn) if by_portable else max(16, 1 << (rows - 1).bit_length())
     n_splits = splits(keys, tile, G * B, D, q_NHE.device, partial, share) if few else 1
     if by_portable:
         portable.attend(
             q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H,
-            n_splits=n_splits, scratch=partial,
+            n_splits=n_splits, scratch=partial, turn=turn,
         )  # fmt: skip
         return
     from headwise.kernels import attend_hopper, decode_hopper, decode_packed  # Gluon's modules exist in triton 3.6 only
 
     if few:
-        decode = decode_hopper.attend_decode if native else decode_packed.attend_packed
+        decode = partial_of(decode_hopper.attend_decode, turn=turn) if native else decode_packed.attend_packed
         decode(
             q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H, n_splits=n_splits, scratch=partial,
             count=done if merged else None, overlap=overlap,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from headwise.cache.storage import LayerCache, Scratch, Span
+from headwise.kernels.turn import Turn
 
 
 def visible(q_pos_T: Tensor, k_pos_S: Tensor, window: int | None) -> Tensor:
@@ -45,6 +46,21 @@ def attend(
     return torch.einsum("ths,shd->thd", weights, v), lse
 
 
+def turned(v_SGD: Tensor, position_S: Tensor, turn: Turn, E: int) -> Tensor:
+    """In fp64 the keys (S, G, E) of V alone: [V | the rotated values of RoPE(w * V), zeros up to E].
+
+    Angles are products in fp32, as those of queries are everywhere; only what follows is exact.
+    """
+    D, P = v_SGD.shape[-1], turn.freq_P.shape[0]
+    angle = (position_S.float()[:, None] * turn.freq_P).double()[:, None]
+    a, b = ((v_SGD.double() * turn.w_D.double())[..., i : i + P] for i in (0, D // 2))
+    cos, sin = angle.cos() * turn.magnitude, angle.sin() * turn.magnitude
+    keys = v_SGD.new_zeros(*v_SGD.shape[:2], E, dtype=torch.float64)
+    keys[..., :D] = v_SGD
+    keys[..., D : D + P], keys[..., D + P : D + 2 * P] = a * cos - b * sin, b * cos + a * sin
+    return keys
+
+
 def attend_cache(
     backend: str,
     q_THE: Tensor,
@@ -61,7 +77,13 @@ def attend_cache(
     keys, values, seen = [], [], []
     for s in cache.segments(span):
         shape = (s.stop - s.start, cache.k.data_SGD.shape[1])
-        k = cache.k.read(s.start, s.stop, q_THE.new_empty(*shape, cache.k.n_values))
+        room = q_THE.new_empty(*shape, q_THE.shape[-1])
+        if cache.turn is None:
+            k = cache.k.read(s.start, s.stop, room)
+        else:
+            at = torch.arange(s.position, s.position + shape[0], device=room.device)
+            v = cache.k.read(s.start, s.stop, room[..., : cache.k.n_values])
+            k = turned(v, at, cache.turn, room.shape[-1]).to(room.dtype)
         keys.append(k)
         values.append(k if cache.v is None else cache.v.read(s.start, s.stop, q_THE.new_empty(*shape, cache.v.n_values)))
         open_TS = torch.ones(q_THE.shape[0], shape[0], dtype=torch.bool, device=q_THE.device)

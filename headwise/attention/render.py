@@ -10,6 +10,7 @@ from rich.text import Text
 from headwise.attention.choose import Choice, LayerGroup
 from headwise.attention.engines import EngineExplanation
 from headwise.attention.measured import mix_figures
+from headwise.spec.kv import turned_pairs
 from headwise.spec.layers import LayerSpec, ModelSpec
 
 _PALETTE = ("green", "cyan", "blue", "magenta")
@@ -47,7 +48,7 @@ def kind_words(layer: LayerSpec) -> str:
     words = [layer.kind, f"head_dim {layer.head_dim}", f"{layer.n_heads} query / {layer.n_kv_heads} KV heads"]
     words.append(f"window {layer.window}, ring" if layer.window else "pages")
     if layer.k_eq_v:
-        words.append("one tensor for K and V")
+        words.append("V alone for K and V" if turned_pairs(layer) else "one tensor for K and V")
     if layer.kv_source is not None:
         words.append(f"reads the cache of layer {layer.kv_source}")
     return ", ".join(words)

@@ -2,8 +2,8 @@
 
 `scaled_dot_product_attention` chooses a backend per call and falls to the math path without a word (on CPU already for
 a 3-D mask). Here the operator itself is called: it runs fused or raises. The cache is read in segments (history, own
-tokens, a ring under its mask; a tile at a time where values must be converted), and the partial results are merged by
-their log-sum-exp, which is exact: softmax over a union is the weighted mean of the softmaxes of its parts.
+tokens, a ring under its mask; a tile at a time where values must be converted, or keys made of V alone), and the partial
+results are merged by their log-sum-exp, which is exact: softmax over a union is the weighted mean of the softmaxes of its parts.
 
 Legend: T queries, S keys, H query heads, G KV heads, E values per key, D values per output head (D <= E).
 Source    PyTorch 2.11 native_functions.yaml, `_scaled_dot_product_{flash_attention_for_cpu,efficient,flash}_attention`.
@@ -134,8 +134,8 @@ def attend(
     """
     if softcap is not None:
         raise ValueError(f"{backend} has no softcap")
-    operator, D = OPERATORS[backend], out_THD.shape[-1]
-    converted = not cache.k.native(q_THE.dtype)
+    operator, D, E = OPERATORS[backend], out_THD.shape[-1], q_THE.shape[-1]
+    converted = cache.turn is not None or not cache.k.native(q_THE.dtype)
     segments = cache.segments(span)
     if span.n == 1 and len(segments) == 1 and backend == "torch-flash-cpu" and not converted and sinks_H is None:
         _decode_cpu(q_THE, cache, segments[0], scale, out_THD)
@@ -146,7 +146,8 @@ def attend(
         step = scratch.tile_tokens if converted else segment.stop - segment.start
         for start in range(segment.start, segment.stop, step):
             stop = min(start + step, segment.stop)
-            k_GSE, v_GSE = _tile(cache, start, stop, (scratch.k, scratch.v) if converted else (None, None))
+            position = segment.position + start - segment.start
+            k_GSE, v_GSE = _tile(cache, start, stop, position, E, scratch if converted else None)
             mask = None
             if segment.mask_TS is not None:
                 mask = segment.mask_TS[:, start - segment.start : stop - segment.start]
@@ -189,11 +190,21 @@ def _decode_cpu(q_1HE: Tensor, cache: LayerCache, segment: Segment, scale: float
     out_1HD.view(1, G, H // G, D).copy_(out[..., :D] if E != D else out)
 
 
-def _tile(cache: LayerCache, start: int, stop: int, scratch: tuple[Tensor | None, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """Keys and values of slots [start, stop), (G, S, E) each; one tensor serves as both where the layer stores one."""
-    k_buffer, v_buffer = scratch
+def _tile(cache: LayerCache, start: int, stop: int, position: int, E: int, scratch: Scratch | None) -> tuple[Tensor, Tensor]:
+    """Keys and values of slots [start, stop), (G, S, E) each; one tensor serves as both where the layer stores one.
+
+    Args:
+        position: of slot `start`, in a global layer.
+        scratch: where they are converted or made; None: they are read as they lie.
+    """
+    k_buffer, v_buffer = (None, None) if scratch is None else (scratch.k, scratch.v)
     shape = cache.k.data_SGD[start:stop].shape[:2]
-    k = cache.k.read(start, stop, None if k_buffer is None else carve(k_buffer, (*shape, cache.k.n_values)))
+    room = None if k_buffer is None else carve(k_buffer, (*shape, E))
+    if cache.turn is not None:
+        assert room is not None and scratch is not None and scratch.turn is not None
+        k = cache.turned(start, stop, position, room, scratch.turn)
+    else:
+        k = cache.k.read(start, stop, room)
     if cache.v is None:
         return k.transpose(0, 1), k.transpose(0, 1)
     v = cache.v.read(start, stop, None if v_buffer is None else carve(v_buffer, (*shape, cache.v.n_values)))

@@ -22,11 +22,12 @@ from torch import Tensor
 
 from headwise.attention.choose import LayerGroup
 from headwise.attention.reference import attend as formula
-from headwise.attention.reference import visible
+from headwise.attention.reference import turned, visible
 from headwise.cache.storage import LayerCache, Place, Scratch, Span, alone, slot_positions
 from headwise.errors import BackendError
-from headwise.planner.workspace import partial_values
-from headwise.spec.kv import KV_FORMATS, k_values, v_values
+from headwise.kernels.turn import Turn
+from headwise.planner.workspace import partial_values, turn_values
+from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_values
 from headwise.spec.layers import LayerSpec
 
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}  # relative error of the output
@@ -77,13 +78,18 @@ def check_group(
     k = random(total, layer.n_kv_heads, k_values(layer))
     v = random(total, layer.n_kv_heads, v_values(layer)) if v_values(layer) else None
     k_room, v_room = (
-        torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (k_values(layer), max(1, v_values(layer)))
+        torch.empty(chunk * layer.n_kv_heads * n, dtype=dtype, device=device) for n in (q_values(layer), max(1, v_values(layer)))
     )
     count = torch.zeros(layer.n_kv_heads, dtype=torch.int32, device=device)
-    scratch = Scratch(k_room, v_room, torch.empty(partial_values(layer), device=device), count, chunk)
+    partial, turn = torch.empty(partial_values(layer), device=device), torch.empty(turn_values(layer, chunk), device=device)
+    scratch = Scratch(k_room, v_room, partial, count, chunk, turn)
     writing = torch.empty(chunk * layer.n_kv_heads * k_values(layer), dtype=torch.float32, device=device)
     seen_k, seen_v = (None if x is None else _stored(x, fmt.name, device, dtype) for x in (k, v))
     store_error = max(_relative(a.double(), b.double()) for a, b in ((seen_k, k), (seen_v, v)) if a is not None and b is not None)
+    if turned_pairs(layer) and layer.rope is not None and seen_k is not None:
+        freq = torch.tensor([f for f in layer.rope.inv_freq if f], dtype=torch.float32, device=device)
+        cache.turn = Turn(random(layer.head_dim), freq, layer.rope.magnitude)
+        seen_k = turned(seen_k, torch.arange(total, device=device), cache.turn, q_values(layer))
     sinks = random(layer.n_heads).float() if layer.sinks else None
     checks, written = [], 0
 
@@ -97,7 +103,7 @@ def check_group(
 
     def query(n: int, phase: str) -> None:
         start = written - n
-        q = random(n, layer.n_heads, k_values(layer))
+        q = random(n, layer.n_heads, q_values(layer))
         if layer.k_eq_v and layer.rope is not None:  # one tensor: nothing meets the values that rotate, see spec.kv
             half, pairs = layer.head_dim // 2, layer.rope.rotated_dims // 2
             q[..., :pairs] = 0
@@ -110,7 +116,7 @@ def check_group(
             mask.masked_fill_(~visible(positions, held, layer.window), float("-inf"))
             mask = mask[:, : min(cache.n_slots, written)]
         out = torch.full((n, layer.n_heads, layer.head_dim), float("nan"), dtype=dtype, device=device)
-        scale = k_values(layer) ** -0.5
+        scale = q_values(layer) ** -0.5
         attend(
             q,
             cache,
@@ -231,6 +237,7 @@ def _key(group: LayerGroup, chunk: int, dtype: torch.dtype, device: torch.device
     case = (
         group.choice.backend.name,
         layer.head_dim,
+        q_values(layer),
         k_values(layer),
         layer.window,
         layer.n_heads,

@@ -23,14 +23,16 @@ import torch
 from torch import Tensor
 
 from headwise.attention.capability import BACKENDS, PACKAGES, DeviceKind, here, need_for
-from headwise.attention.choose import choose_layers
+from headwise.attention.choose import choose_layers, forced_backends
 from headwise.attention.optional import CALLS
+from headwise.attention.reference import turned
 from headwise.cache.storage import LayerCache, Scratch, Span, alone
 from headwise.engine.stage import attend_functions
 from headwise.errors import UsageError
+from headwise.kernels.turn import Turn
 from headwise.planner.workspace import partial_values
-from headwise.spec.kv import KV_FORMATS, k_values, v_values
-from headwise.spec.layers import LayerSpec, MlpSpec, ModelSpec
+from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_values
+from headwise.spec.layers import KVLayout, LayerSpec, MlpSpec, ModelSpec
 from headwise.spec.rope import proportional_rope
 
 ROUNDS = 15
@@ -51,6 +53,7 @@ class Shape:
     length: int
     decode: bool = False
     kv: str = "bf16"
+    layout: KVLayout = "v+rotated"  # of one tensor
 
 
 _GLOBAL = Shape(name="Gemma 4 31B global", head_dim=512, heads=32, kv_heads=4, one=True, length=131072, decode=True)
@@ -99,7 +102,7 @@ def layer_of(shape: Shape) -> LayerSpec:
     rope = proportional_rope(shape.head_dim, 1e6, partial=0.25) if shape.one else None
     return LayerSpec(
         index=0, n_heads=shape.heads, n_kv_heads=shape.kv_heads, head_dim=shape.head_dim, window=shape.window, kv_source=None,
-        k_eq_v=shape.one, rope=rope, scale=shape.head_dim**-0.5, mlp=MlpSpec(width=1, activation="silu"),
+        k_eq_v=shape.one, kv_layout=shape.layout, rope=rope, scale=shape.head_dim**-0.5, mlp=MlpSpec(width=1, activation="silu"),
     )  # fmt: skip
 
 
@@ -111,9 +114,9 @@ def pairs(length: int, window: int | None) -> int:
 
 
 class Ours:
-    """The chosen backend of a shape over caches of random keys."""
+    """A backend over caches of random keys: the one that is chosen for a shape, or the one named."""
 
-    def __init__(self, shape: Shape, device: torch.device, n_caches: int) -> None:
+    def __init__(self, shape: Shape, device: torch.device, n_caches: int, backend: str | None = None) -> None:
         layer = layer_of(shape)
         spec = ModelSpec(
             name="bench", family="bench", layers=(layer,), vocab_size=1, hidden=1, max_context=shape.length, rms_eps=1e-6,
@@ -122,7 +125,8 @@ class Ours:
         kind = DeviceKind("cuda", torch.cuda.get_device_capability(device), torch.cuda.get_device_name(device))
         fmt = KV_FORMATS[shape.kv]
         self.kind = kind
-        choice = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind)
+        forced = forced_backends(None if backend is None else f"{layer.kind}={backend}")
+        choice = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind, forced=forced)
         self.name = choice[0].backend.name
         self.attend = attend_functions(choice)[0]
         self.layer, self.shape = layer, shape
@@ -137,7 +141,12 @@ class Ours:
                         stop = min(start + 4096, cache.n_slots)
                         x = torch.randn(stop - start, shape.kv_heads, values.n_values, device=device, dtype=torch.bfloat16)
                         values.write(start, x, room[: stop - start])
-        self.q = torch.randn(n, shape.heads, k_values(layer), device=device, dtype=torch.bfloat16)
+        if turned_pairs(layer) and layer.rope is not None:
+            freq = torch.tensor([f for f in layer.rope.inv_freq if f], dtype=torch.float32, device=device)
+            norm = torch.randn(layer.head_dim, device=device, dtype=torch.bfloat16)
+            for cache in self.caches:
+                cache.turn = Turn(norm, freq, layer.rope.magnitude)
+        self.q = torch.randn(n, shape.heads, q_values(layer), device=device, dtype=torch.bfloat16)
         if shape.one:  # as the decoder hands it over: the dims that rotate stand at the end
             self.q[..., :64] = 0
             self.q[..., 256:320] = 0
@@ -150,7 +159,7 @@ class Ours:
         self.attend(self.q, self.caches[i], self.span, scale=self.layer.scale, scratch=self.scratch, out_THD=self.out)
 
     def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first cache as floats, in order of position (the last ones it holds)."""
+        """Keys and values of the first cache as floats, in order of position (the last ones it holds); keys of V alone in fp64."""
         cache, n = self.caches[0], self.shape.length
         out = []
         for values in (cache.k, cache.v or cache.k):
@@ -161,6 +170,8 @@ class Ours:
             if cache.window is not None:
                 x = x.roll(-(n % cache.n_slots), 0) if n > cache.n_slots else x[:n]
             out.append(x[-n:])
+        if cache.turn is not None:
+            out[0] = turned(out[0], torch.arange(n, device=out[0].device), cache.turn, self.q.shape[-1])
         return out[0], out[1][..., : self.shape.head_dim]
 
 

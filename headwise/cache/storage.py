@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from headwise.cache.pages import Extent
+from headwise.kernels.turn import Turn
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
 from headwise.spec.layers import LayerSpec
 
@@ -32,6 +33,7 @@ class Segment(NamedTuple):
     stop: int
     causal: bool = False
     mask_TS: Tensor | None = None  # additive, 0 or -inf
+    position: int = 0  # of the first slot, in a global layer
 
 
 class Place(NamedTuple):
@@ -131,6 +133,7 @@ class Scratch(NamedTuple):
         partial: fp32, the partial results of a decode step whose keys several programs share.
         done: int32 zeros, one a KV head: how many of them have finished.
         tile_tokens: keys converted at a time, at least the step's own tokens.
+        turn: fp32, the rotation of a tile of keys where a layer stores V alone.
     """
 
     k: Tensor | None
@@ -138,6 +141,7 @@ class Scratch(NamedTuple):
     partial: Tensor | None
     done: Tensor | None
     tile_tokens: int
+    turn: Tensor | None = None
 
 
 class Values:
@@ -229,6 +233,8 @@ class LayerCache:
     Args:
         rings: sequences whose windows are held at once.
         n_tokens: of the longest sequence; pool_tokens: of all together, in a global layer; default `n_tokens`.
+
+    `turn` is for whoever has the weights to set, where the layer stores V alone.
     """
 
     def __init__(
@@ -236,6 +242,7 @@ class LayerCache:
         pool_tokens: int | None = None,
     ) -> None:  # fmt: skip
         self.window = layer.window
+        self.turn: Turn | None = None
         if layer.window is None:
             rings, n_tokens = 1, n_tokens if pool_tokens is None else pool_tokens
         self.n_slots = kv_slots(layer, n_tokens=n_tokens, chunk=chunk)  # of one ring, or of the pool
@@ -265,18 +272,46 @@ class LayerCache:
         """
         start, n, place = span.start, span.n, span.place
         if self.window is None:
-            before = [Segment(slot, slot + count) for slot, _, count in self.slots(place, 0, start if n > 1 else start + 1)]
+            past = self.slots(place, 0, start if n > 1 else start + 1)
+            before = [Segment(slot, slot + count, position=at) for slot, at, count in past]
             if n == 1:
                 return before
             (slot, _, count), *more = self.slots(place, start, n)
             if more:
                 raise ValueError(f"positions {start}..{span.stop - 1} lie in {1 + len(more)} runs of pages")
-            return [*before, Segment(slot, slot + count, causal=True)]
+            return [*before, Segment(slot, slot + count, causal=True, position=start)]
         if n == 1:  # one query sees a run of slots, or two where the ring wraps: no mask
             first = max(0, start + 1 - self.window)
             return [Segment(slot, slot + count) for slot, _, count in self.slots(place, first, start + 1 - first)]
         base = place.ring * self.n_slots
         return [Segment(base, base + min(self.n_slots, start + n), mask_TS=span.mask_TS)]
+
+    def turned(self, start: int, stop: int, position: int, out_SGE: Tensor, room: Tensor) -> Tensor:
+        """The keys of slots [start, stop) of a layer that stores V alone, as the other layout stores them: [V | rotated values].
+
+        Args:
+            position: of slot `start`.
+            room: fp32, `planner.workspace.turn_values` of as many slots.
+        """
+        assert self.turn is not None
+        w_D, freq_P, magnitude = self.turn
+        n, G, D, P = stop - start, out_SGE.shape[1], self.k.n_values, freq_P.shape[0]
+        v = self.k.read(start, stop, out_SGE[..., :D])
+        turns, pairs = carve(room, (n, 1, P, 2)), carve(room[2 * n * P :], (n, G, P, 2))
+        at = torch.arange(position, position + n, out=room[turns.numel() + pairs.numel() :][:n])
+        cos, sin = turns.unbind(-1)
+        torch.mul(at[:, None, None], freq_P, out=cos)  # in fp32, as the query's angles are
+        torch.sin(cos, out=sin)
+        cos.cos_()
+        turns.mul_(magnitude)
+        for i, first in enumerate((0, D // 2)):
+            pairs[..., i].copy_(v[..., first : first + P]).mul_(w_D[first : first + P])
+        torch.view_as_complex(pairs).mul_(torch.view_as_complex(turns))
+        tail = out_SGE[..., D:]
+        tail[..., :P].copy_(pairs[..., 0])
+        tail[..., P : 2 * P].copy_(pairs[..., 1])
+        tail[..., 2 * P :].zero_()
+        return out_SGE
 
 
 def carve(buffer: Tensor, shape: Sequence[int]) -> Tensor:

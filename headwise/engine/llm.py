@@ -30,6 +30,7 @@ from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest,
 from headwise.planner.quantise import made_at_load
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
+from headwise.spec.kv import laid_out
 from headwise.spec.layers import ModelSpec
 from headwise.spec.read import Source, open_model
 from headwise.text.tokenizer import Tokenizer, read_tokenizer
@@ -147,6 +148,7 @@ class LLM:
         source: what `headwise.read_model` takes; None is the embedded tiny-hybrid.
         context: tokens of prompt and answer that memory is planned for; default 8,192 or the model's maximum.
         kv: KV type of all layers, or {"global": ..., "sliding": ...}; default the activations' type.
+        kv_layout: of layers with one tensor for K and V: "v+rotated" (default) or "v", see `spec.kv`.
         device: "cpu", "cuda:N", or a list of cards, each with a limit if need be ("cuda:0:12GiB"), which share the layers;
             "cuda", the default where there is one, is one card where the model fits, else as few as hold it.
         weights: "fp8" makes the layers' matrices of a checkpoint in floats e4m3 while it is loaded, on a GPU.
@@ -169,6 +171,7 @@ class LLM:
         *,
         context: int | None = None,
         kv: str | Mapping[str, str] | None = None,
+        kv_layout: str | None = None,
         device: str | Sequence[str] | None = None,
         weights: str | None = None,
         dtype: str | None = None,
@@ -192,7 +195,7 @@ class LLM:
             raise UsageError(
                 f"{self.source.name} is a description without weights", why="the catalogue holds none", do="headwise run PATH"
             )
-        self.spec = self.source.spec
+        self.spec = laid_out(self.source.spec, kv_layout)
         allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,

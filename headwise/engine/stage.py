@@ -20,11 +20,13 @@ from headwise.engine.batch import Run, Steps
 from headwise.engine.devices import before_loading, scaled_rows, skinny_rows
 from headwise.engine.measure import Peak, storages
 from headwise.engine.replay import Replay, own_stream, records
+from headwise.kernels.turn import Turn
 from headwise.model.arena import Arena
 from headwise.model.decoder import Decoder
 from headwise.model.ops import PLAIN, fused
 from headwise.planner.memory import Plan
 from headwise.planner.workspace import ropes
+from headwise.spec.kv import turned_pairs
 from headwise.weights.blocks import Weight
 
 
@@ -98,9 +100,15 @@ class Stage:
         self.steps = Steps(plan, self.arena, device, fused=w.fused)
         self.arena.eps.fill_(self.spec.rms_eps)
         self.arena.eps_value = self.spec.rms_eps
+        freq = {}
         for i, rope in enumerate(ropes(self.spec)):
             live = [f for f in rope.inv_freq if f != 0.0]
-            self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
+            freq[rope] = self.arena.take(f"rope.{i}.freq", len(live)).copy_(torch.tensor(live, dtype=torch.float64))
+        for i, cache in self.caches.items():
+            if turned_pairs(layer := self.spec.layers[i]):
+                norm = weights[f"layers.{i}.k_norm"]
+                assert layer.rope is not None and isinstance(norm, Tensor)
+                cache.turn = Turn(norm, freq[layer.rope], layer.rope.magnitude)
         self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
         recorded = device.type == "cuda" and w.fused and records(weights)

@@ -6,8 +6,12 @@ several programs (a batch of one fills the card) and a second, small kernel merg
 
 Shapes    N queries of all sequences, H query heads, G KV heads, D values of a head (64, 128, 256, 512), E values of a key:
           q_NHE, cached k (S, G, E) and v (S, G, D) -> out_NHD. One tensor for both (E = D + R, a power of two R): v None; the
-          first D values are the value, all E the key.
-Accuracy  fp32 scores, softmax and sums; products in q's type. Relative error within TOLERANCE of `reference`.
+          first D values are the value, all E the key. V alone (v None, k (S, G, D), `turn`): the R values are made here, of the
+          2 * P values that rotate, read a second time (from the first-level cache, mostly).
+Accuracy  fp32 scores, softmax and sums; products in q's type. Relative error within TOLERANCE of `reference`. Of V alone the
+          rotation is fp32, rounded once; its angle is the product position * frequency in fp32, as that of the query is: an angle
+          put together of a tile's and a key's in it would be rounded otherwise, by up to 2^-6 at position 2^18, and a table of
+          all positions would be memory and reads. cos and sin (`stored.cos_sin`) hold for positions below 2^18.
 Cost      prefill 2 * (E + D) * H operations a visible (query, key) pair; decode the bytes of the keys in sight, once.
 Source    FlashAttention-2 (Dao 2023), Flash-Decoding (Dao et al. 2023); packed groups as in FlashInfer's decode.
 """
@@ -23,7 +27,19 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from headwise.kernels.configs import Config, config_for
-from headwise.kernels.stored import FLOAT, Sequences, Slots, Stored, bits, columns, device_arch, load_values, slot_of
+from headwise.kernels.stored import (
+    FLOAT,
+    Sequences,
+    Slots,
+    Stored,
+    bits,
+    columns,
+    cos_sin,
+    device_arch,
+    load_values,
+    slot_of,
+)
+from headwise.kernels.turn import Turn
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOG2E = 1.4426950408889634
@@ -61,22 +77,36 @@ def reference(
 
 @triton.jit
 def _tiles(
-    acc, m, l, q, q_tail, pos_q, lo, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride, ring, g, G, scale,
-    softcap, window,
-    D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr, FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr,
-    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+    acc, m, l, q, q_tail, q_turn, pos_q, lo, hi, k_data, k_scales, v_data, v_scales, turn_w, turn_freq, magnitude, table, seq,
+    table_stride, ring, g, G, scale, softcap, window,
+    D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, ONE: tl.constexpr, FORMAT: tl.constexpr, RING: tl.constexpr,
+    PAGE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, MASKED: tl.constexpr, BN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Softmax's running sums over the keys at positions [lo, hi); without MASKED every row sees all of them, whole tiles."""
     dtype: tl.constexpr = q.dtype
+    W: tl.constexpr = D if P > 0 else D + R
+    if P > 0:
+        PW: tl.constexpr = q_tail.shape[1]
+        c = columns(PW, FORMAT)
+        freq = tl.load(turn_freq + c, mask=c < P, other=0.0)
+        w_a = tl.load(turn_w + c, mask=c < P, other=0.0).to(tl.float32) * magnitude
+        w_b = tl.load(turn_w + D // 2 + c, mask=c < P, other=0.0).to(tl.float32) * magnitude
     for n0 in tl.range(lo, hi, BN, num_stages=STAGES):
         pos = n0 + tl.arange(0, BN)
         ok = pos < hi
         at = tl.where(ok, pos, lo) if MASKED else pos  # no table entry past the end is read
         rows = slot_of(at, table, seq, table_stride, ring, RING, PAGE) * G + g
-        k = load_values(k_data, k_scales, rows, ok, 0, D, D + R, FORMAT, MASKED, dtype)
+        k = load_values(k_data, k_scales, rows, ok, 0, D, W, FORMAT, MASKED, dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee")
-        if R > 0:
-            k_tail = load_values(k_data, k_scales, rows, ok, D, R, D + R, FORMAT, MASKED, dtype)
+        if P > 0:
+            cos, sin = cos_sin(pos.to(tl.float32)[:, None] * freq[None, :])
+            v_a = load_values(k_data, k_scales, rows, ok, 0, PW, W, FORMAT, MASKED, tl.float32) * w_a[None, :]
+            v_b = load_values(k_data, k_scales, rows, ok, D // 2, PW, W, FORMAT, MASKED, tl.float32) * w_b[None, :]
+            s = tl.dot(q_tail, tl.trans((v_a * cos - v_b * sin).to(dtype)), s, input_precision="ieee")
+            s = tl.dot(q_turn, tl.trans((v_b * cos + v_a * sin).to(dtype)), s, input_precision="ieee")
+        elif R > 0:
+            k_tail = load_values(k_data, k_scales, rows, ok, D, R, W, FORMAT, MASKED, dtype)
             s = tl.dot(q_tail, tl.trans(k_tail), s, input_precision="ieee")
         s = s * scale  # log2(e) is in it
         if SOFTCAP:  # tanh(x) = 1 - 2 / (e^2x + 1)
@@ -102,12 +132,12 @@ def _tiles(
 
 @triton.jit
 def _attend(
-    q_ptr, k_data, k_scales, v_data, v_scales, out_ptr, sinks_ptr, part_ptr, stat_ptr, starts, lengths, table, table_stride,
-    ring, G,
+    q_ptr, k_data, k_scales, v_data, v_scales, turn_w, turn_freq, magnitude, out_ptr, sinks_ptr, part_ptr, stat_ptr, starts,
+    lengths, table, table_stride, ring, G,
     scale, softcap, window, n_splits,
-    q_stride, H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, ONE: tl.constexpr,
-    FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
-    SINKS: tl.constexpr,
+    q_stride, H: tl.constexpr, GROUP: tl.constexpr, PACK: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+    PW: tl.constexpr, ONE: tl.constexpr, FORMAT: tl.constexpr, RING: tl.constexpr, PAGE: tl.constexpr, WINDOWED: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
     SPLIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     seq = tl.program_id(2)
@@ -131,7 +161,13 @@ def _attend(
     q_row = (q0 + t).to(tl.int64) * q_stride + h * (D + R)
     q = tl.load(q_ptr + q_row[:, None] + cols[None, :], mask=valid[:, None], other=0.0)
     q_tail = q
-    if R > 0:
+    q_turn = q
+    if P > 0:  # the halves of the pairs apart, each padded to a power of two
+        c = columns(PW, FORMAT)
+        here = valid[:, None] & (c < P)[None, :]
+        q_tail = tl.load(q_ptr + q_row[:, None] + D + c[None, :], mask=here, other=0.0)
+        q_turn = tl.load(q_ptr + q_row[:, None] + D + P + c[None, :], mask=here, other=0.0)
+    elif R > 0:
         q_tail = tl.load(q_ptr + q_row[:, None] + D + columns(R, FORMAT)[None, :], mask=valid[:, None], other=0.0)
     past = n - T
     pos_q = past + t
@@ -148,9 +184,9 @@ def _attend(
         share = tl.cdiv(tl.cdiv(hi - lo, n_splits), BN) * BN
         lo = tl.minimum(lo + split * share, hi)
         hi = tl.minimum(lo + share, hi)
-        acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, lo, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
-            ring, g, G,
-            scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+        acc, m, l = _tiles(acc, m, l, q, q_tail, q_turn, pos_q, lo, hi, k_data, k_scales, v_data, v_scales,
+            turn_w, turn_freq, magnitude, table, seq, table_stride, ring, g, G, scale, softcap, window,
+            D, R, P, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
         base = (((seq * G + g) * (GROUP // PACK) + tl.program_id(1) % (GROUP // PACK)) * n_splits + split).to(tl.int64)
         base = (base * (tl.num_programs(0) // n_splits) + block) * BM
         r = tl.arange(0, BM)
@@ -161,16 +197,16 @@ def _attend(
     left = lo
     if WINDOWED:  # the window's edge cuts these tiles
         left = tl.minimum(tl.maximum(lo, tl.cdiv(tl.maximum(0, furthest - window + 1), BN) * BN), hi)
-        acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, lo, left, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
-            ring, g, G,
-            scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+        acc, m, l = _tiles(acc, m, l, q, q_tail, q_turn, pos_q, lo, left, k_data, k_scales, v_data, v_scales,
+            turn_w, turn_freq, magnitude, table, seq, table_stride, ring, g, G, scale, softcap, window,
+            D, R, P, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
     right = tl.maximum(left, (nearest + 1) // BN * BN)
-    acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, left, right, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
-        ring, g, G,
-        scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, False, BN, STAGES)  # fmt: skip
-    acc, m, l = _tiles(acc, m, l, q, q_tail, pos_q, right, hi, k_data, k_scales, v_data, v_scales, table, seq, table_stride,
-        ring, g, G,
-        scale, softcap, window, D, R, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
+    acc, m, l = _tiles(acc, m, l, q, q_tail, q_turn, pos_q, left, right, k_data, k_scales, v_data, v_scales,
+        turn_w, turn_freq, magnitude, table, seq, table_stride, ring, g, G, scale, softcap, window,
+        D, R, P, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, False, BN, STAGES)  # fmt: skip
+    acc, m, l = _tiles(acc, m, l, q, q_tail, q_turn, pos_q, right, hi, k_data, k_scales, v_data, v_scales,
+        turn_w, turn_freq, magnitude, table, seq, table_stride, ring, g, G, scale, softcap, window,
+        D, R, P, ONE, FORMAT, RING, PAGE, WINDOWED, SOFTCAP, True, BN, STAGES)  # fmt: skip
     if SINKS:
         l += tl.exp2(tl.load(sinks_ptr + h, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634 - m)
     out = acc / l[:, None]
@@ -221,21 +257,22 @@ def partial_floats(n_seqs: int, n_heads: int, n_kv_heads: int, max_queries: int,
 def attend(
     q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
     window: int | None = None, softcap: float | None = None, sinks_H: Tensor | None = None, n_splits: int = 1,
-    scratch: Tensor | None = None, config: Config | None = None,
+    scratch: Tensor | None = None, config: Config | None = None, turn: Turn | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention into `out_NHD`. Queries are the last of their sequence: query t of T sits at position length - T + t.
 
     Args:
         window: keys a query sees, itself included; None: all before it.
         n_splits: programs that share the keys of one row; more than 1 needs `scratch` of `partial_floats` fp32 values.
+        turn: what makes keys, where `k` holds V alone.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     _, H, E = q_NHE.shape
     D, G = out_NHD.shape[-1], k.data_SGW.shape[1]
-    check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H)
+    check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H, turn)
     group = H // G
-    config = config or _config(q_NHE, k, v, D, seqs.max_queries * group)
+    config = config or _config(q_NHE, k, v, D, seqs.max_queries * group, turn)
     pack = group if n_splits > 1 else config.pack(group)
     blocks = -(-seqs.max_queries * pack // config.rows)
     B = seqs.lengths_B.shape[0]
@@ -247,14 +284,17 @@ def attend(
         part, stat = scratch[: n * D], scratch[n * D :]
     vs = k if v is None else v
     none = q_NHE
+    P = 0 if turn is None else turn.freq_P.shape[0]
     _attend[(blocks * n_splits, G * group // pack, B)](
         q_NHE, bits(k.data_SGW),
         none if k.scales_SGB is None else k.scales_SGB,
         bits(vs.data_SGW),
         none if vs.scales_SGB is None else vs.scales_SGB,
+        none if turn is None else turn.w_D, none if turn is None else turn.freq_P, 1.0 if turn is None else turn.magnitude,
         out_NHD, none if sinks_H is None else sinks_H, part, stat, seqs.starts_B1, seqs.lengths_B, slots.table,
         slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, n_splits, q_NHE.stride(0),
-        H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, FORMAT=k.format, RING=slots.ring > 0, PAGE=slots.page,
+        H=H, GROUP=group, PACK=pack, D=D, R=E - D, P=P,
+        PW=max(32, triton.next_power_of_2(P)), ONE=v is None, FORMAT=k.format, RING=slots.ring > 0, PAGE=slots.page,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None, SPLIT=n_splits > 1,
         BM=config.rows, BN=config.keys, STAGES=config.stages, num_warps=config.warps,
     )  # fmt: skip
@@ -263,14 +303,15 @@ def attend(
     return out_NHD
 
 
-def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Config:
+def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None) -> Config:
     quantised = int(k.format.value) != int(FLOAT.value)
-    return config_for(D, one=v is None, blocks=quantised, rows=rows, arch=device_arch(q_NHE.device))
+    arch = device_arch(q_NHE.device)
+    return config_for(D, one=v is None, blocks=quantised, turned=turn is not None, rows=rows, arch=arch)
 
 
-def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> int:
+def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None = None) -> int:
     """Rows that a split of `rows` (query, head) pairs has in scratch: whole tiles of the launch that the table gives."""
-    tile = _config(q_NHE, k, v, D, rows).rows
+    tile = _config(q_NHE, k, v, D, rows, turn).rows
     return -(-rows // tile) * tile
 
 
@@ -290,20 +331,20 @@ def merge(
 
 def check(
     q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, window: int | None,
-    sinks_H: Tensor | None,
+    sinks_H: Tensor | None, turn: Turn | None = None,
 ) -> None:  # fmt: skip
     """Refuses misuse before a launch. What a table on the device holds is not read, that would wait for it: only its size is.
 
     Raises:
         ValueError: everything that is wrong, with both numbers.
     """
-    found = [*_problems(q_NHE, k, v, out_NHD, window, sinks_H), *_slot_problems(k, seqs, slots)]
+    found = [*_problems(q_NHE, k, v, out_NHD, window, sinks_H, turn), *_slot_problems(k, seqs, slots)]
     if found:
         raise ValueError("attend: " + "; ".join(found))
 
 
 def _problems(
-    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, window: int | None, sinks_H: Tensor | None
+    q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, window: int | None, sinks_H: Tensor | None, turn: Turn | None
 ) -> Iterator[str]:
     N, H, E = q_NHE.shape
     S, G, _ = k.data_SGW.shape
@@ -319,7 +360,9 @@ def _problems(
         yield f"{H} query heads over {G} KV heads"
     if window is not None and window < 1:
         yield f"a window of {window} keys (>= 1)"
-    if k.n_values != E:
+    if turn is not None:
+        yield from _turn_problems(turn, k, v, D, R)
+    elif k.n_values != E:
         yield f"keys of {k.n_values} values for queries of {E}"
     if v is not None and R:
         yield f"queries of {E} values with values of {D}: two tensors have one size"
@@ -340,6 +383,16 @@ def _problems(
             of, needs = None if x.scales_SGB is None else tuple(x.scales_SGB.shape), (S, G, x.n_values // 32)
             if of != needs:
                 yield f"scales {of} of blocks in {x.data_SGW.dtype}: {needs}"
+
+
+def _turn_problems(turn: Turn, k: Stored, v: Stored | None, D: int, R: int) -> Iterator[str]:
+    P = turn.freq_P.shape[0]
+    if v is not None or k.n_values != D:
+        yield f"keys to be made of V alone, and {'a second tensor' if v else f'{k.n_values} values stored of heads of {D}'}"
+    if turn.w_D.shape != (D,) or turn.freq_P.dtype != torch.float32 or not turn.freq_P.is_contiguous():
+        yield f"a norm of {tuple(turn.w_D.shape)} for heads of {D}, frequencies in {turn.freq_P.dtype} (float32, contiguous)"
+    if not 0 < 2 * P <= R:
+        yield f"{P} rotating pairs for {R} rotated values of a query"
 
 
 def _slot_problems(k: Stored, seqs: Sequences, slots: Slots) -> Iterator[str]:

@@ -34,10 +34,12 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """The launches of one head size and store: from float caches, and from fp8, q8_0 and q4_0, which need more registers."""
+    """The launches of one head size and store: from float caches, and from fp8, q8_0 and q4_0, which need more registers; from
+    these of V alone still more: `turned`, where that takes another launch."""
 
     floats: Config
     blocks: Config
+    turned: Config | None = None
 
 
 # Fewer keys a tile are wrong for q4_0: triton 3.6 compiles the joining of nibbles in tiles of 16 keys into another order (seen
@@ -51,12 +53,12 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
         ("prefill", 128, False): Row(Config(128, 64, 8, 3, 1), Config(128, 64, 8, 2, 1)),
         ("prefill", 256, False): Row(Config(128, 64, 8, 2, 2), Config(64, 64, 8, 2, 2)),
         ("prefill", 512, False): Row(Config(32, 32, 8, 3, 8), Config(32, 32, 8, 2, 8)),
-        ("prefill", 512, True): Row(Config(32, 64, 8, 2, 8), Config(32, 32, 8, 1, 8)),
+        ("prefill", 512, True): Row(Config(32, 64, 8, 2, 8), Config(32, 32, 8, 1, 8), Config(16, 32, 8, 1, 8)),
         ("decode", 64, False): Row(Config(16, 128, 4, 3), Config(16, 64, 4, 3)),
         ("decode", 128, False): Row(Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
         ("decode", 256, False): Row(Config(16, 64, 4, 2), Config(16, 32, 4, 3)),
         ("decode", 512, False): Row(Config(16, 32, 4, 2), Config(16, 32, 4, 2)),
-        ("decode", 512, True): Row(Config(16, 32, 4, 3), Config(16, 32, 4, 3)),
+        ("decode", 512, True): Row(Config(16, 32, 4, 3), Config(16, 32, 4, 3), Config(16, 32, 8, 3)),
     },
     "ampere": {
         ("prefill", 64, False): Row(Config(64, 64, 4, 2, 1), Config(64, 32, 4, 2, 1)),
@@ -86,15 +88,15 @@ def arch_of(capability: tuple[int, int], *, rocm: bool = False) -> Arch:
     return "hopper" if capability == (9, 0) else "ampere"
 
 
-def config_for(D: int, *, one: bool, blocks: bool, rows: int, arch: Arch) -> Config:
+def config_for(D: int, *, one: bool, blocks: bool, turned: bool, rows: int, arch: Arch) -> Config:
     """The launch for head size `D`; below 512 one tensor takes the rows of two.
 
     Args:
-        one: one tensor for K and V; blocks: the cache is fp8, q8_0 or q4_0; rows: queries times heads of a group.
+        one: one tensor for K and V; turned: V alone; blocks: the cache is fp8, q8_0 or q4_0; rows: queries times heads of a group.
     """
     phase: Phase = "decode" if rows <= DECODE_ROWS else "prefill"
     row = TABLE[arch][(phase, D, one and D == 512)]
-    return row.blocks if blocks else row.floats
+    return row.floats if not blocks else row.turned if turned and row.turned else row.blocks
 
 
 KEYS_A_PROGRAM = 128  # of a decode; fewer are not worth a partial result

@@ -5,7 +5,8 @@ The matrix unit wants 64 rows and a decode step has few queries, so the roles ar
     S^T = K q^T          (64 keys, rows of queries)       P = softmax over keys
     O^T += V^T P         (D, rows of queries)
 
-A cache of another type than the queries' is `decode_packed`'s.
+A cache of another type than the queries' is `decode_packed`'s. Of V alone (`turn`) the rotated values of a tile's keys are made in
+registers while the product with the others runs, as `attend` makes them, and lie in shared memory as the other layout's would.
 
 Launches overlap (programmatic dependent launch): the keys of earlier steps are fetched while the launch before still runs, the
 step's own keys and queries after it has ended. So nothing may write keys of earlier steps in the two launches before.
@@ -35,8 +36,10 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headwise.kernels.attend import LOG2E, merge
-from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.stored import Sequences, Slots, Stored, cos_sin
+from headwise.kernels.turn import Turn
 
+_cos_sin = gluon.jit(cos_sin.fn)
 BN = 64  # keys of a tile, which is a page
 
 
@@ -84,10 +87,12 @@ def tile_slot(i, seq, lo, run, tiles_run, ring, table, table_stride, RING: gl.co
 @gluon.jit
 def _load(
     kd, td, vd, starts, lengths, table, table_stride, ring, window, n_splits, sk, st, sv, k_full, v_full, k_empty, v_empty,
-    D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr,
+    D: gl.constexpr, R: gl.constexpr, P: gl.constexpr, NS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
+    PAGED: gl.constexpr,
 ):  # fmt: skip
     seq, q0, T, n, lo, run, tiles_run, first, last = share(starts, lengths, window, ring, n_splits, WINDOWED, RING)
     g = gl.program_id(1)
+    W: gl.constexpr = D if P > 0 else D + R
     for i in range(first, last):
         slot, newest = tile_slot(i, seq, lo, run, tiles_run, ring, table, table_stride, RING, PAGED)
         if newest >= n - T:
@@ -95,21 +100,33 @@ def _load(
         s = (i - first) % NS
         ph = (((i - first) // NS) & 1) ^ 1
         mbarrier.wait(k_empty.index(s), ph)
-        mbarrier.expect(k_full.index(s), 64 * (D + R) * 2)
-        tma.async_copy_global_to_shared(kd, [slot, g * (D + R)], k_full.index(s), sk.index(s))
-        if R > 0:
-            tma.async_copy_global_to_shared(td, [slot, g * (D + R) + D], k_full.index(s), st.index(s))
-        else:
+        mbarrier.expect(k_full.index(s), 64 * W * 2)
+        tma.async_copy_global_to_shared(kd, [slot, g * W], k_full.index(s), sk.index(s))
+        if W > D:
+            tma.async_copy_global_to_shared(td, [slot, g * W + D], k_full.index(s), st.index(s))
+        if R == 0:
             mbarrier.wait(v_empty.index(s), ph)
             mbarrier.expect(v_full.index(s), 64 * D * 2)
             tma.async_copy_global_to_shared(vd, [slot, g * D], v_full.index(s), sv.index(s))
 
 
 @gluon.jit
+def _turn(sk, st, pos, freq, w_a, w_b, D: gl.constexpr, PW: gl.constexpr, layout: gl.constexpr, dtype: gl.constexpr):
+    """The rotated values of the tile `sk`, whose first key is at `pos`, to `st`: first the pairs' first halves, then the others."""
+    at = (pos + gl.arange(0, 64, gl.SliceLayout(1, layout))).to(gl.float32)
+    cos, sin = _cos_sin(gl.expand_dims(at, 1) * gl.expand_dims(freq, 0))
+    a = sk.slice(0, PW, dim=1).load(layout).to(gl.float32) * gl.expand_dims(w_a, 0)
+    b = sk.slice(D // 2, PW, dim=1).load(layout).to(gl.float32) * gl.expand_dims(w_b, 0)
+    st.slice(0, PW, dim=1).store((a * cos - b * sin).to(dtype))
+    st.slice(PW, PW, dim=1).store((b * cos + a * sin).to(dtype))
+
+
+@gluon.jit
 def _consume(
+    turn_w, turn_freq, magnitude,
     q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G, q_stride,
     sq, sqt, sk, st, sv, sp, k_full, v_full, k_empty, v_empty,
-    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr,
+    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, P: gl.constexpr, NS: gl.constexpr,
     WINDOWED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr, MERGED: gl.constexpr, SP: gl.constexpr,
     dtype: gl.constexpr,
 ):  # fmt: skip
@@ -126,11 +143,21 @@ def _consume(
     qt = q
     if R > 0:
         r_t = gl.expand_dims(gl.arange(0, R, gl.SliceLayout(0, ql)), 0)
-        qt = gl.load(q_ptr + gl.expand_dims(q_row, 1) + D + r_t, mask=ok_q, other=0.0)
+        here = ok_q
+        if P > 0:  # the halves of the pairs, each as wide as the tile's
+            here = ok_q & (r_t % (R // 2) < P)
+            r_t = gl.where(r_t < R // 2, r_t, r_t - R // 2 + P)
+        qt = gl.load(q_ptr + gl.expand_dims(q_row, 1) + D + r_t, mask=here, other=0.0)
     sq.store(q)
     if R > 0:
         sqt.store(qt)
     fence_async_shared()
+    pairs: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    if P > 0:
+        c = gl.arange(0, R // 2, gl.SliceLayout(0, pairs))
+        freq = gl.load(turn_freq + c, mask=c < P, other=0.0)
+        w_a = gl.load(turn_w + c, mask=c < P, other=0.0).to(gl.float32) * magnitude
+        w_b = gl.load(turn_w + D // 2 + c, mask=c < P, other=0.0).to(gl.float32) * magnitude
     rows = gl.arange(0, ROWS, gl.SliceLayout(0, sl))
     pos_q = n - T + rows // GROUP
     keys = gl.arange(0, 64, gl.SliceLayout(1, sl))
@@ -143,7 +170,11 @@ def _consume(
         mbarrier.wait(k_full.index(b), ph)
         s = gl.zeros([64, ROWS], gl.float32, sl)
         s = warpgroup_mma(sk.index(b), sq.permute((1, 0)), s, use_acc=False, is_async=True)
-        if R > 0:
+        if P > 0:
+            _turn(sk.index(b), st.index(0), i * 64, freq, w_a, w_b, D, R // 2, pairs, dtype)
+            fence_async_shared()
+            s = warpgroup_mma(st.index(0), sqt.permute((1, 0)), s, is_async=True)
+        elif R > 0:
             s = warpgroup_mma(st.index(b), sqt.permute((1, 0)), s, is_async=True)
         s = warpgroup_mma_wait(0, deps=(s,))
         if R == 0:
@@ -246,9 +277,9 @@ def finish(
 
 @gluon.jit
 def _decode(
-    kd, td, vd, q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, table, table_stride, ring, window,
-    scale, n_splits, G, q_stride,
-    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, NS: gl.constexpr,
+    kd, td, vd, turn_w, turn_freq, magnitude, q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, table,
+    table_stride, ring, window, scale, n_splits, G, q_stride,
+    H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr, P: gl.constexpr, NS: gl.constexpr,
     WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr, MERGED: gl.constexpr,
     SP: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
@@ -263,7 +294,7 @@ def _decode(
         tl_: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, R], dtype)
         sqt = gl.allocate_shared_memory(dtype, [ROWS, R], tl_)
         tail: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, R], dtype)
-        st = gl.allocate_shared_memory(dtype, [NS, 64, R], tail)
+        st = gl.allocate_shared_memory(dtype, [1 if P > 0 else NS, 64, R], tail)
         sv = sk
     else:
         sqt = sq
@@ -280,11 +311,12 @@ def _decode(
         mbarrier.init(v_empty.index(i), count=1)
     fence_async_shared()
     gl.warp_specialize([
-        (_consume, (q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G,
+        (_consume, (turn_w, turn_freq, magnitude,
+                    q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G,
                     q_stride, sq, sqt, sk, st, sv, sp, k_full, v_full, k_empty, v_empty,
-                    H, GROUP, ROWS, D, R, NS, WINDOWED, RING, SINKS, MERGE, MERGED, SP, dtype)),
+                    H, GROUP, ROWS, D, R, P, NS, WINDOWED, RING, SINKS, MERGE, MERGED, SP, dtype)),
         (_load, (kd, td, vd, starts, lengths, table, table_stride, ring, window, n_splits, sk, st, sv, k_full, v_full, k_empty,
-                 v_empty, D, R, NS, WINDOWED, RING, PAGED)),
+                 v_empty, D, R, P, NS, WINDOWED, RING, PAGED)),
     ], [1], [24])  # fmt: skip
 
 
@@ -302,7 +334,7 @@ def shares(
 def attend_decode(
     q_NHE: Tensor, k: Stored, v: Stored | None, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float,
     window: int | None = None, sinks_H: Tensor | None = None, n_splits: int = 1, scratch: Tensor | None = None,
-    count: Tensor | None = None, overlap: bool = True,
+    count: Tensor | None = None, overlap: bool = True, turn: Turn | None = None,
 ) -> Tensor:  # fmt: skip
     """Decode, or the verification of a few draft tokens.
 
@@ -311,6 +343,7 @@ def attend_decode(
         count: int32 zeros, one a sequence and KV head: the last program merges, in this launch, which pays for few rows. It
             leaves zeros. None: a second launch merges.
         overlap: begin while the launch before still runs; False where that one, or the one before it, may write the keys.
+        turn: what makes keys, where `k` holds V alone.
     """
     _, H, E = q_NHE.shape
     D = out_NHD.shape[-1]
@@ -319,21 +352,25 @@ def attend_decode(
     rows = max(8, triton.next_power_of_2(seqs.max_queries * group))
     if rows * D > 32 * 512:
         raise ValueError(f"attend_decode: {seqs.max_queries} queries of {group} heads are {rows} rows (<= {32 * 512 // D})")
+    P = 0 if turn is None else turn.freq_P.shape[0]
     dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
-    NS = min(8, max(2, (190 * 1024 - rows * E * 2) // (64 * (E if v is None else 2 * D) * 2)))
+    made, tile = (64 * R, D) if P else (0, E if v is None else 2 * D)
+    NS = min(8, max(2, (190 * 1024 - (rows * E + made) * 2) // (64 * tile * 2)))
 
     def desc(x: Tensor, columns: int) -> TensorDescriptor:
         flat = x.view(S, -1)
         return TensorDescriptor.from_tensor(flat, [64, columns], gl.NVMMASharedLayout.get_default_for([64, columns], dtype))
 
     kd = desc(k.data_SGW, D)
-    td, vd = desc(k.data_SGW, R) if R else kd, kd if v is None else desc(v.data_SGW, D)
+    td, vd = desc(k.data_SGW, R) if R and not P else kd, kd if v is None else desc(v.data_SGW, D)
     part, stat, mode = shares("attend_decode", q_NHE, scratch, count, B * G * n_splits * rows, n_splits, D)
     _decode[(n_splits, G, B)](
-        kd, td, vd, q_NHE, out_NHD, q_NHE if sinks_H is None else sinks_H, part, stat, seqs.lengths_B if count is None else count,
+        kd, td, vd, q_NHE if turn is None else turn.w_D, q_NHE if turn is None else turn.freq_P,
+        1.0 if turn is None else turn.magnitude,
+        q_NHE, out_NHD, q_NHE if sinks_H is None else sinks_H, part, stat, seqs.lengths_B if count is None else count,
         seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, scale * LOG2E,
         n_splits, G, q_NHE.stride(0),
-        H=H, GROUP=group, ROWS=rows, D=D, R=R, NS=NS, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
+        H=H, GROUP=group, ROWS=rows, D=D, R=R, P=P, NS=NS, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
         SINKS=sinks_H is not None, MERGE=mode, MERGED=seqs.max_queries * group, SP=triton.next_power_of_2(n_splits),
         dtype=dtype, num_warps=4, launch_pdl=overlap,
     )  # fmt: skip

@@ -2,12 +2,12 @@
 
 Each program takes one head, of one token or, where tokens are many, of several. A query is normed, rotated and written where
 attention reads it; a key is normed, rotated, quantised and stored; a value is normed (where the family norms it), quantised and
-stored. Where one tensor is kept for K and V (`spec.kv`), the head that makes both is stored as [V | the rotated values of K], and
-the query becomes what meets it.
+stored. Where one tensor is kept for K and V (`spec.kv`), the head that makes both is stored as [V | the rotated values of K] or as
+V alone, and the query becomes what meets the former.
 
 Shapes    T tokens; H query heads, then G keys, then G values side by side (values not with one tensor; neither where the layer
           owns no cache), A values each (a power of two); P rotated pairs (i, i + A / 2): qkv_TN, cos and sin (T, P) -> q_out
-          (T, H, E), E = A, or A + R with one tensor; stored rows of E and A values, blocks of 32.
+          (T, H, E), E = A, or A + R with one tensor; stored rows of E (of V alone A) and A values, blocks of 32.
 Accuracy  fp32 inside, rounded once at each result. Integers of q8_0 equal those of `cache.storage` for equal fp32 input; q4_0's
           too, but where the largest and the least value of a block are the same number with two signs.
 Cost      the bytes of qkv, twice.
@@ -92,7 +92,7 @@ def _tail(head, ok, w, rstd, cos, sin, A: tl.constexpr, P: tl.constexpr, R: tl.c
 @triton.jit(do_not_specialize=["T"])
 def _kernel(
     qkv, q_out, k_data, k_scales, v_data, v_scales, q_w, k_w, cos_ptr, sin_ptr, slots, eps, row_stride, T,
-    H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, A: tl.constexpr, P: tl.constexpr, R: tl.constexpr, W: tl.constexpr,
     NORM: tl.constexpr, V_NORM: tl.constexpr, ONE: tl.constexpr, K_FORMAT: tl.constexpr, V_FORMAT: tl.constexpr, BT: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
@@ -136,10 +136,10 @@ def _kernel(
         if g < G:
             rows = slot * G + g
             if ONE:
-                _store(k_data, k_scales, rows, ok, 0, a * rstd, B, A + R, K_FORMAT)
-                _store(k_data, k_scales, rows, ok, B, b * rstd, B, A + R, K_FORMAT)
-                if R > 0:
-                    _store(k_data, k_scales, rows, ok, A, _tail(x, ok, k_w, rstd, cos, sin, A, P, R, NORM), R, A + R, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, 0, a * rstd, B, W, K_FORMAT)
+                _store(k_data, k_scales, rows, ok, B, b * rstd, B, W, K_FORMAT)
+                if W > A:
+                    _store(k_data, k_scales, rows, ok, A, _tail(x, ok, k_w, rstd, cos, sin, A, P, R, NORM), R, W, K_FORMAT)
             else:
                 if NORM:
                     a = a * rstd * tl.load(k_w + i).to(tl.float32)
@@ -175,12 +175,15 @@ def heads(
     one = k is not None and v is None
     R = E - A
     n_heads = H + G * (1 if one else 2)
+    W = E if k is None else k.n_values  # with one tensor A: V alone
     if A not in HEAD_DIMS or qkv_TN.shape != (T, n_heads * A) or qkv_TN.stride(1) != 1:
         raise ValueError(
             f"heads: {A} values a head (one of {HEAD_DIMS}), qkv {tuple(qkv_TN.shape)} for {n_heads} heads of {T} tokens"
         )
     if R < 0 or (R > 0 and (R & (R - 1) or max(32, 2 * pairs) > R)):
         raise ValueError(f"heads: {E} values a query for heads of {A} (plus a power of two, 32 and {2 * pairs} at least)")
+    if one and W not in (A, E):
+        raise ValueError(f"heads: {W} values stored of heads of {A}: these alone, or the {R} rotated ones too")
     if 2 * pairs > A or (pairs and (cos_TP is None or sin_TP is None)):
         raise ValueError(f"heads: {pairs} rotated pairs (at most {A // 2}, with their tables)")
     if k is not None and (slots_T is None or slots_T.dtype != torch.int32 or slots_T.shape[0] != T):
@@ -194,7 +197,7 @@ def heads(
         none if q_norm is None else q_norm, none if k_norm is None else k_norm,
         none if cos_TP is None else cos_TP, none if sin_TP is None else sin_TP,
         none if slots_T is None else slots_T, eps, qkv_TN.stride(0), T,
-        H=H, G=G, A=A, P=pairs, R=R, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0),
+        H=H, G=G, A=A, P=pairs, R=R, W=W, NORM=q_norm is not None, V_NORM=v_norm, ONE=one or (R > 0),
         K_FORMAT=k.format if k else FLOAT, V_FORMAT=v.format if v else FLOAT, BT=tokens, num_warps=warps, **overlap(qkv_TN),
     )  # fmt: skip
     return q_out_THE

@@ -133,6 +133,24 @@ def columns(N: tl.constexpr, FORMAT: tl.constexpr):
 
 
 @triton.jit
+def cos_sin(a):
+    """cos and sin of fp32 angles, |a| < 2^18, within 2e-6: whole turns are taken off in three parts of 2 pi, of which the first
+    two have 8 bits, so that nothing is lost; what is left is a polynomial's (Chebyshev, |r| <= pi)."""
+    n = (a * 0.15915494309189535 + 12582912.0) - 12582912.0
+    r = ((a - n * 6.28125) - n * 0.0019378662109375) + n * 2.559031351023075e-06
+    z = r * r
+    c = -2.7078129501744875e-07 + z * 1.7241772578059573e-09
+    c = 2.4769792533675994e-05 + z * c
+    c = -0.0013887799403592951 + z * c
+    c = 0.04166648835449384 + z * c
+    c = 0.9999999889838997 + z * (-0.49999989037165876 + z * c)
+    s = 2.708742831282625e-06 + z * -2.06941591052593e-08
+    s = 0.008332789409432856 + z * (-0.00019817563150956906 + z * s)
+    s = r * (0.9999999374561976 + z * (-0.16666620886794467 + z * s))
+    return c, s
+
+
+@triton.jit
 def from_fp8(bits, dtype: tl.constexpr):
     """e4m3 bits (uint8) as `dtype`."""
     x = bits.to(tl.uint16)

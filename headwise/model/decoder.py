@@ -160,7 +160,8 @@ class Decoder:
         return y.add_(w["o_bias"]) if layer.o_bias else y
 
     def _scratch(self, arena: Arena) -> Scratch:
-        return Scratch(arena.flat("kv.k"), arena.flat("kv.v"), arena.flat("partial"), arena.flat("done"), self.tile_tokens)
+        k, v, partial, done, turn = map(arena.flat, ("kv.k", "kv.v", "partial", "done", "kv.turn"))
+        return Scratch(k, v, partial, done, self.tile_tokens, turn)
 
     def _project(self, shape: HeadShape, w: LayerWeights, h: Tensor, arena: Arena) -> HeadViews:
         """q, then k and v where the layer owns its cache (k alone where K=V), as heads side by side."""

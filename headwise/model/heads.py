@@ -18,7 +18,7 @@ from torch import Tensor
 from headwise.cache.storage import LayerCache, Span, Values
 from headwise.model.arena import Arena
 from headwise.model.norm import rms_norm
-from headwise.spec.kv import k_values
+from headwise.spec.kv import q_values, turned_pairs
 from headwise.spec.layers import LayerSpec
 from headwise.spec.rope import RopeSpec
 
@@ -63,7 +63,7 @@ class Tail:
 
 @dataclass(frozen=True, slots=True)
 class HeadShape:
-    """What a layer's heads look like: rotated pairs, values of a stored key, the index of its rope's tables."""
+    """What a layer's heads look like: rotated pairs, values of a key as a query meets it, the index of its rope's tables."""
 
     layer: LayerSpec
     pairs: int
@@ -73,7 +73,7 @@ class HeadShape:
     @classmethod
     def of(cls, layer: LayerSpec, rope_index: Mapping[RopeSpec, int]) -> HeadShape:
         pairs = layer.rope.rotated_dims // 2 if layer.rope else 0
-        return cls(layer, pairs, k_values(layer), None if layer.rope is None else rope_index[layer.rope])
+        return cls(layer, pairs, q_values(layer), None if layer.rope is None else rope_index[layer.rope])
 
 
 class HeadViews(NamedTuple):
@@ -140,8 +140,11 @@ def _rotate(a: Tensor, b: Tensor, shape: HeadShape, arena: Arena, T: int) -> Non
 
 
 def _store_one(shape: HeadShape, w: LayerWeights, cache: LayerCache, step: Step, v: Tensor) -> None:
-    """K=V: V = norm(u), given, and beside it the rotated dims of K = RoPE(w_k * V). `spec.kv` says why this is exact."""
+    """K=V: V = norm(u), given, and where the layout is so, beside it the rotated dims of K = RoPE(w_k * V), see `spec.kv`."""
     layer, arena, T, P = shape.layer, step.arena, step.n, shape.pairs
+    if turned_pairs(layer):
+        _write(cache, step, v, None)
+        return
     A, half = layer.head_dim, layer.head_dim // 2
     one = arena.take("kv.one", T, layer.n_kv_heads, cache.k.n_values)
     one[..., :A].copy_(v)

@@ -12,6 +12,7 @@ from headwise.planner.ceiling import Ceiling
 from headwise.planner.memory import Plan, Share, StagePlan
 from headwise.planner.rank import Fit
 from headwise.planner.rivals import RivalPlan
+from headwise.spec.kv import turned_pairs
 
 COLOURS = {
     "weights": "blue",
@@ -81,6 +82,8 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = (), served: Plan 
         if w.kv["global"] == w.kv["sliding"]
         else f"{w.kv['global'].name} global, {w.kv['sliding'].name} sliding"
     )
+    if any(turned_pairs(layer) for layer in plan.spec.layers):
+        kv += ", V alone where K = V"
     head.append(f", KV {kv}, prefill chunk {w.chunk}", style="dim")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")

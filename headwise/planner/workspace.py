@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Literal
 
-from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
+from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS, KVFormat, k_values, kv_slots, q_values, turned_pairs, v_values
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec, MoeSpec
 from headwise.spec.rope import RopeSpec
 
@@ -77,6 +77,11 @@ def order_values(n_tokens: int, n_experts: int, n_active: int) -> int:
 def partial_values(layer: LayerSpec) -> int:
     """fp32 values of the partial results of a decode step: a result, a maximum and a sum for each row."""
     return PARTIAL_TILES * (layer.head_dim + 2)
+
+
+def turn_values(layer: LayerSpec, n: int) -> int:
+    """fp32 values that PyTorch's operators need to make the keys of `n` slots of V alone: positions, cos and sin, and the pairs."""
+    return n * (1 + 2 * turned_pairs(layer) * (1 + layer.n_kv_heads))
 
 
 def logit_rows(slots: int, chunk: int) -> int:
@@ -180,20 +185,23 @@ def workspace(
     else:
         turning = [(x.n_heads + x.n_kv_heads) * x.rope.rotated_dims // 2 for x in layers if x.rope]
         add("rope.tmp", "attention", C, max([0, *turning]))
-        add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in layers if x.k_eq_v)]))
+        stored = [x for x in layers if x.k_eq_v and not turned_pairs(x)]
+        add("kv.one", "attention", C, max([0, *(x.n_kv_heads * k_values(x) for x in stored)]))
     add("attn", "attention", C, q_width)
-    add("q.one", "attention", C, max([0, *(x.n_heads * k_values(x) for x in layers if x.k_eq_v)]))
+    add("q.one", "attention", C, max([0, *(x.n_heads * q_values(x) for x in layers if x.k_eq_v)]))
     loose = [x for x in spec.kv_layers if kv[x.kind].name != dtype]
     if tiles:
-        add("kv.k", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]))
+        turned = [x for x in spec.kv_layers if turned_pairs(x)]
+        add("kv.k", "attention", C * max([0, *(x.n_kv_heads * q_values(x) for x in (*loose, *turned))]))
+        add("kv.turn", "attention", max([0, *(turn_values(x, C) for x in turned)]), kind="f32")
         add("kv.v", "attention", C * max([0, *(x.n_kv_heads * v_values(x) for x in loose)]))
     if not fused:
         add("kv.write", "attention", C * max([0, *(x.n_kv_heads * k_values(x) for x in loose)]), kind="f32")
     # one result and, per query and head, a few log-sum-exps; CUDA's operator runs one head of each group at a time, with
     # an fp32 accumulator beside its part of the result
-    result = max(x.n_heads * (k_values(x) + 8) for x in layers)
+    result = max(x.n_heads * (q_values(x) + 8) for x in layers)
     if not cpu:
-        result += max(x.n_kv_heads * k_values(x) for x in layers) * (1 + 4 // ITEM_BYTES[dtype])
+        result += max(x.n_kv_heads * q_values(x) for x in layers) * (1 + 4 // ITEM_BYTES[dtype])
     if tiles:
         add("attention result", "always", C, result, reserved=True)
     if "scores" in reads:

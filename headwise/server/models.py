@@ -374,6 +374,7 @@ class Models:
                 context=context,
                 kv_global=kv["global"],
                 kv_sliding=kv["sliding"],
+                kv_layout=s.get("kv_layout"),
                 slots=slots or s.get("slots"),
                 pool=s.get("pool"),
                 ubatch=s.get("chunk") or DEFAULT_CHUNK,

@@ -4,23 +4,27 @@ Store-bytes (`kv_bytes`, what a layer holds) and read-bytes (`kv_read_bytes`, wh
 functions, because a window makes them differ.
 
 A K=V layer (Gemma 4 12B, 26B-A4B, 31B: every global layer) stores one tensor for both. With n = the un-weighted norm of
-the one projection, V = n and K = RoPE(w * n): so V holds all of K but the rotation. We store V and, beside it, the
-rotated dims of K (Gemma 4: 512 + 128 values instead of 1,024), and fold w into the query. Exact in real arithmetic.
+the one projection, V = n and K = RoPE(w * n): so V holds all of K but the rotation. Two layouts, one for all such layers:
+"v+rotated" stores V and, beside it, the rotated dims of K (Gemma 4: 512 + 128 values instead of 1,024); "v" stores V alone
+(512), and attention rotates what it reads. Both fold w into the query for the dims that do not rotate, and the query is
+the same: [q * w, zeros where dims rotate | its rotated values]. Exact in real arithmetic.
 Source: transformers 5.23 models/gemma4/modeling_gemma4.py `Gemma4TextAttention.forward`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import cast, get_args
 
 from headwise.errors import UsageError
-from headwise.spec.layers import LayerSpec
+from headwise.spec.layers import KVLayout, LayerSpec, ModelSpec
 
 PAGE_TOKENS = 64  # token slots per page of a global layer
 DRAFT_TOKENS = 8  # most draft tokens that one verify step may append
 TAIL_BLOCK = 32  # the rotated part of a one-tensor layer is padded to whole blocks of every KV format
+KV_LAYOUTS = get_args(KVLayout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +69,42 @@ def kv_format(name: str) -> KVFormat:
     return KV_FORMATS[name.lower()]
 
 
-def k_values(layer: LayerSpec) -> int:
-    """Values per token and KV head in the first tensor: K, or V with the rotated part of K for a K=V layer."""
+def laid_out(spec: ModelSpec, asked: str | None) -> ModelSpec:
+    """`spec` with its K=V layers in the layout asked for; None: "v+rotated", which costs attention nothing.
+
+    Raises:
+        UsageError: no such layout, or no such layers.
+    """
+    if asked is None:
+        return spec
+    if asked not in KV_LAYOUTS:
+        raise UsageError(f"unknown KV layout {asked!r}", why="it is none of ours", do=f"one of: {', '.join(KV_LAYOUTS)}")
+    if not any(layer.k_eq_v for layer in spec.layers):
+        raise UsageError(
+            f"--kv-layout {asked} says nothing of {spec.name}",
+            why=f"none of its {len(spec.layers)} layers has one tensor for K and V",
+            do="leave --kv-layout out",
+        )
+    layout = cast(KVLayout, asked)
+    return replace(spec, layers=tuple(replace(x, kv_layout=layout) if x.k_eq_v else x for x in spec.layers))
+
+
+def q_values(layer: LayerSpec) -> int:
+    """Values of a key, and of a query's head, as attention has them: a head's, and for a K=V layer the rotated ones beside V's."""
     if not layer.k_eq_v:
         return layer.head_dim
     rotated = layer.rope.rotated_dims if layer.rope else 0
     return layer.head_dim + -(-rotated // TAIL_BLOCK) * TAIL_BLOCK
+
+
+def k_values(layer: LayerSpec) -> int:
+    """Values per token and KV head in the first tensor: K, or for a K=V layer V, with the rotated part of K in one layout."""
+    return layer.head_dim if turned_pairs(layer) else q_values(layer)
+
+
+def turned_pairs(layer: LayerSpec) -> int:
+    """Pairs of dims that attention rotates itself, because the layer stores V alone; 0 where keys are stored as they are read."""
+    return layer.rope.rotated_dims // 2 if layer.k_eq_v and layer.kv_layout == "v" and layer.rope else 0
 
 
 def v_values(layer: LayerSpec) -> int:

@@ -14,6 +14,7 @@ from headwise.spec.rope import RopeSpec
 Kind = Literal["sliding", "global"]
 Activation = Literal["silu", "gelu_tanh", "swiglu_clamped"]
 Norms = Literal["pre", "post", "sandwich"]
+KVLayout = Literal["v+rotated", "v"]  # of one tensor for K and V, see `spec.kv`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +52,7 @@ class LayerSpec:
     window: int | None  # keys a query sees, itself included; None = all
     kv_source: int | None  # layer whose cache this one reads; None = it owns its cache
     k_eq_v: bool  # one projection feeds both K and V; the two norms still differ
+    kv_layout: KVLayout = "v+rotated"  # of a K=V layer; chosen, not read: `spec.kv.laid_out`
     rope: RopeSpec | None  # None = NoPE
     scale: float  # multiplies q.k; Gemma 4: 1.0
     softcap: float | None = None  # on attention logits

@@ -11,6 +11,7 @@ import torch
 from checkpoints import load
 
 from headwise.attention import torch_fused
+from headwise.cache.storage import LayerCache
 from headwise.errors import BackendError
 
 
@@ -32,6 +33,21 @@ def test_good_backends_pass_at_every_length(name: str, kv: str) -> None:
     assert all(c.ok for c in checks)
     assert {c.phase for c in checks} == {"prefill", "decode"}
     assert max(c.length for c in checks if c.window or name == "qwen3") > 64 + 13 + 8  # past a wrap of the ring
+
+
+@pytest.mark.parametrize("kv", ["f32", "f16", "q4_0"])
+def test_v_alone_is_checked_as_it_is_run(kv: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key rotated as the one before it passed where only the stored values were compared."""
+    llm = load("gemma4-31b", kv=kv, kv_layout="v")
+    assert all(c.ok for c in llm.check())
+    good = LayerCache.turned
+
+    def late(self: LayerCache, start: int, stop: int, position: int, *rest: object) -> object:
+        return good(self, start, stop, position - 1, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(LayerCache, "turned", late)
+    with pytest.raises(BackendError, match="torch-flash-cpu gives wrong results"):
+        llm.check()
 
 
 @pytest.mark.parametrize(

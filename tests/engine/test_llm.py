@@ -51,6 +51,20 @@ def test_a_cache_read_by_tiles_gives_the_same_at_every_chunk(name: str, kv: str)
         assert (llm.logits(IDS, chunk=chunk) - whole).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("kv", ["f32", "f16", "fp8", "q8_0", "q4_0"])
+@pytest.mark.parametrize(("context", "chunk"), [(1, 64), (77, 5), (128, 96)])
+def test_v_alone_is_planned_as_it_is_allocated(kv: str, context: int, chunk: int) -> None:
+    """Keys are made a tile at a time: their room and their angles are of the arena, and the peak stays in the plan."""
+    llm, stored = (load("gemma4-31b", kv=kv, kv_layout=x, context=context, chunk=chunk) for x in ("v", None))
+    llm.logits(list(range(1, context + 1)))
+    held = llm.runner.peak_bytes - llm.plan.weights_bytes - llm.plan.kv_bytes
+
+    assert llm.plan.total_bytes == allocated_bytes(llm.runner)
+    assert llm.plan.kv_global_bytes * 96 == stored.plan.kv_global_bytes * 64  # 64 values, and 16 rotated ones padded to 32
+    assert held <= llm.plan.compute_bytes
+    assert chunk < 96 or 0.9 * llm.plan.compute_bytes <= held
+
+
 @pytest.mark.parametrize("kind", ["global", "sliding"])
 @pytest.mark.parametrize("kv", ["bf16", "fp8", "q8_0"])
 def test_one_kind_alone_is_stored_in_another_type(kind: str, kv: str) -> None:

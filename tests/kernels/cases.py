@@ -17,6 +17,7 @@ if __name__ == "__main__" and not os.path.exists("/dev/nvidia0"):
 import torch
 from torch import Tensor
 
+from headwise.attention.reference import turned
 from headwise.cache.storage import Values
 from headwise.spec.kv import KV_FORMATS
 
@@ -25,7 +26,8 @@ DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Case:
-    """`keys` and `queries` of each sequence; `tail` rotated values beside one tensor for K and V (0: two tensors)."""
+    """`keys` and `queries` of each sequence; `tail` rotated values beside one tensor for K and V (0: two tensors), of which V alone
+    is stored where `pairs` are to be rotated by the kernel."""
 
     D: int
     H: int
@@ -33,6 +35,7 @@ class Case:
     keys: tuple[int, ...]
     queries: tuple[int, ...]
     tail: int = 0
+    pairs: int = 0
     window: int | None = None
     layout: str = "flat"  # flat, ring, pages
     kv: str = "f16"
@@ -59,6 +62,7 @@ def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
     from headwise.kernels.attend import attend, partial_floats, reference
     from headwise.kernels.configs import Config
     from headwise.kernels.stored import Sequences, Slots, Stored
+    from headwise.kernels.turn import Turn
 
     g = torch.Generator().manual_seed(case.seed)
     dtype, D, E, B = DTYPES[case.dtype], case.D, case.D + case.tail, len(case.keys)
@@ -82,15 +86,20 @@ def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
         return table[b].long() + (p % ring if ring else p)
 
     caches, seen = [], []
-    for width in (E,) if case.tail else (D, D):
+    for width in (D,) if case.pairs else (E,) if case.tail else (D, D):
         cache = torch.full((n_slots, case.G, width), 99.0).to(device, dtype)  # what must not be read is large
         for b in range(B):
             where, rows = slots(b), random(case.keys[b], case.G, width)
-            for p in range(case.keys[b]):  # later positions of a ring overwrite earlier ones
-                cache[where[p]] = rows[p]
+            for p in range(0, case.keys[b], ring or case.keys[b]):  # later positions of a ring overwrite earlier ones
+                cache[where[p:][: ring or None]] = rows[p:][: ring or None]
         values, held = stored(cache, case.kv)
         caches.append(Stored(values.data_SGD, values.scales_SGB))
         seen.append([held[slots(b).to(device)] for b in range(B)])
+    turn = None
+    if case.pairs:  # of the model's form: the first of D / 2 frequencies, from 1 down
+        freq = torch.tensor([1e6 ** (-2.0 * i / D) for i in range(case.pairs)], dtype=torch.float64)
+        turn = Turn(random(D), freq.to(device, torch.float32), 1.25)
+        seen[0] = [turned(v, torch.arange(v.shape[0], device=device), turn, E) for v in seen[0]]
     starts = torch.tensor([0, *torch.tensor(case.queries).cumsum(0).tolist()], dtype=torch.int32)
     seqs = Sequences(
         starts.to(device), torch.tensor(case.keys, dtype=torch.int32, device=device), max(case.queries), max(case.keys)
@@ -105,6 +114,7 @@ def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
     attend(
         q, caches[0], None if case.tail else caches[1], out, seqs, Slots(table.to(device), ring, page), scale=scale,
         window=case.window, softcap=case.softcap, sinks_H=sinks, n_splits=case.splits, scratch=scratch, config=config,
+        turn=turn,
     )  # fmt: skip
     expected = reference(
         q, seen[0], None if case.tail else seen[1], seqs, scale=scale, D=D, window=case.window, softcap=case.softcap, sinks_H=sinks

@@ -10,8 +10,9 @@ import torch
 from kernels.compiling import Compiled
 
 import headwise.kernels.attend as portable
-from headwise.kernels.configs import TABLE, Config
+from headwise.kernels.configs import TABLE, Config, Row
 from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.turn import Turn
 
 CARDS = {"ampere": (80, 86, 89), "hopper": (90,), "rdna3": ("gfx1100",)}
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, "gfx1100": 64 * 1024}
@@ -31,21 +32,29 @@ def cache(width: int, kv: str) -> Stored:
     return Stored(torch.empty(1024, 4, width // packed, dtype=kind), torch.empty(1024, 4, width // 32, dtype=torch.float16))
 
 
-def compile_one(kernel: object, capability: int | str, phase: str, D: int, one: bool, kv: str, config: Config) -> dict[str, object]:
+def compile_one(
+    kernel: object, capability: int | str, phase: str, D: int, one: bool, kv: str, config: Config, turned: bool
+) -> dict[str, object]:
     compiled = Compiled(kernel, capability)
     portable._attend, portable.merge = compiled, lambda *args, **options: None
     E, T = D + 128 * one, 1 if phase == "decode" else 128
     q, out = torch.empty(T, 32, E, dtype=torch.bfloat16), torch.empty(T, 32, D, dtype=torch.bfloat16)
-    k, v = cache(E, kv), None if one else cache(D, kv)
+    k, v = cache(D if turned else E, kv), None if one else cache(D, kv)
+    turn = Turn(torch.empty(D, dtype=torch.bfloat16), torch.empty(64)) if turned else None
     portable.attend(
         q, k, v, out, Sequences(ints(0, T), ints(512), T, 512), Slots(ints(0)), scale=1.0, n_splits=4 if phase == "decode" else 1,
-        scratch=torch.empty(10**6), config=config,
+        scratch=torch.empty(10**6), config=config, turn=turn,
     )  # fmt: skip
     r = compiled.reports[0]
     return {
-        "card": capability, "phase": phase, "head_dim": D, "one": one, "kv": kv, "config": str(config), "registers": r.registers,
-        "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability], "wmma": "v_wmma" in r.ptx,
+        "card": capability, "phase": phase, "head_dim": D, "one": one, "turned": turned, "kv": kv, "config": str(config),
+        "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+        "wmma": "v_wmma" in r.ptx,
     }  # fmt: skip
+
+
+def config(row: Row, kv: str, turned: bool) -> Config:
+    return row.floats if kv == "bf16" else row.turned or row.blocks if turned else row.blocks
 
 
 def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object]]:
@@ -90,6 +99,12 @@ def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object
         (512, True, None, 1), (512, True, None, 2), (512, False, None, 1), (256, False, 1024, 1), (128, False, None, 1),
         (64, False, 128, 1),
     )  # fmt: skip
+    of_v = Turn(torch.empty(512, dtype=torch.bfloat16), torch.empty(64))
+    for T in (1, 2):
+        q1, o1 = tensors(32, 640, 512, T)
+        few = Sequences(ints(0, T), ints(512), T, 512)
+        compiled(decode, "_decode", lambda q=q1, o=o1, k=k512, f=few: decode.attend_decode(
+            q, k, None, o, f, flat, scale=1.0, n_splits=4, scratch=scratch, turn=of_v), f"decode, V alone, {8 * T}")  # fmt: skip
     for D, one, window, T in shapes:
         for kv in ("bf16", "fp8", "q8_0", "q4_0"):
             E = D + 128 * one
@@ -107,12 +122,13 @@ def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object
 def main(part: int, parts: int) -> None:
     kernel = portable._attend
     jobs = [
-        (card, phase, D, one, kv, row.floats if kv == "bf16" else row.blocks)
+        (card, phase, D, one, kv, config(row, kv, turned), turned)
         for arch, rows in TABLE.items()
         for i, ((phase, D, one), row) in enumerate(rows.items())
         for j, card in enumerate(CARDS[arch])
         for k, kv in enumerate(("bf16", "fp8", "q8_0", "q4_0"))
         if kv == "bf16" or arch != "ampere" or k - 1 == (i + j) % 3  # each row's quantised types: one on each of the three cards
+        for turned in ((False, True) if one else (False,))
     ]
     for found in hopper(part, parts):
         print(json.dumps(found | {"shared_limit": SHARED[90]}), flush=True)

@@ -31,6 +31,8 @@ HEADS = [  # name, T, position, H, G, A, pairs, one, owns, normed, v normed, rin
     ("gemma global", 3, 11, 4, 1, 512, 64, True, True, True, True, 0, "f16"),
     ("gemma global q8_0", 2, 11, 4, 1, 512, 64, True, True, True, True, 0, "q8_0"),
     ("gemma global q4_0", 2, 0, 2, 1, 512, 64, True, True, True, True, 0, "q4_0"),
+    ("gemma global, V alone", 3, 11, 4, 1, 512, 64, "v", True, True, True, 0, "f16"),
+    ("gemma global, V alone, q4_0", 2, 1, 2, 1, 512, 64, "v", True, True, True, 0, "q4_0"),
     ("gemma global fp8", 3, 5, 2, 1, 512, 64, True, True, True, True, 0, "fp8"),
     ("gemma global, two tensors", 2, 4, 4, 2, 512, 64, False, True, True, True, 0, "q4_0"),
     ("gemma shared", 3, 11, 4, 0, 256, 128, False, False, True, True, 0, "f16"),
@@ -83,7 +85,7 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
             relative(cos, torch.cos(position * freq)), relative(sin, torch.sin(position * freq)) if stop > 1 else 0.0
         )
     slots = ring or stop + 3
-    k = Values(slots, G, A + tail, fmt, torch.device(device)) if owns else None
+    k = Values(slots, G, A if one == "v" else A + tail, fmt, torch.device(device)) if owns else None
     v = Values(slots, G, A, fmt, torch.device(device)) if owns and not one else None
     q_out = torch.full((T, H, A + tail), float("nan"), dtype=dtype, device=device)
     kept, kept_v = (None if x is None else Stored(x.data_SGD, x.scales_SGB) for x in (k, v))
@@ -102,7 +104,7 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
         u = normed(keys)
         key = rotated(u * k_w.float(), c, s, P)
         pad = torch.zeros(T, G, tail - 2 * P, device=device)
-        keys = torch.cat((u, key[..., :P], key[..., A // 2 : A // 2 + P], pad), -1)
+        keys = u if one == "v" else torch.cat((u, key[..., :P], key[..., A // 2 : A // 2 + P], pad), -1)
         still = q * k_w.float()
         still[..., :P] = 0
         still[..., A // 2 : A // 2 + P] = 0

@@ -2,7 +2,8 @@
 
     python -m model.batch_case FOLDER FAMILY MODE     prints a JSON object: step -> relative error of its logits
 
-MODE is `kernels` (ours, in the interpreter, f16) or `operators` (PyTorch's, fp32). Pages are scattered on purpose.
+MODE is `kernels` (ours, in the interpreter, f16) or `operators` (PyTorch's, fp32), with V alone `kernels-v` or `operators-v`.
+Pages are scattered on purpose.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from headwise.engine.runner import Runner
 from headwise.engine.stage import Stage
 from headwise.planner.memory import Workload, plan
 from headwise.planner.residence import groups
-from headwise.spec.kv import kv_format
+from headwise.spec.kv import kv_format, laid_out
 from headwise.spec.layers import Kind
 from headwise.spec.read import open_model
 from headwise.weights.listing import list_checkpoint
@@ -56,13 +57,15 @@ def save(family: str, folder: Path) -> Path:
 
 def runner_of(path: Path, mode: str) -> Runner:
     source = open_model(path, env={})
+    mode, _, layout = mode.partition("-")
+    spec = laid_out(source.spec, layout or None)
     dtype, kind = ("f16", DeviceKind("cuda", (8, 0), "a card")) if mode == "kernels" else ("f32", CPU)
     kv: dict[Kind, Any] = {"global": kv_format(dtype), "sliding": kv_format(dtype)}
-    choices = choose_layers(source.spec, kv=kv, dtype=dtype, device=kind)
+    choices = choose_layers(spec, kv=kv, dtype=dtype, device=kind)
     reads = frozenset(c.backend.reads for c in choices)
     w = Workload(context=128, slots=3, chunk=CHUNK, pool=512, kv=kv, dtype=dtype, cpu=kind is CPU, reads=reads)
-    p = plan(source.spec, stored_types(source.spec, list_checkpoint(path)), w)
-    weights = load_weights(source.spec, path, resident=p.resident, device="cpu", groups=groups(source.spec, p.resident))
+    p = plan(spec, stored_types(spec, list_checkpoint(path)), w)
+    weights = load_weights(spec, path, resident=p.resident, device="cpu", groups=groups(spec, p.resident))
     return Runner(p, [Stage(p, 0, choices, weights, torch.device("cpu"))])
 
 
@@ -89,7 +92,7 @@ def main(folder: Path, family: str, mode: str) -> dict[str, float]:
             return 0.0
         return float((torch.stack(got) - torch.stack(expected)).norm() / torch.stack(expected).norm())
 
-    out: dict[str, float] = {"dtype": 0.0 if mode == "operators" else 1.0}
+    out: dict[str, float] = {"dtype": 0.0 if mode.startswith("operators") else 1.0}
     out["a prompt begins"] = step((0, 48, 0))
     out["two prompts"] = step((0, 14, 0), (1, 32, 0))
     out["a prompt ends beside another"] = step((1, 33, 0), (0, 6, 1))

@@ -16,6 +16,8 @@ import pytest
     [
         *((family, "operators") for family in ("gemma4-e2b", "gemma4-31b", "gpt-oss", "llama")),
         ("gemma4-e2b", "kernels"),
+        ("gemma4-31b", "operators-v"),
+        ("gemma4-31b", "kernels-v"),
     ],
 )
 def test_sequences_of_a_step_do_not_meet(family: str, mode: str, tmp_path: Path) -> None:

@@ -18,6 +18,9 @@ from headwise.spec.kv import (
     kv_format,
     kv_read_bytes,
     kv_slots,
+    laid_out,
+    q_values,
+    turned_pairs,
     v_values,
 )
 from headwise.spec.layers import LayerSpec, ModelSpec
@@ -129,6 +132,26 @@ def test_one_tensor_for_k_and_v_holds_v_and_the_turned_part_of_k() -> None:
     assert (k_values(ONE), v_values(ONE)) == (640, 0)
     assert kv_bytes(ONE, n_tokens=64, chunk=1, fmt=F16) == 64 * 4 * 640 * 2
     assert kv_bytes(ONE, n_tokens=64, chunk=1, fmt=Q8) == 64 * 4 * (640 // 32) * 34
+
+
+def test_v_alone_is_half_of_two_tensors() -> None:
+    """And q8_0 of V alone, 544 bytes a head, is less than q4_0 of K and V: 576."""
+    alone = laid_out(catalogue.spec("gemma-4-31b"), "v").layers[5]
+
+    assert (k_values(alone), v_values(alone), turned_pairs(alone)) == (512, 0, 64)
+    assert q_values(alone) == q_values(ONE) == 640  # the query is the same
+    assert kv_bytes(alone, n_tokens=64, chunk=1, fmt=F16) * 2 == 64 * 4 * 2 * 512 * 2
+    assert kv_bytes(alone, n_tokens=64, chunk=1, fmt=Q8) == 64 * 4 * 544 < 64 * 4 * 2 * Q4.row_bytes(512)
+    assert turned_pairs(replace(alone, rope=None)) == turned_pairs(ONE) == 0
+
+
+def test_a_layout_that_no_layer_can_have_is_refused() -> None:
+    with pytest.raises(UsageError, match="unknown KV layout 'k'"):
+        laid_out(catalogue.spec("gemma-4-31b"), "k")
+    with pytest.raises(UsageError, match="--kv-layout v says nothing of qwen3-8b"):
+        laid_out(catalogue.spec("qwen3-8b"), "v")
+    sliding = laid_out(catalogue.spec("gemma-4-31b"), "v").layers[0]
+    assert sliding == RING
 
 
 @pytest.mark.parametrize(("partial", "tail"), [(0.0, 0), (1 / 256, 32), (0.0625, 32), (0.0703125, 64), (0.25, 128), (1.0, 512)])
