@@ -39,7 +39,7 @@ from headwise.weights.names import Part, match, row_axis
 if TYPE_CHECKING:
     from headwise.kernels.tiled import Planes
 
-RETILED_VALUES = 4 << 20  # values of a matrix that are re-tiled at a time
+RETILED_VALUES = 16 << 20  # values of a matrix that are re-tiled at a time
 TILE_BYTES = 64 << 20  # of a tile that is copied or converted, in fp32; one that is dequantised does best in the caches
 FLOATS = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}
 
@@ -188,7 +188,7 @@ def _retile(into: Planes, files: _Files, part: Part) -> Iterator[int]:
         some = into.matrix(*matrices) if lead else into
         for start in range(0, into.rows, step):
             stop = min(start + step, into.rows)
-            tile = source.tile((*matrices, slice(start, stop)), into.low.device)
+            tile = source.tile((*matrices, slice(start, stop)), files, into.low.device)
             retile(tile, into.type, some.part(start, stop))
             for read in stored:
                 files.forget(read)
@@ -209,9 +209,9 @@ class _Source:
     type: str
     scales: Tensor | None = None  # of MXFP4, where `tensor` is (..., rows, blocks, 16); of e4m3, those of each row
 
-    def tile(self, index: tuple[slice, ...], device: torch.device | None = None) -> Tensor:
-        """Rows of the tensor, moved to `device` before they are repacked; e4m3 as floats."""
-        tensor = self.tensor[index].to(device)
+    def tile(self, index: tuple[slice, ...], files: _Files, device: torch.device) -> Tensor:
+        """Rows of the tensor on `device`, where they are repacked; e4m3 as floats."""
+        tensor = files.moved(self.tensor[index], device)
         if self.type == "fp8":
             assert self.scales is not None
             return expand_fp8(tensor, self.scales[index].to(device))
@@ -255,9 +255,9 @@ def _fill_fp8(into: Fp8Tensor, files: _Files, part: Part) -> Iterator[int]:
     n_values = DEQUANT_TILE_VALUES if source.scales is None else TILE_BYTES // 4
     for (rows,) in _tiles((N,), max(1, n_values // K)):
         if source.scales is None:
-            data, scales = to_fp8(source.tile((rows,), into.device))
+            data, scales = to_fp8(source.tile((rows,), files, into.device))
         else:
-            data, scales = source.tensor[rows], source.scales[rows]
+            data, scales = files.moved(source.tensor[rows], into.device), source.scales[rows]
         tile = into.part(rows.start, rows.stop)
         tile.data.copy_(data)
         tile.scales.copy_(scales)
@@ -281,15 +281,15 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
     dequantised = type_name not in FLOATS and dest.dtype != torch.uint8
     n_values = min(TILE_BYTES // 4, DEQUANT_TILE_VALUES) if dequantised else TILE_BYTES // 4
     for index in _tiles(tuple(dest.shape[:-1]), max(1, n_values // columns)):
-        into, tile = dest[index], source.tile(index, dest.device if type_name == "fp8" else None)
+        into, tile = dest[index], source.tile(index, files, dest.device)
         if type_name in FLOATS or type_name == "fp8":
             into.copy_(tile.float() + part.add if part.add else tile)
         elif dest.dtype == torch.uint8:
             into.copy_(tile)
         elif type_name in BLOCK_TYPES:
-            dequantise(tile.to(dest.device), type_name, into.dtype, out=into)
+            dequantise(tile, type_name, into.dtype, out=into)
         else:
-            into.copy_(_dequantise_by_gguf(tile, stored))
+            into.copy_(_dequantise_by_gguf(tile.cpu(), stored))
         for tensor in read:
             files.forget(tensor)
         yield into.numel() * into.element_size()
@@ -361,6 +361,7 @@ class _Files:
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
         self.maps: dict[Path, mmap.mmap] = {}  # each is unmapped when the last view of it goes
+        self._staged: list[tuple[Tensor, torch.cuda.Event]] = []  # page-locked, and when a GPU has read it
 
     def view(self, stored: StoredTensor) -> Tensor:
         """The stored tensor in its own type, or as uint8 (..., bytes of a row) where it is blocks; not to be written."""
@@ -375,6 +376,21 @@ class _Files:
         if stored.block > 1:
             return flat.view(*stored.shape[:-1], stored.shape[-1] // stored.block * stored.block_bytes)
         return flat.view(stored.shape)
+
+    def moved(self, tensor: Tensor, device: torch.device) -> Tensor:
+        """The tensor on `device`; to a GPU by one of two buffers of page-locked memory, so that the host reads the next tile while
+        this one is copied and taken apart."""
+        if device.type != "cuda":
+            return tensor.to(device)
+        held, read = self._staged.pop(0) if len(self._staged) > 1 else (torch.empty(0, dtype=torch.uint8), torch.cuda.Event())
+        read.synchronize()
+        if held.numel() < tensor.nbytes:
+            held = torch.empty(tensor.nbytes, dtype=torch.uint8, pin_memory=True)
+        host = held[: tensor.nbytes].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        out = torch.empty(tensor.shape, dtype=tensor.dtype, device=device).copy_(host, non_blocking=True)
+        read.record(torch.cuda.current_stream(device))
+        self._staged.append((held, read))
+        return out
 
     def forget(self, stored: StoredTensor) -> None:
         """Gives the tensor's pages back to the system, which may keep them cached; a next read maps them again."""
