@@ -108,8 +108,8 @@ def cuda() -> str:
     return table(head, rows, above)
 
 
-def speculation() -> str:
-    found = newest("speculation_cpu")
+def speculation(result: str = "speculation_cpu") -> str:
+    found = newest(result)
     above = (
         f"{found['date']}, commit {found['commit']}, {found['machine']}, torch {found['torch']}: {found['model']} in "
         f"{found['dtype']}, {found['rounds']} rounds."
@@ -123,12 +123,19 @@ def speculation() -> str:
     return table(head, rows, above)
 
 
-def start() -> str:
-    found = newest("start_cpu")
+def start(result: str = "start_cpu") -> str:
+    found = newest(result)
     above = (
         f"{found['date']}, commit {found['commit']}, {found['machine']}, torch {found['torch']}: {found['model']} with "
-        f"{found['context']:,} tokens of context; medians of {len(found['rows']) // 2} starts."
+        f"{found['context']:,} tokens of context{f' in {kv}' if (kv := found.get('kv')) else ''}; medians of "
+        f"{len(found['rows']) // 2} starts."
     )
+    if "device_used_bytes" in (r := found["rows"][-1]):
+        same = "= allocated" if r["planned_bytes"] == r["allocated_bytes"] else f", allocated {r['allocated_bytes']:,}"
+        above += (
+            f" Planned {same} {r['planned_bytes']:,} bytes, at most {r['peak_bytes'] / r['planned_bytes'] - 1:.2%} more were held; "
+            f"with CUDA's own context and libraries the card has {r['device_used_bytes']:,} in use."
+        )
     rows = []
     for kind in ("cold", "warm"):
         told = [r for r in found["rows"] if r["caches"] == kind]
@@ -233,9 +240,54 @@ def streams() -> str:
     return table("| model | weights | streams | prefill tok/s | decode tok/s, all | a step | planned = allocated |", rows, above)
 
 
-def experts() -> str:
+def profiles() -> str:
+    """Of each run in the file the step and its largest kernels."""
+    found = newest("step_profile_h200")
+    rows = []
+    for run in found["runs"]:
+        for r in run["rows"]:
+            largest = "; ".join(f"{k['kernel']} {k['launches']:.0f} x {k['us'] / k['launches']:.1f} us" for k in r["kernels"][:4])
+            how = f"{run['commit']}{', launches apart' if run['apart'] else ''}"
+            rows.append((r["model"], r["weights"], str(r["streams"]), how, f"{r['step_ms']:.2f} ms", largest))
+    above = f"{found['runs'][0]['gpu']}, {found['runs'][0]['date']}, torch {found['runs'][0]['torch']}: 512 tokens in each stream."
+    return table("| model | weights | streams | commit | a step | its largest kernels, launches and time of one |", rows, above)
+
+
+def fp8() -> str:
+    found = newest("fp8_matmul_h200")
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: matrices of Gemma 4 31B out of the cache; "
+        f"reads {found['read_tb_s']:.2f} TB/s. Microseconds."
+    )
+    by = {(r["shape"], r["N"], r["K"], r["T"], r["who"]): r["us"] for r in found["rows"]}
+    whos = ("a scale a row", "rows to e4m3", "a scale for 128", "bf16 cuBLAS")
+    rows = []
+    for shape in dict.fromkeys(key[:4] for key in by):
+        cells = (f"{by[*shape, who]:,.1f}" if (*shape, who) in by else "" for who in whos)
+        rows.append((f"{shape[0]}: {shape[1]:,} by {shape[2]:,}", f"{shape[3]:,}", *cells))
+    return table(f"| matrix | rows | {' | '.join(whos)} |", rows, above)
+
+
+def one_tensor() -> str:
+    found = newest("one_tensor_h200")
+    above = (
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: a global layer of Gemma 4 31B, "
+        "microseconds; each launch was compared with fp64 first."
+    )
+    by: dict[tuple[bool, str, int], dict[tuple[str, str], float]] = {}
+    for r in found["rows"]:
+        by.setdefault((r["decode"], r["kv"], r["length"]), {})[r["layout"], r["backend"]] = r["us"]
+    kinds = [(layout, name) for layout in ("v+rotated", "v") for name in ("headwise-hopper", "headwise-triton")]
+    rows = [
+        ("decode" if decode else "prefill", kv, f"{n:,}", *(f"{us[kind]:,.1f}" if kind in us else "" for kind in kinds))
+        for (decode, kv, n), us in by.items()
+    ]
+    return table(f"| | KV | tokens | {' | '.join(f'{layout}, {name}' for layout, name in kinds)} |", rows, above)
+
+
+def experts(result: str = "experts_h200") -> str:
     """The fastest launch of each product and number of tokens; bulk copies of weights (a fifth number) were tried, not kept."""
-    found = newest("experts_h200")
+    found = newest(result)
     above = (
         f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: one layer of Gemma 4 26B-A4B, its "
         f"experts chosen at random; weights not in the cache."
@@ -399,23 +451,27 @@ TABLES = {
     "engine-31b": ("docs/measurements.md", partial(engine, "engine_31b_h200")),
     "engine": ("docs/measurements.md", partial(engine, models=("gemma-4-e4b", "llama-3.2-3b"))),
     "streams": ("docs/measurements.md", streams),
+    "prefill-line": ("docs/measurements.md", prefill_line),
     "engine-moe": ("docs/measurements.md", partial(engine, "engine_moe_h200")),
+    "engine-fp8": ("docs/measurements.md", partial(engine, "engine_fp8_h200")),
+    "fp8": ("docs/measurements.md", fp8),
+    "profiles": ("docs/measurements.md", profiles),
     "experts": ("docs/measurements.md", experts),
+    "experts-arranged": ("docs/measurements.md", partial(experts, "experts_arranged_h200")),
+    "one-tensor": ("docs/kernels.md", one_tensor),
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),
     "cpu": ("docs/measurements.md", cpu),
     "speculation": ("docs/measurements.md", speculation),
     "start": ("docs/measurements.md", start),
+    "speculation-cuda": ("docs/measurements.md", partial(speculation, "speculation_h200")),
+    "start-cuda": ("docs/measurements.md", partial(start, "start_h200")),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
     "mixed": ("docs/kernels.md", mixed),
     "converter": ("docs/llamacpp.md", converter),
     "tier0": ("docs/tier0.md", tier0),
 }
-
-
-if list(RESULTS.glob("prefill_line_h200_*.json")):
-    TABLES["prefill-line"] = ("docs/measurements.md", prefill_line)
 
 
 def marked(text: str, name: str, table: str) -> str:

@@ -1,0 +1,108 @@
+"""Where a decode step's time goes: python benchmarks/step_profile.py OUT.json gemma-4-26b-a4b:q4_k_m:1,16,64 [MORE ...] [--apart]
+
+Random weights of the true shape; every stream has 512 tokens and decodes one more in the same recorded step, launched ahead as
+`headwise run` does it. First the time of a step, then what PyTorch's profiler says of its kernels. Launches overlap, so that their
+times sum to more than the step; with --apart each waits for the one before, which a step pays for with a few percent.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import about
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import headwise.kernels.stored as stored
+from headwise.bench.engine import runner_for
+from headwise.cache.pages import pages_for
+from headwise.cache.storage import Place
+from headwise.engine.batch import Run
+from headwise.engine.devices import device_kind
+from headwise.engine.runner import Runner
+from headwise.engine.sample import Arriving
+from headwise.planner.quantise import weight_types
+from headwise.spec import catalogue
+from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.layers import Kind
+
+PROMPT, TIMED, PROFILED, SHOWN = 512, 24, 5, 16
+CONTEXT = PROMPT + 128
+
+
+def decoded(runner: Runner, places: list[Place], drawn: Tensor, at: int) -> Tensor:
+    """The next token of each stream, on the device; returns once the host has those before."""
+    arriving = Arriving(drawn)
+    drawn = runner.logits(runner.run([Run(place, at, [0]) for place in places], drawn)).argmax(-1)
+    arriving.wait()
+    return drawn
+
+
+def measured(runner: Runner, streams: int, vocabulary: int) -> dict[str, Any]:
+    pages = pages_for(CONTEXT)
+    places = [Place(i, ((i * pages, pages),)) for i in range(streams)]
+    for place in places:
+        runner.run([Run(place, 0, torch.randint(3, vocabulary, (PROMPT,)).tolist())])
+    with runner.on_stream():
+        drawn = torch.randint(3, vocabulary, (streams,), device="cuda")
+        steps = []
+        for i in range(TIMED):
+            start = time.perf_counter()
+            drawn = decoded(runner, places, drawn, PROMPT + i)
+            steps.append(time.perf_counter() - start)
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for i in range(PROFILED):
+                drawn = decoded(runner, places, drawn, PROMPT + TIMED + i)
+            torch.cuda.synchronize()
+    kernels = [
+        {"kernel": e.key[:80], "us": e.self_device_time_total / PROFILED, "launches": e.count / PROFILED}
+        for e in found.key_averages()
+        if e.self_device_time_total > 0
+    ]
+    kernels.sort(key=lambda k: -k["us"])
+    return {"streams": streams, "step_ms": statistics.median(steps[6:]) * 1e3, "kernels": kernels}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("what", nargs="+", metavar="MODEL:WEIGHTS:STREAMS")
+    parser.add_argument("--apart", action="store_true", help="no launch begins before the one ahead has ended")
+    args = parser.parse_args()
+    if args.apart:
+        stored._overlaps = lambda device: False  # type: ignore[assignment]
+    device, fmt = torch.device("cuda"), kv_format("bf16")
+    kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
+    result: dict[str, Any] = {
+        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
+        "commit": about.commit(), "apart": args.apart, "rows": [],
+    }  # fmt: skip
+    for what in args.what:
+        name, weights, counts = what.split(":")
+        spec, streams = catalogue.spec(name), [int(n) for n in counts.split(",")]
+        runner, _, _ = runner_for(spec, context=CONTEXT, chunk=2048, kv=kv, dtype="bf16", stored=weight_types(spec, weights),
+                                  kind=device_kind(device), device=device, slots=max(streams))  # fmt: skip
+        for n in streams:
+            row = {"model": name, "weights": weights} | measured(runner, n, spec.vocab_size)
+            result["rows"].append(row)
+            args.out.write_text(json.dumps(result, indent=1))
+            total, launches = (sum(k[key] for k in row["kernels"]) for key in ("us", "launches"))
+            print(
+                f"{name} {weights}, {n} streams: {row['step_ms']:.2f} ms a step; kernels {total / 1e3:.2f} ms, {launches:.0f} launches"
+            )
+            for k in row["kernels"][:SHOWN]:
+                print(f"  {k['us']:9.1f} us {k['launches']:6.1f} times  {k['kernel'][:70]}", flush=True)
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
