@@ -42,7 +42,7 @@ LAYERS = 3  # in rotation
 dtype = torch.bfloat16
 ALONE = [(4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8), (2, 1024, 2), (4, 512, 2), (2, 2048, 4), (8, 1024, 4)]
 INTEGERS = [(32, 1, 4), (64, 2, 4), (16, 1, 4), (64, 1, 4), (16, 1, 2), (32, 2, 2), (8, 1, 1), (8, 1, 2), (16, 1, 1)]
-ARRANGED = [S.EXPERTS, S.Config(128, 4, registers=128), S.Config(64, 4, registers=128), S.Config(32, 2, registers=128)]
+ARRANGED = [S.OF_EXPERTS, S.Config(128, 4, registers=128), S.Config(64, 4, registers=128), S.Config(32, 2, registers=128)]
 # pairs of a tile: rows, values of K, warps and stages of a launch, gated and not
 GROUPED = {
     16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((64, 64, 4, 4), (64, 64, 4, 5)), ((32, 64, 4, 5), (128, 64, 4, 4))],

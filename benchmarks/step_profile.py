@@ -94,9 +94,8 @@ def main() -> None:
             result["rows"].append(row)
             args.out.write_text(json.dumps(result, indent=1))
             total, launches = (sum(k[key] for k in row["kernels"]) for key in ("us", "launches"))
-            print(
-                f"{name} {weights}, {n} streams: {row['step_ms']:.2f} ms a step; kernels {total / 1e3:.2f} ms, {launches:.0f} launches"
-            )
+            said = f"{row['step_ms']:.2f} ms a step; {launches:.0f} launches, {total / 1e3:.2f} ms"
+            print(f"{name} {weights}, {n} streams: {said}")
             for k in row["kernels"][:SHOWN]:
                 print(f"  {k['us']:9.1f} us {k['launches']:6.1f} times  {k['kernel'][:70]}", flush=True)
         del runner

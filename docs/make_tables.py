@@ -256,8 +256,8 @@ def profiles() -> str:
 def fp8() -> str:
     found = newest("fp8_matmul_h200")
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: matrices of Gemma 4 31B out of the cache; "
-        f"reads {found['read_tb_s']:.2f} TB/s. Microseconds."
+        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: matrices of Gemma 4 31B, out of the "
+        f"cache; reads {found['read_tb_s']:.2f} TB/s. Microseconds."
     )
     by = {(r["shape"], r["N"], r["K"], r["T"], r["who"]): r["us"] for r in found["rows"]}
     whos = ("a scale a row", "rows to e4m3", "a scale for 128", "bf16 cuBLAS")

@@ -113,7 +113,8 @@ def random_weights(
             continue
         if isinstance(w, Fp8Tensor):
             rows, columns = t.shape
-            for start in range(0, rows, step := max(1, RETILED_VALUES // columns)):
+            step = max(1, RETILED_VALUES // columns)
+            for start in range(0, rows, step):
                 part = w.part(start, min(start + step, rows))
                 data, scales = to_fp8(torch.randn(part.shape, device=device) * columns**-0.5)
                 part.data.copy_(data)

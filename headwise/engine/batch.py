@@ -81,7 +81,11 @@ class Steps:
         self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
 
     def fill(self, runs: Sequence[Run], given: Tensor | None = None) -> None:
-        """Everything that the host knows of a step, to where the device reads it; `given` ids are there already."""
+        """Everything that the host knows of a step, to where the device reads it.
+
+        Args:
+            given: on the device, the ids of runs of one token, in their order, in place of what the runs say.
+        """
         if self.arena.flat("ids") is not None:
             ids_T = self.arena.take("ids", sum(r.n for r in runs))
             if given is not None:

@@ -102,7 +102,7 @@ class Engine:
         on_gpu = self.runner.stages[0].device.type == "cuda"
         self.ahead = len(self.runner.stages) == 1 and not deterministic and (on_gpu if ahead is None else ahead)
         self._flight: _Flight | None = None
-        self._landed_at = 0.0
+        self._landed_at = 0.0  # the last step, while there are requests: steps with drafts and without are timed alike
         self.stop = llm.end_ids
         w, rings = llm.plan.workload, self.runner.rings
         self.prefixes = Prefixes(
@@ -147,11 +147,7 @@ class Engine:
             self._land(flight)
             if self._flight is not None:
                 return
-        while self.waiting and self.prefixes.free:
-            i = next((i for i, w in enumerate(self.waiting) if w.again), None)
-            i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
-            if not self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1):
-                break
+        while (i := self._next()) is not None:
             self._admit(self.waiting.pop(i))
         if self.speculate:
             self._draft([r for r in self.running if r.answers])
@@ -165,13 +161,21 @@ class Engine:
                 else:
                     self._land(flight)
 
+    def _next(self) -> int | None:
+        """Which of the waiting has a slot and pages now."""
+        if not self.waiting or not self.prefixes.free:
+            return None
+        i = next((i for i, w in enumerate(self.waiting) if w.again), None)
+        i = next_waiting([w.request for w in self.waiting], self._served) if i is None else i
+        return i if self.prefixes.has_room(self._n_tokens(self.waiting[i]) + 1) else None
+
     def _goes_on(self, flight: _Flight) -> bool:
         """Whether the step after this one needs nothing of what the host will know: all are answers, a token each, drawn by
         logits alone, that do not end with it, and nobody waits who could be admitted."""
         return (
             self.ahead
             and len(flight.due) == len(self.running)
-            and not (self.waiting and self.prefixes.free)
+            and self._next() is None
             and all(
                 r in self.running and r.answers and run.n == 1 and r.sampler.plain and r.constraint is None
                 and r.request.top_logprobs is None and self._left(r) > 1 and r.done + 2 < self.llm.plan.workload.context
@@ -287,7 +291,7 @@ class Engine:
         """What follows from a step, once its tokens are there."""
         drawn, now = flight.arriving.wait(), time.perf_counter()
         if all(r.answers and r in self.running for r, _ in flight.due) and len({run.n for _, run in flight.due}) == 1:
-            self.llm.costs.took(len(flight.due), flight.due[0][1].n, now - max(flight.launched, self._landed_at))
+            self.llm.costs.took(len(flight.due), flight.due[0][1].n, now - (self._landed_at or flight.launched))
         self._landed_at = now
         row = 0
         for r, run in flight.due:
@@ -376,6 +380,8 @@ class Engine:
         if self._flight is not None and any(r is other for other, _ in self._flight.due):
             self.prefixes.wrote(r.slot, (), 1)  # by the step on its way, as a refused draft
         self.prefixes.leave(r.slot)
+        if not self.running:
+            self._landed_at = 0.0
         self.emit(
             Finish(
                 request=r.request.id,

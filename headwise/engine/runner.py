@@ -50,7 +50,7 @@ class Runner:
         """One forward pass over tokens of one or several sequences; their caches have them afterwards.
 
         Args:
-            ids: on the first device, in place of the runs' own, which the host may not know yet.
+            ids: of runs of one token each, on the first device, in place of the runs' own, which the host does not know yet.
         Returns:
             The wanted hidden states in the order of `runs`, (W, D), valid until the next step.
         Raises:
@@ -59,6 +59,8 @@ class Runner:
         n = sum(r.n for r in runs)
         if not 0 < n <= self.chunk or not all(r.n for r in runs):
             raise ValueError(f"a step of {n} tokens in {len(runs)} runs; chunks are 1..{self.chunk}")
+        if ids is not None and (n != len(runs) or ids.shape != (n,)):
+            raise ValueError(f"ids {tuple(ids.shape)} of the device for {len(runs)} runs of {n} tokens: one for each run")
         for r in runs:
             if r.stop > self.context:
                 raise PlanError(

@@ -55,7 +55,10 @@ def build_stages(
         stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         with own_stream(stream):
             before = before_loading(device)
-            stages.append(Stage(plan, i, choices, load(i, device), device, before_bytes=before, stream=stream))
+            weights = load(i, device)
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what weights were taken apart in
+            stages.append(Stage(plan, i, choices, weights, device, before_bytes=before, stream=stream))
     return stages
 
 
@@ -121,7 +124,6 @@ class Stage:
 
         Args:
             ids: of the tokens, on the device, in place of the runs' own.
-
         Returns:
             The hidden states, (T, D), of the last stage those that are wanted, (W, D); valid until the next step.
         """

@@ -22,8 +22,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.kernels.gates import activated
 from headwise.kernels.matvec import processors
-from headwise.kernels.rows import GATES, activated
+from headwise.kernels.rows import GATES
 from headwise.kernels.stored import in_turn, overlap
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative error of a result

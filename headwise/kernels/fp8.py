@@ -25,8 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from headwise.kernels.gates import activated
 from headwise.kernels.matvec import _last, processors
-from headwise.kernels.rows import GATES, activated
+from headwise.kernels.rows import GATES
 from headwise.kernels.stored import bits, from_fp8, in_turn, overlap
 from headwise.planner.residence import FP8_BLOCK as BLOCK
 from headwise.planner.workspace import SKINNY_ROWS

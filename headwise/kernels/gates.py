@@ -1,4 +1,4 @@
-"""What becomes of an expert's two halves: act(gate) * up, in fp32, inside the launches of `experts` and `arrange`.
+"""Activations, and what becomes of an expert's two halves, act(gate) * up, in fp32, inside the launches of other kernels.
 
 Source    transformers 5.23: silu and gelu with tanh of most families; GptOssExperts (clamped, and 1 added to the other half).
 """
@@ -25,11 +25,19 @@ class Gate(NamedTuple):
 
 
 @triton.jit
+def activated(x, GELU: tl.constexpr):
+    """fp32: gelu, with tanh, or silu."""
+    if GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
+        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
+    else:
+        return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def gated(g, u, ACT: tl.constexpr):
+    """act(g) * u in fp32; gpt-oss's cuts both and adds 1 to the other half."""
     if ACT == CLAMPED:
         g = tl.minimum(g, LIMIT)
         return g / (1.0 + tl.exp(-ALPHA * g)) * (tl.minimum(tl.maximum(u, -LIMIT), LIMIT) + 1.0)
-    elif ACT == GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
-        return g / (1.0 + tl.exp(-1.5957691216057308 * (g + 0.044715 * g * g * g))) * u
     else:
-        return g / (1.0 + tl.exp(-g)) * u
+        return activated(g, ACT == GELU) * u

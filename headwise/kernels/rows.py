@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.arrange import STEP, Arranged, arranged_at, arranged_in
+from headwise.kernels.gates import activated
 from headwise.kernels.matvec import Integers, integers_in, to_integers
 from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 from headwise.planner.workspace import padded
@@ -21,15 +22,6 @@ from headwise.planner.workspace import padded
 WIDEST = 32_768
 GATES = ("gelu_tanh", "silu")
 FEW = 64  # rows
-
-
-@triton.jit
-def activated(x, GELU: tl.constexpr):
-    """fp32: gelu, with tanh, or silu."""
-    if GELU:  # 0.5 (1 + tanh(z)) = 1 / (1 + exp(-2 z))
-        return x / (1.0 + tl.exp(-1.5957691216057308 * (x + 0.044715 * x * x * x)))
-    else:
-        return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit

@@ -46,7 +46,7 @@ class Config(NamedTuple):
     registers: int = 128  # most a thread
 
 
-EXPERTS = Config(64, 2, registers=168)  # of an expert's few pairs
+OF_EXPERTS = Config(64, 2, registers=168)  # of an expert's few pairs
 
 
 @gluon.constexpr_function
@@ -585,7 +585,7 @@ def skinny_experts(x: ArrangedPairs, w: Planes, out_PN: Tensor, *, by_pair: bool
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
-    (P, K), N, order, c = x.shape, w.rows, x.order, config or EXPERTS
+    (P, K), N, order, c = x.shape, w.rows, x.order, config or OF_EXPERTS
     if w.low.dim() != 3 or w.K != K or tuple(out_PN.shape) != (P, N) or out_PN.stride(1) != 1 or N % EIGHT:
         raise ValueError(f"skinny_experts: ({P}, {K}) by a stack {tuple(w.low.shape)} of ({N}, {w.K}) into {tuple(out_PN.shape)}")
     if out_PN.dtype != x.values.dtype:

@@ -1,8 +1,8 @@
 """Routed experts on our kernels: the chosen ones read from the device, nothing synchronised, so that a step can be recorded.
 
-One token: each pair (token, choice) by itself; more: pairs sorted by expert, a grouped product. Quantised experts meet up to 4
-tokens as integers, up to 64 on the tensor cores where those kernels run (elsewhere up to 160 as integers), and are expanded before
-more, as many at a time as the tile holds. `model.mlp` has the plain form.
+One token: each pair (token, choice) by itself; more: pairs sorted by expert, a grouped product. Quantised experts meet 5 to
+64 tokens on the tensor cores where those kernels run, others up to 160 as integers, and are expanded before more, as many at a time
+as the tile holds. `model.mlp` has the plain form.
 
 Legend: T tokens, D hidden size, W width, E experts, K experts per token, P = T * K pairs.
 """
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from headwise.model.arena import Arena
-from headwise.planner.workspace import EXPERT_ROWS, PAIR_TILE
+from headwise.planner.workspace import EXPERT_ROWS, PAIR_TILE, SKINNY_ROWS
 from headwise.spec.layers import MoeSpec
 from headwise.weights.blocks import BlockTensor
 
@@ -55,7 +55,7 @@ def routed(
         X.pairs(h, chosen.ids_TK, (w["experts_gate"], w["experts_up"]), gated, gate)
         X.pairs(gated, chosen.ids_TK, (w["experts_down"],), y)
         return _sum(X, w, y, chosen, out, beside, arena)
-    arranged = not floats and INTEGER_ROWS < T <= arena.room.skinny_rows
+    arranged = not floats and arena.room.skinny_rows > 0 and INTEGER_ROWS < T <= SKINNY_ROWS
     tile_rows = PAIR_TILE if arranged else next((rows for most, rows in TILES if most >= T * K // E), 128)
     order = R.order(chosen.ids_TK, E, tile_rows, arena.take("expert.order", arena.size("expert.order"))) if T > 1 else None
     if arranged:

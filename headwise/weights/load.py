@@ -281,7 +281,8 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
     dequantised = type_name not in FLOATS and dest.dtype != torch.uint8
     n_values = min(TILE_BYTES // 4, DEQUANT_TILE_VALUES) if dequantised else TILE_BYTES // 4
     for index in _tiles(tuple(dest.shape[:-1]), max(1, n_values // columns)):
-        into, tile = dest[index], source.tile(index, files, dest.device)
+        there = type_name in FLOATS or type_name in BLOCK_TYPES or type_name == "fp8"
+        into, tile = dest[index], source.tile(index, files, dest.device if there else torch.device("cpu"))
         if type_name in FLOATS or type_name == "fp8":
             into.copy_(tile.float() + part.add if part.add else tile)
         elif dest.dtype == torch.uint8:
@@ -289,7 +290,7 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
         elif type_name in BLOCK_TYPES:
             dequantise(tile, type_name, into.dtype, out=into)
         else:
-            into.copy_(_dequantise_by_gguf(tile.cpu(), stored))
+            into.copy_(_dequantise_by_gguf(tile, stored))
         for tensor in read:
             files.forget(tensor)
         yield into.numel() * into.element_size()

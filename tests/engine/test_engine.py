@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from headwise import LLM
+from headwise.engine.batch import Run as BatchRun
 from headwise.engine.draft import SIZES, Costs
 from headwise.engine.engine import Engine
 from headwise.engine.measure import allocated_bytes
@@ -355,6 +357,14 @@ def test_a_request_cancelled_with_a_step_on_its_way_leaves_its_slot_as_it_says(l
     assert run.finish(0).reason == "cancelled" and run.finish(0).tokens == len(said) == len(run.tokens(0))
     assert run.finish(1).cached_tokens >= len(prompt)
     assert same(alone, [*prompt, *said[:50], 5, 6, 7], run.tokens(1))
+
+
+def test_ids_of_the_device_are_one_for_each_run(llm: LLM) -> None:
+    """One for two runs would be taken as padding: the same token for both."""
+    places = [held.place for held in Run(llm).engine.prefixes.slots.values()]
+    for runs in ([BatchRun(place, 0, [0]) for place in places[:2]], [BatchRun(places[0], 0, [0, 0])]):
+        with pytest.raises(ValueError, match="one for each run"):
+            llm.runner.run(runs, torch.zeros(1, dtype=torch.int64))
 
 
 def test_an_end_token_ends_its_answer_with_a_step_on_its_way(llm: LLM) -> None:

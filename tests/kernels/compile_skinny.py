@@ -54,9 +54,9 @@ def experts(type_name: str, capability: int) -> dict[str, object]:
     r = stand_in.reports[0]
     return {
         "type": type_name, "T": "experts", "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
-        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, PAIR_TILE, S.EXPERTS),
+        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, PAIR_TILE, S.OF_EXPERTS),
         "shared_limit": SHARED[capability], "products": r.ptx.count("mma.sync.aligned.m16n8k16"),
-        "wanted": 16 * (S.EXPERTS.rows // (16 * S.EXPERTS.warps)), "copies": r.ptx.count("cp.async.cg.shared.global"),
+        "wanted": 16 * (S.OF_EXPERTS.rows // (16 * S.OF_EXPERTS.warps)), "copies": r.ptx.count("cp.async.cg.shared.global"),
     }  # fmt: skip
 
 
