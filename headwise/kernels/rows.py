@@ -1,4 +1,4 @@
-"""Norms, residuals and gates: one launch each, a program per row.
+"""Norms, residuals, gates and the cap of logits: one launch each, of the first two a program per row.
 
 Shapes    T rows of D values, D to 32,768; rows contiguous.
 Accuracy  fp32 inside, rounded where a result is stored; a residual is rounded once, as PyTorch's `add_` would.
@@ -93,6 +93,15 @@ def _gate(
         tl.store(out_ptr + at + i, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
+@triton.jit(do_not_specialize=["n"])
+def _softcap(x_ptr, n, cap, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    in_turn(PDL)
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + i, mask=i < n, other=0).to(tl.float32)
+    y = cap * (1.0 - 2.0 / (tl.exp(x * (2.0 / cap)) + 1.0))  # tanh(z) = 1 - 2 / (e^2z + 1)
+    tl.store(x_ptr + i, y.to(x_ptr.dtype.element_ty), mask=i < n)
+
+
 def norm(x_TD: Tensor, w_D: Tensor | None, out_TD: Tensor, eps: float) -> Tensor:
     """out = x / sqrt(mean(x^2) + eps) * w."""
     D = _checked("norm", x_TD, out_TD)
@@ -143,6 +152,14 @@ def gate(gate_TW: Tensor, up_TW: Tensor, kind: str, room: Tensor | None = None) 
         num_warps=4, **overlap(gate_TW),
     )  # fmt: skip
     return out
+
+
+def softcap(x_TV: Tensor, cap: float) -> Tensor:
+    """x := cap * tanh(x / cap), rounded once."""
+    if not x_TV.is_contiguous() or cap <= 0:
+        raise ValueError(f"softcap: strides {x_TV.stride()} (contiguous), a cap of {cap} (above 0)")
+    _softcap[(triton.cdiv(x_TV.numel(), 2048),)](x_TV, x_TV.numel(), float(cap), BLOCK=2048, num_warps=4, **overlap(x_TV))
+    return x_TV
 
 
 def _checked(name: str, a: Tensor, b: Tensor) -> int:

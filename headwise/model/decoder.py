@@ -133,7 +133,7 @@ class Decoder:
             out = arena.take("logits", x_TD.shape[0], spec.vocab_size)
         linear(h, self.w["embed" if spec.tied else "head"], out, arena.room)
         if spec.final_softcap is not None:
-            out.div_(spec.final_softcap).tanh_().mul_(spec.final_softcap)
+            self.ops.softcap(out, spec.final_softcap)
         return out
 
     def _embed(self, step: Step, x: Tensor) -> None:

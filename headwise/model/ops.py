@@ -28,6 +28,7 @@ class Ops(NamedTuple):
     heads: Callable[..., Tensor]
     rope: Callable[[Tensor, Tensor, Tensor, Tensor, float], None]
     gate: Callable[[Activation, Tensor, Tensor, Tensor | None], Activations]
+    softcap: Callable[[Tensor, float], Tensor]
 
 
 def plain_branch(
@@ -70,7 +71,12 @@ def plain_rope(positions_T: Tensor, freq_P: Tensor, cos_TP: Tensor, sin_TP: Tens
         sin_TP.mul_(magnitude)
 
 
-PLAIN = Ops(rms_norm, plain_branch, plain_heads, plain_rope, plain_gate)
+def plain_softcap(x: Tensor, cap: float) -> Tensor:
+    """x := cap * tanh(x / cap)."""
+    return x.div_(cap).tanh_().mul_(cap)
+
+
+PLAIN = Ops(rms_norm, plain_branch, plain_heads, plain_rope, plain_gate, plain_softcap)
 
 
 def fused() -> Ops:
@@ -97,4 +103,4 @@ def fused() -> Ops:
             return plain_gate(kind, gate, up)
         return rows.gate(gate, up, kind, room)
 
-    return Ops(norm, branch, fused_heads, rope_tables, gate)
+    return Ops(norm, branch, fused_heads, rope_tables, gate, rows.softcap)

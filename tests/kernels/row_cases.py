@@ -152,6 +152,10 @@ def row_cases(device: str, dtype: torch.dtype) -> dict[str, float]:
             act = F.gelu(g.double(), approximate="tanh") if kind == "gelu_tanh" else F.silu(g.double())
             want = act * u.double()
             out[f"{kind} {T}x{W}"] = relative(R.gate(g, u, kind), want)
+    for T, V in ((1, 5000), (3, 2048)):
+        x = torch.randn(T, V, dtype=dtype, device=device) * 40
+        x[0, :2] = torch.tensor([9e3, -9e3])
+        out[f"softcap {T}x{V}"] = relative(R.softcap(x.clone(), 30.0), 30.0 * torch.tanh(x.double() / 30.0))
     return out
 
 
