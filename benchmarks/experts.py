@@ -1,11 +1,16 @@
 """How fast are routed experts on this card, and which launch is the fastest?
 
     PYTHONPATH=. python benchmarks/experts.py OUT.json [SECONDS]
+    PYTHONPATH=. python benchmarks/experts.py OUT.json fp8|fp8-sweep
 
 Gemma 4 26B-A4B's shape (128 experts of width 704, hidden size 2816, eight a token), bf16 and q4_k with q5_0: every candidate is
 first compared with fp64 (few tokens) or with a product per expert in fp32 (many), then timed as a CUDA graph over several layers'
 weights in rotation, so that the second-level cache is cold. Experts are chosen at random; bytes and operations are of those chosen.
 What is not begun after SECONDS (110) is left out.
+
+With "fp8": e4m3 under both forms of scales beside bf16, of that shape and of Qwen3-30B-A3B's, by the launches that `run` takes; of
+many tokens also expanded to bf16 first. Each is held to a product per expert in fp32 over the same values before it is timed; a
+wrong one ends the run. With "fp8-sweep" other launches are timed as well.
 """
 
 from __future__ import annotations
@@ -18,22 +23,26 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import about
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from headwise.bench.engine import random_blocks
 from headwise.kernels import experts as X
+from headwise.kernels import fp8_rows
 from headwise.kernels import router as R
 from headwise.kernels import skinny as S
 from headwise.kernels.arrange import arrange_pairs
 from headwise.kernels.expand import expand
 from headwise.kernels.matvec import quantise
 from headwise.kernels.tiled import Planes
+from headwise.model.experts import ALONE_ROWS, TILES
 from headwise.planner.workspace import PAIR_TILE, arranged_values, order_values
-from headwise.weights.blocks import dequantise
+from headwise.weights.blocks import dequantise, expand_fp8, to_fp8
 from headwise.weights.retile import empty, retile
 
 E, D, W, K = 128, 2816, 704, 8
@@ -163,6 +172,173 @@ def one(what: str, c: Any, n: int) -> None:
         both_P = room(T * K, 2 * W)
         X.integer_pairs(quantise(x, words, planes=X.PLANES).words, ids, first, both_P, config=c)
         X.integer_pairs(X.gate_integers(both_P, ids, GATE, words), ids, second, y, config=c)
+
+
+SHAPES = {"26b-a4b": (D, W), "qwen3-30b-a3b": (2048, 768)}  # 128 experts, eight a token, both
+FORMS = ("bf16", "row", "block")  # of experts: floats, e4m3 with a scale a row, or for each 128 of it
+FP8_TOKENS = (1, 2, 4, 16, 64, 128, 512, 1024, 4096)
+EXPANDED_TOKENS = 512  # and more
+# of e4m3, gated and not: rows, values of K and warps of one token's launch; rows, values of K, warps and stages by pairs of a tile
+FP8_ALONE = [
+    ((a, 1024, w), (b, k, w)) for a, b, k, w in ((2, 4, 512, 2), (4, 4, 1024, 4), (8, 8, 1024, 4), (2, 2, 1024, 1), (8, 16, 256, 4))
+]
+FP8_GROUPED = {
+    16: [((64, 128, 4, 3), (64, 64, 4, 6)), ((64, 64, 4, 6), (128, 128, 4, 3)), ((128, 64, 4, 4), (128, 64, 4, 5))],
+    64: [((64, 128, 4, 3), (64, 128, 4, 3)), ((64, 64, 4, 4), (128, 64, 4, 4)), ((128, 64, 8, 4), (128, 64, 8, 4))],
+    128: [((128, 64, 8, 3), (128, 64, 8, 4)), ((64, 64, 8, 4), (128, 128, 8, 2)), ((64, 128, 8, 2), (256, 64, 8, 3))],
+}
+
+
+Calls = tuple[Callable[[], object], Callable[[], object]]
+
+
+class Kept(NamedTuple):
+    """Experts of one layer: gate and up as one, down, and the scales of those in e4m3."""
+
+    both: Tensor
+    down: Tensor
+    scales: tuple[Tensor, ...]
+    of_down: tuple[Tensor, ...]
+
+    def calls(self, x: Tensor, chosen: R.Chosen, order: R.Order | None, gated: Tensor, y: Tensor, launches: Any) -> Calls:
+        """Gate and up, and down: by pairs without an order, else by tiles."""
+        width, (a, b) = self.down.shape[2], launches
+        halves = ((v[:, :width], v[:, width:]) for v in (self.both, *self.scales))
+        stacks, scales = next(halves), next(halves, ())
+        if order is None:
+            return (
+                partial(X.pairs, x, chosen.ids_TK, stacks, gated, GATE, scales=scales, launch=a),
+                partial(X.pairs, gated, chosen.ids_TK, (self.down,), y, scales=self.of_down, launch=b),
+            )
+        return (
+            partial(X.grouped, x, order, stacks, gated, K, GATE, scales=scales, launch=a),
+            partial(X.grouped, gated, order, (self.down,), y, K, scales=self.of_down, launch=b),
+        )
+
+
+def kept(form: str, hidden: int, width: int, n: int) -> Kept:
+    def stack(rows: int, columns: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        w = torch.randn(n, rows, columns, device="cuda", dtype=dtype) * columns**-0.5
+        if form == "bf16":
+            return w, ()
+        parts = [to_fp8(matrix) for matrix in w]
+        data, scales = (torch.stack(p) for p in zip(*parts, strict=True))
+        return data, (scales if form == "row" else scales * (torch.rand(n, rows, -(-columns // 128), device="cuda") + 0.5),)
+
+    (both, scales), (down, of_down) = stack(2 * width, hidden), stack(hidden, width)
+    return Kept(both, down, scales, of_down)
+
+
+def values(w: Tensor, scales: tuple[Tensor, ...]) -> Tensor:
+    """In fp32."""
+    return torch.stack([expand_fp8(a, s) for a, s in zip(w, scales[0], strict=True)]) if scales else w.float()
+
+
+def tile_of(T: int) -> int:
+    """Pairs of a tile of `model.experts`; 0: each pair by itself."""
+    return 0 if T <= ALONE_ROWS else next((rows for most, rows in TILES if most >= T * K // E), 128)
+
+
+def launches_of(tile: int, form: str, sweep: bool) -> list[Any]:
+    """(None, None): what the kernels take by themselves."""
+    other: list[Any] = [(None, None)]
+    if sweep and form != "bf16":
+        if not tile:
+            other += [(X.Launch(*a), X.Launch(*b)) for a, b in FP8_ALONE]
+        else:
+            other += [(launch(a, tile), launch(b, tile)) for a, b in FP8_GROUPED[tile]]
+    return other
+
+
+def room_for(T: int, hidden: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(T, hidden, device="cuda", dtype=dtype), room(T * K, width), room(T * K, hidden)
+
+
+def sorted_by_expert(chosen: R.Chosen, n: int, tile: int) -> R.Order | None:
+    ints = torch.zeros(order_values(chosen.ids_TK.shape[0], n, K), dtype=torch.int32, device="cuda")
+    return R.order(chosen.ids_TK, n, tile, ints) if tile else None
+
+
+def warm_fp8(job: tuple[str, int, int, int, Any]) -> None:
+    """As `warm`."""
+    form, hidden, width, T, launches = job
+    try:
+        w, (x, gated, y) = kept(form, hidden, width, 2), room_for(T, hidden, width)
+        chosen = R.Chosen(torch.zeros(T, K, device="cuda", dtype=torch.int32), torch.zeros(T, K, device="cuda"))
+        for call in w.calls(x, chosen, sorted_by_expert(chosen, 2, tile_of(T)), gated, y, launches):
+            call()
+    except Exception as failure:
+        print(job, type(failure).__name__, str(failure)[:150], flush=True)
+
+
+def fp8(out: str, sweep: bool) -> None:
+    began = time.perf_counter()
+    tokens = {tile_of(T): T for T in FP8_TOKENS}.values()  # one of each kind of launch
+    jobs = [(f, d, w, T, c) for f in FORMS for d, w in SHAPES.values() for T in tokens for c in launches_of(tile_of(T), f, sweep)]
+    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
+        list(pool.map(warm_fp8, jobs))
+    print(f"compiled {len(jobs)} in {time.perf_counter() - began:.0f} s", flush=True)
+    rows: list[dict[str, Any]] = []
+    for shape, (hidden, width) in SHAPES.items():
+        for form in FORMS:
+            torch.manual_seed(0)
+            layers = [kept(form, hidden, width, E) for _ in range(LAYERS)]
+            dense = [values(layers[0].both, layers[0].scales), values(layers[0].down, layers[0].of_down)]
+            for T in FP8_TOKENS:
+                rows += timed(shape, form, T, layers, dense, sweep)
+                Path(out).write_text(json.dumps({
+                    "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": about.commit(),
+                    "date": time.strftime("%Y-%m-%d"), "rows": rows,
+                }, indent=1))  # fmt: skip
+    print(f"{time.perf_counter() - began:.0f} s")
+
+
+def timed(shape: str, form: str, T: int, layers: list[Kept], dense: list[Tensor], sweep: bool) -> list[dict[str, Any]]:
+    """Of one number of tokens: each launch, compared and then timed; a wrong one ends the run."""
+    (hidden, width), tile = SHAPES[shape], tile_of(T)
+    (x, gated, y), chosens = room_for(T, hidden, width), [chosen_of(T) for _ in layers]
+    orders = [sorted_by_expert(c, E, tile) for c in chosens]
+    want = plain(x, chosens[0], *dense)
+    used = statistics.mean(int(c.ids_TK.unique().numel()) for c in chosens)
+    rows: list[dict[str, Any]] = []
+
+    def take(how: str, calls: Sequence[Calls]) -> None:
+        y.fill_(float("nan"))
+        for call in calls[0]:
+            call()
+        wrong = error(X.combine(y, chosens[0], room(T, hidden)), want)
+        if not wrong < X.TOLERANCE[dtype]:
+            raise RuntimeError(f"{shape}, {form}, {T} tokens, {how}: relative error {wrong:.1e}; nothing is timed")
+        for i, (name, n) in enumerate((("gate and up", 2 * width * hidden), ("down", width * hidden))):
+            us = microseconds([c[i] for c in calls] * (1 if T > 1000 else 6))
+            n_bytes = (T * K if not tile else used) * n * (2 if form == "bf16" else 1)
+            rows.append({
+                "shape": shape, "form": form, "tokens": T, "tile": tile, "what": name, "how": how, "us": us, "error": wrong,
+                "tb_s": n_bytes / us / 1e6, "tflops": 2 * T * K * n / us / 1e6,
+            })  # fmt: skip
+            print(f"{shape:<14}{form:<6} T {T:<5} tile {tile:<4}{name:<12}{how:<62}{us:>9.1f} us  error {wrong:.1e}  "
+                  f"{rows[-1]['tb_s']:.2f} TB/s {rows[-1]['tflops']:.0f} TFLOP/s", flush=True)  # fmt: skip
+
+    for launches in launches_of(tile, form, sweep):
+        how = "" if launches[0] is None else " and ".join(str(tuple(c)) for c in launches)
+        try:
+            take(how, [w.calls(x, c, o, gated, y, launches) for w, c, o in zip(layers, chosens, orders, strict=True)])
+        except OutOfResources as failure:
+            print(shape, form, T, how, failure, flush=True)
+    if form != "bf16" and T >= EXPANDED_TOKENS:
+        both, down = (torch.empty_like(v, dtype=dtype) for v in (layers[0].both, layers[0].down))
+        floats = Kept(both, down, (), ())
+
+        def expanded(w: Tensor, scales: Tensor, into: Tensor, product: Callable[[], object]) -> None:
+            fp8_rows.expand(w.flatten(0, 1), scales.flatten(0, 1), into.flatten(0, 1))
+            product()
+
+        calls = [floats.calls(x, c, o, gated, y, (None, None)) for c, o in zip(chosens, orders, strict=True)]
+        take("expanded", [
+            (partial(expanded, w.both, w.scales[0], both, a), partial(expanded, w.down, w.of_down[0], down, b))
+            for w, (a, b) in zip(layers, calls, strict=True)
+        ])  # fmt: skip
+    return rows
 
 
 def main(out: str, seconds: float) -> None:
@@ -338,4 +514,7 @@ def main(out: str, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 110.0)
+    if sys.argv[2:] in (["fp8"], ["fp8-sweep"]):
+        fp8(sys.argv[1], sys.argv[2] == "fp8-sweep")
+    else:
+        main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 110.0)

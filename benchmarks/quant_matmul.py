@@ -40,11 +40,11 @@ from headwise.kernels.matvec import (
     config_for,
     integer_words,
     matvec,
-    partial_floats,
     quantise,
     reference,
     step_groups,
 )
+from headwise.kernels.split import partial_floats
 from headwise.kernels.tiled import LAYOUTS, Planes
 from headwise.weights.blocks import dequantise, row_bytes
 from headwise.weights.retile import empty, retile

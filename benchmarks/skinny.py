@@ -29,6 +29,7 @@ from headwise.kernels import arrange as A
 from headwise.kernels import matvec as M
 from headwise.kernels import skinny as S
 from headwise.kernels.expand import expand
+from headwise.kernels.split import card
 from headwise.kernels.tiled import LAYOUTS, Planes
 from headwise.planner.workspace import arranged_values
 
@@ -60,7 +61,7 @@ def check(type_name: str) -> list[dict[str, Any]]:
             for splits in (1, 3):
                 y = torch.full((T, N), float("nan"), device="cuda", dtype=kind)
                 done, scratch = torch.zeros(N, dtype=torch.int32, device="cuda"), torch.empty(T * N * splits, device="cuda")
-                config = S.config_for(type_name, T, N, K, S.card(y.device))._replace(splits=splits)
+                config = S.config_for(type_name, T, N, K, card(y.device))._replace(splits=splits)
                 S.skinny(arranged, w, y, scratch=scratch, done=done, config=config)
                 error = float((y - want).norm() / want.norm())
                 found.append({"type": type_name, "N": N, "K": K, "T": T, "dtype": str(kind)[6:], "splits": splits,
@@ -77,12 +78,12 @@ def times(type_name: str, N: int, K: int, T: int, copies: list[Planes], n_bytes:
     y = torch.empty(T, N, device="cuda", dtype=torch.bfloat16)
     room = torch.empty(arranged_values(T, K), device="cuda", dtype=torch.bfloat16)
     done, scratch = torch.zeros(N, dtype=torch.int32, device="cuda"), torch.empty(max(T * N, 2**21) * 8, device="cuda")
-    config, arranged = S.config_for(type_name, T, N, K, S.card(x.device)), A.arrange(x, room)
+    config, arranged = S.config_for(type_name, T, N, K, card(x.device)), A.arrange(x, room)
     us = microseconds([partial(S.skinny, arranged, w, y, scratch=scratch, done=done, config=config) for w in copies])
     row = {"type": type_name, "N": N, "K": K, "T": T, "us": us, "of_card": n_bytes / us / 1e6 / ceiling,
            "arrange_us": microseconds([partial(A.arrange, x, room)] * 20), "config": config._asdict()}  # fmt: skip
     if T <= M.MAX_ROWS:
-        other = M.config_for(type_name, T, N, K, M.processors(x.device))
+        other = M.config_for(type_name, T, N, K, card(x.device).processors)
         given = x if other.matrix else M.quantise(x, torch.empty(M.integer_words(T, K, 2), dtype=torch.int32, device="cuda"))
         row["matvec_us"] = microseconds([partial(M.matvec, given, w, y, scratch=scratch, done=done, config=other) for w in copies])
     elif N * K < 2**28:

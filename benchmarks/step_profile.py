@@ -17,17 +17,15 @@ from typing import Any
 
 import about
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 import headwise.kernels.stored as stored
-from headwise.bench.engine import runner_for
+from headwise.bench.engine import runner_for, step_ahead
 from headwise.cache.pages import pages_for
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
 from headwise.engine.devices import device_kind
 from headwise.engine.runner import Runner
-from headwise.engine.sample import Arriving
 from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.kv import KVFormat, kv_format
@@ -35,14 +33,6 @@ from headwise.spec.layers import Kind
 
 PROMPT, TIMED, PROFILED, SHOWN = 512, 24, 5, 16
 CONTEXT = PROMPT + 128
-
-
-def decoded(runner: Runner, places: list[Place], drawn: Tensor, at: int) -> Tensor:
-    """The next token of each stream, on the device; returns once the host has those before."""
-    arriving = Arriving(drawn)
-    drawn = runner.logits(runner.run([Run(place, at, [0]) for place in places], drawn)).argmax(-1)
-    arriving.wait()
-    return drawn
 
 
 def measured(runner: Runner, streams: int, vocabulary: int) -> dict[str, Any]:
@@ -55,11 +45,11 @@ def measured(runner: Runner, streams: int, vocabulary: int) -> dict[str, Any]:
         steps = []
         for i in range(TIMED):
             start = time.perf_counter()
-            drawn = decoded(runner, places, drawn, PROMPT + i)
+            drawn = step_ahead(runner, places, drawn, PROMPT + i)
             steps.append(time.perf_counter() - start)
         with profile(activities=[ProfilerActivity.CUDA]) as found:
             for i in range(PROFILED):
-                drawn = decoded(runner, places, drawn, PROMPT + TIMED + i)
+                drawn = step_ahead(runner, places, drawn, PROMPT + TIMED + i)
             torch.cuda.synchronize()
     kernels = [
         {"kernel": e.key[:80], "us": e.self_device_time_total / PROFILED, "launches": e.count / PROFILED}

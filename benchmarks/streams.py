@@ -21,14 +21,13 @@ import torch
 
 import headwise
 from headwise import LLM
-from headwise.bench.engine import runner_for
+from headwise.bench.engine import runner_for, step_ahead
 from headwise.cache.pages import pages_for
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
 from headwise.engine.engine import Engine
 from headwise.engine.llm import device_kind
 from headwise.engine.request import Event, Finish, Request, Sampling, Token
-from headwise.engine.sample import Arriving
 from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.kv import KVFormat, kv_format
@@ -100,12 +99,10 @@ def streams(model: str, weights: str, counts: list[int]) -> list[dict[str, Any]]
                 tokens += runner.logits(runner.run(runs)).argmax(-1).tolist()
             best = min(best, time.perf_counter() - start)
         steps = []
-        with runner.on_stream():  # as `engine.engine` has it: a step is launched before the host has the tokens of the one before
+        with runner.on_stream():
             drawn, at = torch.tensor(tokens, device="cuda"), time.perf_counter()
             for i in range(ANSWER):
-                arriving = Arriving(drawn)
-                drawn = runner.logits(runner.run([Run(place, PROMPT + i, [0]) for place in places], drawn)).argmax(-1)
-                arriving.wait()
+                drawn = step_ahead(runner, places, drawn, PROMPT + i)
                 start, at = at, time.perf_counter()
                 if i >= 4:
                     steps.append(at - start)

@@ -20,6 +20,11 @@ def newest(name: str) -> dict[str, Any]:
     return json.loads(sorted(RESULTS.glob(f"{name}_*.json"))[-1].read_text())
 
 
+def taken(found: dict[str, Any], *libraries: str) -> str:
+    """On which card, when, and of what: a result's first words."""
+    return ", ".join([found["gpu"], found["date"], *(f"{what} {found[what]}" for what in ("commit", *libraries))])
+
+
 def number(x: object) -> str:
     return f"{x:.1e}" if isinstance(x, float) else str(x).split(": ", 1)[0]
 
@@ -41,10 +46,7 @@ def converter() -> str:
 
 def attention() -> str:
     found = newest("attention_h200")
-    above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, "
-        f"reads {found['read_tb_s']:.2f} TB/s."
-    )
+    above = f"{taken(found)}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     if found.get("libraries"):
         above += f" {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}."
     rows = []
@@ -65,7 +67,7 @@ def attention() -> str:
 def mixed() -> str:
     found = newest("mixed_backends_h200")
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}: tiny-hybrid, bf16, {found['rows'][0]['positions']:,} "
+        f"{taken(found)}: tiny-hybrid, bf16, {found['rows'][0]['positions']:,} "
         f"positions of text it was not trained on; {found['rounds']} rounds."
     )
     rows = []
@@ -96,7 +98,7 @@ def cuda() -> str:
     worst = max(max(f["max_abs_error"].values()) for f in found["families"])
     held = "all" if all(f["planned"] == f["allocated"] for f in found["families"]) else "not all"
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}: {len(found['families'])} families, largest difference of a "
+        f"{taken(found)}: {len(found['families'])} families, largest difference of a "
         f"logit {worst:.1e}; planned = allocated in {held}."
     )
     rows = []
@@ -191,7 +193,7 @@ def engine(result: str = "engine_h200", models: Sequence[str] = ()) -> str:
     """Rows of `models`, default all."""
     found = newest(result)
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}, transformers {found['transformers']}; "
+        f"{taken(found, 'torch', 'transformers')}; "
         f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     )
     rows = []
@@ -206,7 +208,7 @@ def prefill_line() -> str:
     found = newest("prefill_line_h200")
     versions = [f"{who} {found[who.replace('.', '_')]}" for who in ("torch", "transformers", "llama.cpp")]
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {', '.join(versions)}: {found['model']}, random weights, "
+        f"{taken(found)}, {', '.join(versions)}: {found['model']}, random weights, "
         f"chunks of {found['chunk']:,}; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     )
     for s in found["stopped"]:
@@ -228,7 +230,7 @@ def streams() -> str:
     found = newest("streams_h200")
     compared, wrong = (sum(a[what] for a in found["answers"]) for what in ("compared", "wrong"))
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: prompts of 512 tokens, answers of 64, "
+        f"{taken(found, 'torch')}: prompts of 512 tokens, answers of 64, "
         f"bf16 cache, random weights; of {compared} tokens of tiny-hybrid in shared steps {wrong} are unlike those of the request "
         "alone, near ties aside."
     )
@@ -256,8 +258,7 @@ def profiles() -> str:
 def fp8() -> str:
     found = newest("fp8_matmul_h200")
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: matrices of Gemma 4 31B, out of the "
-        f"cache; reads {found['read_tb_s']:.2f} TB/s. Microseconds."
+        f"{taken(found, 'torch')}: matrices of Gemma 4 31B, out of the cache; reads {found['read_tb_s']:.2f} TB/s. Microseconds."
     )
     by = {(r["shape"], r["N"], r["K"], r["T"], r["who"]): r["us"] for r in found["rows"]}
     whos = ("a scale a row", "rows to e4m3", "a scale for 128", "bf16 cuBLAS")
@@ -270,10 +271,7 @@ def fp8() -> str:
 
 def one_tensor() -> str:
     found = newest("one_tensor_h200")
-    above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: a global layer of Gemma 4 31B, "
-        "microseconds; each launch was compared with fp64 first."
-    )
+    above = f"{taken(found, 'torch')}: a global layer of Gemma 4 31B, microseconds; each launch was compared with fp64 first."
     by: dict[tuple[bool, str, int], dict[tuple[str, str], float]] = {}
     for r in found["rows"]:
         by.setdefault((r["decode"], r["kv"], r["length"]), {})[r["layout"], r["backend"]] = r["us"]
@@ -288,10 +286,7 @@ def one_tensor() -> str:
 def experts(result: str = "experts_h200") -> str:
     """The fastest launch of each product and number of tokens; bulk copies of weights (a fifth number) were tried, not kept."""
     found = newest(result)
-    above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, torch {found['torch']}: one layer of Gemma 4 26B-A4B, its "
-        f"experts chosen at random; weights not in the cache."
-    )
+    above = f"{taken(found, 'torch')}: one layer of Gemma 4 26B-A4B, its experts chosen at random; weights not in the cache."
     best: dict[tuple[str, int], dict[str, Any]] = {}
     for row in found["rows"]:
         how, _, product = row["what"].partition(", ")
@@ -303,6 +298,39 @@ def experts(result: str = "experts_h200") -> str:
         rates = (f"{row[name]:{form}}" if name in row else "" for name, form in (("tb_s", ".2f"), ("tflops", ".0f")))
         rows.append((what, f"{tokens:,}" if tokens else "", f"{row['us']:,.1f}", *rates))
     return table("| | tokens | us | TB/s | TFLOP/s |", rows, above)
+
+
+def experts_fp8() -> str:
+    """Both products of a layer together."""
+    found = newest("experts_fp8_h200")
+    above = (
+        f"{taken(found, 'torch')}: gate, up and down of one layer, "
+        "experts chosen at random, weights not in the cache. Microseconds."
+    )
+    forms = {"bf16": "bf16", "row": "a scale a row", "block": "a scale for 128", "row expanded": "a scale a row, expanded before"}
+    by: dict[tuple[str, int], dict[str, float]] = {}
+    for r in found["rows"]:
+        us = by.setdefault((r["shape"], r["tokens"]), {})
+        form = f"{r['form']} {r['how']}".strip()
+        us[form] = us.get(form, 0.0) + r["us"]
+    rows = [(shape, f"{n:,}", *(f"{us[f]:,.1f}" if f in us else "" for f in forms)) for (shape, n), us in by.items()]
+    return table(f"| model | tokens | {' | '.join(forms.values())} |", rows, above)
+
+
+def drawing() -> str:
+    """Of the largest vocabulary; `peaked` as models' logits are."""
+    found = newest("drawing_h200")
+    drawn, differ, wrong = (sum(r[what] for r in found["rows"]) for what in ("drawn", "differ", "wrong"))
+    above = (
+        f"{taken(found, 'torch', 'triton')}: 262,144 "
+        f"logits in bf16 and Gemma's cap, microseconds on the card. Of {drawn:,} tokens {differ} are unlike the operators', which "
+        f"sum in another order; {wrong} are wrong."
+    )
+    some = [r for r in found["rows"] if r["V"] == 262144 and r["logits"] == "peaked"]
+    kinds = list(dict.fromkeys(r["kind"] for r in some))
+    us = {(r["rows"], r["kind"]): (r["kernels_us"], r["operators_us"]) for r in some}
+    rows = [(str(n), *("{:,.0f} ({:,.0f})".format(*us[n, kind]) for kind in kinds)) for n in dict.fromkeys(r["rows"] for r in some)]
+    return table(f"| rows | {' | '.join(kinds)} |", rows, above)
 
 
 KINDS = {"globals": ("global",), "sliding": ("sliding",), "both": ("global", "sliding")}
@@ -348,7 +376,7 @@ def in_transformers() -> str:
     found = newest("transformers_attention_h200")
     versions = ", ".join(f"{k} {v}" for k, v in found["versions"].items())
     above = (
-        f"{found['gpu']}, {found['date']}, commit {found['commit']}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode "
+        f"{taken(found)}, {versions}: six layers of Gemma 4 31B's shape, bf16; decode "
         f"of one sequence. Error against eager in fp32: sdpa {found['relative_error']['float32 whole']['sdpa']:.1e}, headwise "
         f"{found['relative_error']['float32 whole']['headwise']:.1e}."
     )
@@ -453,11 +481,12 @@ TABLES = {
     "streams": ("docs/measurements.md", streams),
     "prefill-line": ("docs/measurements.md", prefill_line),
     "engine-moe": ("docs/measurements.md", partial(engine, "engine_moe_h200")),
-    "engine-fp8": ("docs/measurements.md", partial(engine, "engine_fp8_h200")),
     "fp8": ("docs/measurements.md", fp8),
     "profiles": ("docs/measurements.md", profiles),
     "experts": ("docs/measurements.md", experts),
     "experts-arranged": ("docs/measurements.md", partial(experts, "experts_arranged_h200")),
+    "experts-fp8": ("docs/measurements.md", experts_fp8),
+    "drawing": ("docs/measurements.md", drawing),
     "one-tensor": ("docs/kernels.md", one_tensor),
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),

@@ -394,6 +394,8 @@ def explain_json(spec: ModelSpec, choices: Sequence[Choice]) -> dict[str, object
             | {
                 "backend": choice.backend.name,
                 "verdict": choice.backend.verdict,
+                "prefill": choice.prefill.name if choice.prefill else None,
+                "prefill_reason": choice.prefill_reason,
                 "refusals": [{"backend": r.backend, "reason": r.reason} for r in choice.refusals],
             }
             for layer, choice in zip(spec.layers, choices, strict=True)

@@ -83,7 +83,7 @@ OPTIONS = (
     Option("ubatch", "whole", (*_LOADING, "plan"), "most tokens of one prefill step", "N", 512),
     Option("device", "text", _LOADING, "default: CUDA where there is one, as few cards as hold the model", "cpu|cuda[:N]"),
     Option("gpu", "text", _LOADING, "the cards that share the layers, e.g. 0,1, or with limits 0:12,1:24", "N[:GiB],N"),
-    Option("weights", "text", ("run", "serve"), "make the layers' matrices of a checkpoint in floats fp8 at load, on a GPU", "fp8"),
+    Option("weights", "text", ("run", "serve"), "make the layers' matrices and experts, in floats, fp8 at load, on a GPU", "fp8"),
     Option("dtype", "text", (*_LOADING, "plan"), "type of the activations", "f32|bf16|f16"),
     Option("backend", "text", (*_LOADING, "explain"), "force backends, where their rows take the layers", "X|sliding=X,global=Y"),
     Option("allow_fallback", "switch", _LOADING, "accept layers that do not run fused", default=False),

@@ -138,7 +138,7 @@ def test_run_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) ->
     }  # fmt: skip
     assert report["planned_bytes"] == report["allocated_bytes"]
     assert report["layers_fused"] == report["layers"] == 10
-    assert report["backends"][0].keys() == {"layers", "backend", "head_dim", "window", "kv"}
+    assert report["backends"][0].keys() == {"layers", "backend", "prefill", "head_dim", "window", "kv"}
     assert all(isinstance(t, int) for t in answer["tokens"])
 
 

@@ -23,6 +23,7 @@ from headwise.planner.versions import EngineVersion
 from headwise.spec.kv import KV_FORMATS
 from headwise.spec.layers import ModelSpec
 from headwise.spec.read import Source
+from headwise.spec.tensors import layer_of
 
 MIB = 2**20
 KEPT_BYTES = 1024 * MIB  # of each GPU, for driver and what no formula counts: what llama.cpp's own --fit keeps free
@@ -362,7 +363,7 @@ def _ggml_layers(case: Case, how: Attention, plan: RivalPlan) -> tuple[list[int]
     first = last = 0
     for name, n in case.sizes.items():
         if name.startswith("layers."):
-            n_bytes[int(name.split(".")[1])] += n
+            n_bytes[layer_of(name)] += n
         elif name in ("norm", "head") or (name == "embed" and spec.tied):
             last += n
         else:

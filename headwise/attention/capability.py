@@ -72,6 +72,15 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Ahead:
+    """Whose prefill a row takes where it is installed: of layers without a window, at these head sizes; `why` has the figures."""
+
+    of: str
+    head_dims: tuple[int, ...]
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Capability:
     """One backend's declared limits; `refusal` compares them with a need and quotes both numbers.
 
@@ -96,7 +105,8 @@ class Capability:
     floats_as_activations: bool = False  # a cache of floats must have the activations' type
     triton: tuple[int, int] | None = None  # the one version it is written for
     package: str | None = None  # the distribution that must be installed
-    by_name: str | None = None  # runs only when --backend names it, and why
+    by_name: str | None = None  # runs a layer only when --backend names it, and why
+    ahead: Ahead | None = None  # takes another row's prefill without being named
     source: str
 
     def refusal(self, need: Need) -> str | None:
@@ -134,6 +144,11 @@ class Capability:
         if self.floats_as_activations and need.kv in ("f32", "f16", "bf16") and need.kv != need.dtype:
             return f"KV type {need.kv}, reads floats of the activations' type {need.dtype} only"
         return None
+
+    def prefills(self, row: Capability, need: Need) -> bool:
+        """Whether it takes the many queries of a layer that `row` runs; that it does not refuse `need` is asked apart."""
+        a = self.ahead
+        return a is not None and a.of == row.name and need.head_dim in a.head_dims and need.window is None and not need.sinks
 
 
 def listed(sizes: Collection[int]) -> str:
@@ -231,7 +246,7 @@ BACKENDS: Sequence[Capability] = (
         windowed=False,
         min_capability=(9, 0),
         max_capability=(9, 0),
-        by_name="714 TFLOP/s where headwise-hopper has 719 (causal 256 at 16K, one H200), and a plan for every new length",
+        by_name="685 TFLOP/s where headwise-hopper has 696 (causal 256 at 16K, one H200), and a plan for every new length",
         source="PyTorch 2.11 _scaled_dot_product_cudnn_attention, called at 8, 128, 136 and 256 on an H200",
     ),
     Capability(
@@ -264,7 +279,12 @@ BACKENDS: Sequence[Capability] = (
         max_capability=(9, 0),
         floats_as_activations=True,
         package="flash-attn-4",
-        by_name="a beta: on an H200 up to 783 TFLOP/s at causal 256, where headwise-hopper has 719, but 0.9 TB/s in decode",
+        by_name="a beta, whose decode is not measured here",
+        ahead=Ahead(
+            of="headwise-hopper",
+            head_dims=(256,),
+            why="in steps of more than 1,024 tokens, 768 TFLOP/s where headwise-hopper has 696 (causal 256 at 16K, one H200)",
+        ),
         source="flash-attn-4 4.0.0b36 flash_attn/cute/interface.py _validate_head_dims: 8 to 256 in steps of 16 bytes on SM90",
     ),
     Capability(
@@ -280,7 +300,7 @@ BACKENDS: Sequence[Capability] = (
         min_capability=(8, 0),
         floats_as_activations=True,
         package="flashinfer-python",
-        by_name="no faster than headwise-hopper: 713 TFLOP/s at 8K, 633 at 32K (causal 256, one H200)",
+        by_name="not measured here in a run that is kept",
         source="FlashInfer 0.7.2 single_prefill_with_kv_cache; 64, 128 and 256 are the sizes its wheel has kernels of",
     ),
     Capability(
@@ -293,7 +313,7 @@ BACKENDS: Sequence[Capability] = (
         kv=("f32", "f16", "bf16"),
         sinks=False,
         floats_as_activations=True,
-        by_name="251 TFLOP/s where headwise-hopper has 537 (window 1024 at 32K, one H200), and it compiles at the first call",
+        by_name="243 TFLOP/s where headwise-hopper has 575 (window 1024 at 32K, one H200), and it compiles at the first call",
         source="torch.nn.attention.flex_attention under torch.compile: no log-sum-exp on a CPU (torch 2.13), so no sinks; out of "
         "shared memory at 512 on an H200",
     ),

@@ -21,17 +21,42 @@ class Refusal:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The chosen row, and of every row that cannot serve, why; printing it explains it."""
+    """The chosen row, and of every row that cannot serve, why; printing it explains it.
+
+    `prefill` is a second row, which takes the spans of many queries (`attention.prefill` says which) because it is ahead there.
+    """
 
     backend: Capability
     refusals: tuple[Refusal, ...]
+    prefill: Capability | None = None
 
     @property
     def fused(self) -> bool:
         return self.backend.verdict == "fused"
 
+    @property
+    def names(self) -> str:
+        """Of the rows that run the layer."""
+        return self.backend.name + (f", prefill by {self.prefill.name}" if self.prefill else "")
+
+    @property
+    def prefill_reason(self) -> str | None:
+        return self.prefill.ahead.why if self.prefill and self.prefill.ahead else None
+
+    @property
+    def lines(self) -> tuple[str, ...]:
+        """What is said below the chosen row's name."""
+        ahead = (f"prefill by {self.prefill.name}: {self.prefill_reason}",) if self.prefill else ()
+        return (*ahead, *(f"not {r.backend}: {r.reason}" for r in self.refusals))
+
+    def alone(self, reason: str) -> Choice:
+        """Without a second row, which `reason` refuses."""
+        if self.prefill is None:
+            return self
+        return Choice(self.backend, (*self.refusals, Refusal(self.prefill.name, reason)))
+
     def __str__(self) -> str:
-        return "\n".join([self.backend.name, *(f"  not {r.backend}: {r.reason}" for r in self.refusals)])
+        return "\n  ".join([self.backend.name, *self.lines])
 
 
 def activation_type(asked: str | None, devices: Collection[DeviceKind]) -> str:
@@ -52,7 +77,7 @@ def activation_type(asked: str | None, devices: Collection[DeviceKind]) -> str:
 def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str | None = None) -> Choice:
     """The first backend that refuses nothing, or the one named; some rows run only when named.
 
-    The last row, the reference, takes everything: it is never fused.
+    The last row, the reference, takes everything: it is never fused. A row that is named runs the layer by itself.
 
     Raises:
         BackendError: the forced backend refuses `need`; the words are its row's.
@@ -66,12 +91,16 @@ def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str
     chosen = next((b for b in taking if (b.name == forced if forced else not b.by_name)), None)
     if chosen is None:
         raise ValueError(f"no backend takes {need}, not even the reference")
+    prefill = next((b for b in taking if b.prefills(chosen, need)), None)
     for i, other in enumerate(taking):
-        if other.by_name and other is not chosen:
+        if other is prefill:
+            reasons[other.name] = f"not chosen: {forced} is forced" if forced else None
+        elif other.by_name and other is not chosen:
             reasons[other.name] = f"only when named: {other.by_name}"
         elif i < taking.index(chosen):
             reasons[other.name] = f"not chosen: {forced} is forced"
-    return Choice(chosen, tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None))
+    refusals = tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None)
+    return Choice(chosen, refusals, None if forced else prefill)
 
 
 def forced_backends(asked: str | Mapping[str, str] | None) -> dict[Kind, str]:

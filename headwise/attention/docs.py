@@ -18,6 +18,9 @@ def markdown() -> str:
         "Rows that would have come first are then listed as not chosen. `reference` is never fused, so `run` and `verify` take it "
         "with `--allow-fallback` only.",
         "",
+        "Where a row is ahead of the chosen one in prefill alone, and installed, it takes the spans of many queries and the chosen "
+        "row everything else; `explain` says so. A row that `--backend` names runs its layers by itself.",
+        "",
         "| backend | verdict | runs on | head sizes | KV types | activations | window | softcap | needs | source |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -35,6 +38,9 @@ def markdown() -> str:
             needs.append(f"{b.package} installed")
         if b.by_name:
             needs.append(f"only when named: {b.by_name}")
+        if b.ahead:
+            dims = " and ".join(map(str, b.ahead.head_dims))
+            needs.append(f"prefill of {b.ahead.of}'s layers with head_dim {dims} and no window without being named: {b.ahead.why}")
         cells = [
             b.name,
             b.verdict,

@@ -38,8 +38,10 @@ ARRANGEMENTS = (
 def mix_figures(spec: ModelSpec, choices: Sequence[Choice]) -> str | None:
     """What the arrangement of `choices` measured, beside the other ones of the same two backends.
 
-    None where nothing was measured (V alone), and for a model of one kind of layer: it has nothing to mix.
+    None where nothing was measured (V alone, prefill by another row), and for a model of one kind of layer: it has nothing to mix.
     """
+    if any(choice.prefill for choice in choices):
+        return None
     names = {layer.kind: choice.backend.name for layer, choice in zip(spec.layers, choices, strict=True)}
     if len(names) < 2 or any(map(turned_pairs, spec.layers)):
         return None

@@ -107,7 +107,9 @@ def launch(
     elif pair:
         attend_hopper.attend_pair512(q_NHE, k, v, out_NHD, seqs, slots, scale=scale)
     else:
-        attend_hopper.attend_two(q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H)
+        attend_hopper.attend_two(
+            q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H, processors=processors(q_NHE.device)
+        )
 
 
 def packed_takes(D: int, rows: int, k: Stored) -> bool:

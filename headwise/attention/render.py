@@ -70,7 +70,7 @@ def explain_view(spec: ModelSpec, choices: Sequence[Choice], groups: Sequence[La
     for group in groups:
         rows.append(Text(f"\n{len(group.layers)} x {kind_words(group.example)}, KV {group.kv}", style="bold"))
         rows.append(Text(f"  {group.choice.backend.name}", style=colour[group.choice.backend.name]))
-        rows += [Text(f"    not {r.backend}: {r.reason}", style="dim") for r in group.choice.refusals]
+        rows += [Text(f"    {line}", style="dim") for line in group.choice.lines]
     if figures := mix_figures(spec, choices):
         rows.append(Text(f"\nmeasured: {figures}", style="dim"))
     return Group(*rows)

@@ -1,9 +1,9 @@
 """Before the first token: every backend in use, on this machine, against the formula.
 
 For each distinct (backend, shape, window, KV type) fresh random data of the model's own shape goes through the real cache
-and the real adapter, prefill and decode, at lengths around the window and past a wrap of the ring. The reference, in
-float64, attends to what the cache holds (read back), so an error is the kernel's; what the KV type itself loses is
-measured beside it. Anything not finite fails.
+and the real adapter, prefill and decode, at lengths around the window and past a wrap of the ring. Spans that another row
+takes of a layer (`attention.prefill`) come on top. The reference, in float64, attends to what the cache holds (read back), so
+an error is the kernel's; what the KV type itself loses is measured beside it. Anything not finite fails.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from headwise.attention.capability import Capability, here
 from headwise.attention.choose import LayerGroup
 from headwise.attention.reference import attend as formula
 from headwise.attention.reference import turned, visible
 from headwise.cache.storage import LayerCache, Place, Scratch, Span, alone, slot_positions
 from headwise.errors import BackendError
 from headwise.kernels.turn import Turn
-from headwise.planner.workspace import partial_values, turn_values
+from headwise.planner.workspace import RECORDED_TOKENS, partial_values, turn_values
 from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_values
 from headwise.spec.layers import LayerSpec
 
@@ -35,6 +37,8 @@ STORE_TOLERANCE = {"f32": 0.0, "f16": 1e-3, "bf16": 4e-3, "fp8": 4e-2, "q8_0": 8
 MIN_CORRELATION = 0.999
 # Of a prefill case, in turn: few queries go to another kernel than many. Odd, so that masks and tails are exercised.
 QUERIES, MANY = 7, 37
+PREFILLED = ((RECORDED_TOKENS + 3, 0), (RECORDED_TOKENS + 130, 437))  # queries for a row that takes prefill, and keys before them
+COMPARED = 48  # of so many queries those at both ends and in the middle
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +72,7 @@ def check_group(
     layer, fmt = group.example, KV_FORMATS[group.kv]
     ring = LayerCache(layer, fmt, n_tokens=2**31, chunk=chunk, device=torch.device("meta")).n_slots if layer.window else 0
     lengths = lengths_for(layer, ring)
-    total = lengths[-1] + 1
+    total = 1 + max([lengths[-1], *(n + before for n, before in PREFILLED if group.choice.prefill)])
     cache = LayerCache(layer, fmt, n_tokens=total, chunk=chunk, device=device)
     generator = torch.Generator(device="cpu").manual_seed(seed)
 
@@ -101,26 +105,26 @@ def check_group(
             cache.write(Place(), written, k[part], None if v is None else v[part], writing)
             written += n
 
-    def query(n: int, phase: str) -> None:
-        start = written - n
+    def query(n: int, stop: int, phase: str, row: Capability = group.choice.backend) -> None:
+        start = stop - n
         q = random(n, layer.n_heads, q_values(layer))
         if layer.k_eq_v and layer.rope is not None:  # one tensor: nothing meets the values that rotate, see spec.kv
             half, pairs = layer.head_dim // 2, layer.rope.rotated_dims // 2
             q[..., :pairs] = 0
             q[..., half : half + pairs] = 0
-        positions = torch.arange(start, written, device=device)
+        positions = torch.arange(start, stop, device=device)
         mask = None
         if layer.window is not None and n > 1:
-            held = slot_positions(cache.n_slots, written, device)
+            held = slot_positions(cache.n_slots, stop, device)
             mask = torch.zeros(n, cache.n_slots, dtype=dtype, device=device)
             mask.masked_fill_(~visible(positions, held, layer.window), float("-inf"))
-            mask = mask[:, : min(cache.n_slots, written)]
+            mask = mask[:, : min(cache.n_slots, stop)]
         out = torch.full((n, layer.n_heads, layer.head_dim), float("nan"), dtype=dtype, device=device)
         scale = q_values(layer) ** -0.5
         attend(
             q,
             cache,
-            Span(start, n, mask, alone(n, written, layer.window, device)),
+            Span(start, n, mask, alone(n, stop, layer.window, device)),
             scale=scale,
             softcap=layer.softcap,
             sinks_H=sinks,
@@ -128,29 +132,33 @@ def check_group(
             out_THD=out,
         )
         first = 0 if layer.window is None else max(0, start - layer.window + 1)
-        keys = seen_k[first:written].double() if seen_k is not None else torch.empty(0)
-        values = keys if seen_v is None else seen_v[first:written].double()
+        keys = seen_k[first:stop].double() if seen_k is not None else torch.empty(0)
+        values = keys if seen_v is None else seen_v[first:stop].double()
+        compared = torch.arange(n, device=device)
+        if n > 3 * COMPARED:
+            compared = torch.cat([compared[:COMPARED], compared[n // 2 :][:COMPARED], compared[-COMPARED:]])
         expected, _ = formula(
-            q.double(),
+            q[compared].double(),
             keys,
             values,
-            visible(positions, torch.arange(first, written, device=device), layer.window),
+            visible(positions[compared], torch.arange(first, stop, device=device), layer.window),
             scale=scale,
             softcap=layer.softcap,
             sinks_H=None if sinks is None else sinks.double(),
         )
         expected = expected[..., : layer.head_dim]
-        error, correlation = _relative(out.double(), expected), _correlation(out.double(), expected)
+        got = out[compared].double()
+        error, correlation = _relative(got, expected), _correlation(got, expected)
         finite = bool(torch.isfinite(out).all())
         ok = finite and error <= TOLERANCE[dtype] and correlation >= MIN_CORRELATION and store_error <= STORE_TOLERANCE[group.kv]
         checks.append(
             Check(
-                backend=group.choice.backend.name,
+                backend=row.name,
                 head_dim=layer.head_dim,
                 window=layer.window,
                 kv=group.kv,
                 phase=phase,
-                length=written,
+                length=stop,
                 error=error if finite else float("inf"),
                 correlation=correlation if finite else 0.0,
                 store_error=store_error,
@@ -162,10 +170,22 @@ def check_group(
         n = min(length, MANY if i % 2 and chunk >= MANY else QUERIES)
         write(length - n)
         write(length)
-        query(n, "prefill")
+        query(n, length, "prefill")
         write(length + 1)
-        query(1, "decode")
+        query(1, length + 1, "decode")
+    if (row := group.choice.prefill) is not None:
+        for n, before in PREFILLED:
+            write(before + n + 1)  # and a key after them
+            try:
+                query(n, before + n, "prefill", row)
+            except Exception as error:  # whatever another library raises
+                why = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                raise BackendError(f"{row.name} does not run on this machine", why=why, do=_without(group)) from error
     return checks
+
+
+def _without(group: LayerGroup) -> str:
+    return f"--backend {group.example.kind}={group.choice.backend.name} takes no other row for prefill"
 
 
 def _stored(x: Tensor, kv: str, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -221,7 +241,9 @@ def check_all(
                 why=f"head_dim {bad.head_dim}, window {bad.window}, KV {bad.kv}, {bad.phase} at {bad.length} keys: relative "
                 f"error {bad.error:.1e} (at most {TOLERANCE[dtype]:.0e}), correlation {bad.correlation:.4f}, stored values off by "
                 f"{bad.store_error:.1e} (at most {STORE_TOLERANCE[bad.kv]:.0e})",
-                do="headwise verify shows every case; --allow-fallback runs the reference in its place",
+                do="headwise verify shows every case; --allow-fallback runs the reference in its place"
+                if bad.backend == group.choice.backend.name
+                else _without(group),
             )
         checks += found
         known[key] = [asdict(c) for c in found]
@@ -234,8 +256,10 @@ def check_all(
 def _key(group: LayerGroup, chunk: int, dtype: torch.dtype, device: torch.device) -> str:
     """Hardware, driver, library versions, the source of the code under test, and the case."""
     layer = group.example
+    rows = (group.choice.backend, group.choice.prefill)
     case = (
-        group.choice.backend.name,
+        group.choice.names,
+        *(metadata.version(row.package) for row in rows if row and row.package and here(row.package)),
         layer.head_dim,
         q_values(layer),
         k_values(layer),

@@ -114,9 +114,15 @@ def pairs(length: int, window: int | None) -> int:
 
 
 class Ours:
-    """A backend over caches of random keys: the one that is chosen for a shape, or the one named."""
+    """A backend over caches of random keys: the one that is chosen for a shape, or the one named.
 
-    def __init__(self, shape: Shape, device: torch.device, n_caches: int, backend: str | None = None) -> None:
+    Args:
+        prefill: whether another row may take what it is ahead in.
+    """
+
+    def __init__(
+        self, shape: Shape, device: torch.device, n_caches: int, backend: str | None = None, *, prefill: bool = True
+    ) -> None:
         layer = layer_of(shape)
         spec = ModelSpec(
             name="bench", family="bench", layers=(layer,), vocab_size=1, hidden=1, max_context=shape.length, rms_eps=1e-6,
@@ -126,9 +132,11 @@ class Ours:
         fmt = KV_FORMATS[shape.kv]
         self.kind = kind
         forced = forced_backends(None if backend is None else f"{layer.kind}={backend}")
-        choice = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind, forced=forced)
-        self.name = choice[0].backend.name
-        self.attend = attend_functions(choice)[0]
+        (choice,) = choose_layers(spec, kv={"global": fmt, "sliding": fmt}, dtype="bf16", device=kind, forced=forced)
+        if not prefill:
+            choice = choice.alone("our own is measured")
+        self.name = choice.names
+        (self.attend,) = attend_functions([choice])
         self.layer, self.shape = layer, shape
         n = 1 if shape.decode else shape.length
         chunk = 1 if shape.decode else shape.length
@@ -335,7 +343,7 @@ def taken(theirs: Iterable[tuple[str, Attend]], want: Tensor) -> tuple[dict[str,
 
 def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) -> tuple[list[Row], list[Refused]]:
     n_caches = max(3, -(-(2**28) // cache_bytes(shape))) if shape.decode else 1
-    ours = Ours(shape, device, n_caches)
+    ours = Ours(shape, device, n_caches, prefill=False)  # whoever is ahead of it is timed beside it
     ours()
     torch.cuda.synchronize()
     k, v = ours.held()

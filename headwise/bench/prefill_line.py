@@ -6,11 +6,10 @@ Pure: `svg` makes the same text of the same result; it needs no card.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from math import ceil, floor, log2, log10
 from typing import Any
 
-from headwise.bench.roofline import text
+from headwise.bench.roofline import opening, text
 
 LEFT, TOP, WIDTH, HEIGHT = 70, 44, 560, 340  # of the plot, in pixels
 PAGE = (830, 434)
@@ -64,10 +63,7 @@ def svg(result: Mapping[str, Any]) -> str:
         return TOP + HEIGHT * (high - log10(rate)) / (high - low)
 
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PAGE[0]} {PAGE[1]}" width="{PAGE[0]}" height="{PAGE[1]}">',
-        f"<title>Prefill of {escape(result['model'])} over prompt length on {escape(result['gpu'])}</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{PAGE[0]}" height="{PAGE[1]}"/>',
+        *opening(PAGE, STYLE, f"Prefill of {result['model']} over prompt length on {result['gpu']}"),
         text(LEFT, 24, f"Prefill of {result['model']} on one {result['gpu']}, {result['date']}", "t"),
     ]
     for power in range(floor(low), ceil(high) + 1):

@@ -133,12 +133,10 @@ def svg(result: Mapping[str, Any]) -> str:
     shapes, found = points(result)
     matrix, read = result["matrix_tflops"], result["read_tb_s"]
     axes = axes_for(found, matrix, read)
+    title, heading = f"Roofline of attention on {result['gpu']}", f"Attention on one {result['gpu']}, {result['date']}"
     lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {PAGE[0]} {PAGE[1]}" width="{PAGE[0]}" height="{PAGE[1]}">',
-        f"<title>Roofline of attention on {escape(result['gpu'])}</title>",
-        f"<style>{STYLE}</style>",
-        f'<rect class="page" width="{PAGE[0]}" height="{PAGE[1]}"/>',
-        text(LEFT, 24, f"Attention on one {result['gpu']}, {result['date']}", "t"),
+        *opening(PAGE, STYLE, title),
+        text(LEFT, 24, heading, "t"),
         *_grid(axes),
         *_roof(axes, matrix, read),
     ]
@@ -152,6 +150,17 @@ def svg(result: Mapping[str, Any]) -> str:
     lines += [_marker(p.who, rivals, axes.x(p.intensity), axes.y(p.tflops)) for p in sorted(found, key=lambda p: not p.ours)]
     lines += _legend(shapes, found, rivals, result["rows"])
     return "\n".join([*lines, "</svg>", ""])
+
+
+def opening(page: tuple[int, int], style: str, title: str) -> list[str]:
+    """A picture's first lines: its size, what a reader of its source is told, its styles, its ground."""
+    width, height = page
+    return [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}">',
+        f"<title>{escape(title)}</title>",
+        f"<style>{style}</style>",
+        f'<rect class="page" width="{width}" height="{height}"/>',
+    ]
 
 
 def text(x: float, y: float, words: str, style: str = "", anchor: str = "start", more: str = "") -> str:

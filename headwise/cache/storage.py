@@ -19,11 +19,10 @@ from torch import Tensor
 
 from headwise.cache.pages import Extent
 from headwise.kernels.turn import Turn
-from headwise.spec.kv import PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
+from headwise.spec.kv import FP8_MAX, PAGE_TOKENS, KVFormat, k_values, kv_slots, v_values
 from headwise.spec.layers import LayerSpec
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn}
-FP8_MAX = 448.0  # largest e4m3 value; larger ones saturate
 
 
 class Segment(NamedTuple):

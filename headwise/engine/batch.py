@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import replace
-from itertools import accumulate, chain, groupby
+from itertools import accumulate, chain, groupby, repeat
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +21,10 @@ from headwise.kernels.configs import FEW_ROWS, doublings
 from headwise.model.arena import Arena
 from headwise.model.heads import Part, Step, Tail
 from headwise.planner.memory import Plan
-from headwise.planner.workspace import launches, ring_slots, span_words
+from headwise.planner.workspace import RECORDED_TOKENS, launches, ring_slots, span_words
 from headwise.spec.kv import DRAFT_TOKENS, PAGE_TOKENS
+
+FILL_TOKENS = 64  # a recorded chunk has a multiple of as many: few shapes, and products of fewer rows are bound by the weights
 
 
 class Run(NamedTuple):
@@ -31,12 +33,14 @@ class Run(NamedTuple):
     Args:
         start: the position of the first of `ids`.
         wanted: how many of the last tokens' hidden states are wanted.
+        fills: the step is filled up with them to the length of a recorded one: they are stored nowhere, and not looked at.
     """
 
     place: Place
     start: int
     ids: Sequence[int]
     wanted: int = 1
+    fills: bool = False
 
     @property
     def n(self) -> int:
@@ -59,7 +63,12 @@ class Run(NamedTuple):
     @property
     def answers(self) -> bool:
         """Whether it is a token of an answer with its drafts, and no chunk of a prompt."""
-        return self.n <= DRAFT_TOKENS and self.wanted == self.n
+        return self.n <= DRAFT_TOKENS and self.wanted == self.n and not self.fills
+
+    def filled(self, n: int) -> list[Run]:
+        """It, and as many tokens more as make `n`. They attend to what the sequence begins with: keys which any place has room for,
+        so that neither the end of the context nor pages nor rings matter to them."""
+        return [self, Run(self.place, 0, [self.ids[-1]] * (n - self.n), 0, fills=True)]
 
 
 class Steps:
@@ -76,6 +85,7 @@ class Steps:
         self.rings = ring_slots(spec, n_tokens=w.context, chunk=w.chunk)
         self.kinds = tuple(dict.fromkeys(layer.window for layer in spec.kv_layers))
         self.together = max(1, FEW_ROWS // max(x.n_heads // x.n_kv_heads for x in spec.layers))
+        self.tail_attends = spec.layers[-1].kv_source is not None  # the wanted tokens' own step is not empty
         # where the numbers of a whole step begin, and those of the wanted tokens alone: words, and rows of the page table
         self.whole, self.wanted = (0, 0), (span_words(spec, w.slots, w.chunk), launches(w.slots, w.chunk))
         self._pages: dict[int, object] = {}  # by row of the page table: whose pages lie there
@@ -101,7 +111,7 @@ class Steps:
         if span is not None:
             self._write(span, runs, *self.whole)
             if _narrows(runs):
-                self._write(span, _wanted(runs), *self.wanted)
+                self._write(span, _wanted(runs), *self.wanted, rows=_rows(runs))
         if not self.fused:
             self._masks(runs)
 
@@ -110,19 +120,22 @@ class Steps:
         whole = self._step(runs, *self.whole)
         if not _narrows(runs):
             return whole
-        rows, end = list[int](), 0
-        for r in runs:
-            end += r.n
-            rows += range(end - r.wanted, end)
-        narrow = self._step(_wanted(runs), *self.wanted)
-        told = torch.tensor(rows, dtype=torch.int64, pin_memory=self.pinned)
-        return replace(whole, tail=Tail(told.to(self.device, non_blocking=True), narrow))
+        rows, (at, row), span = _rows(runs), self.wanted, self.arena.flat("span")
+        if span is None:
+            rows_W = torch.tensor(rows, dtype=torch.int64, pin_memory=self.pinned).to(self.device, non_blocking=True)
+        else:
+            rows_W = span[at : at + len(rows)]
+        return replace(whole, tail=Tail(rows_W, self._step(_wanted(runs), at + len(rows), row)))
 
     def key(self, runs: Sequence[Run]) -> Hashable | None:
         """What a recorded step of these runs may be replayed for; None where it cannot be recorded."""
-        if not all(r.answers and r.n == runs[0].n for r in runs):
+        scattered, shares = any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
+        if all(r.answers and r.n == runs[0].n for r in runs):
+            return len(runs), runs[0].n, scattered, shares
+        n, wanted = sum(r.n for r in runs), runs[0].wanted
+        if len(runs) != 2 or not runs[1].fills or wanted > 1 or not FILL_TOKENS <= n <= RECORDED_TOKENS:
             return None
-        return len(runs), runs[0].n, any(r.scattered for r in runs), doublings(max(r.stop for r in runs))
+        return "chunk", n, wanted, scattered, shares if wanted and self.tail_attends else 1  # many queries share no keys
 
     def _groups(self, runs: Sequence[Run]) -> list[list[Run]]:
         """Runs that attention takes in one go: few queries each, or many. Operators take each run of a sequence's pages alone."""
@@ -158,18 +171,21 @@ class Steps:
                     tables[None] = Table(pages[row : row + B], PAGE_TOKENS)
                 on_device = OnDevice(starts, lengths, tables, fresh=len(group) < B)
                 at, row = at + 1 + (2 + kinds) * B, row + B
-            most, stop = max(r.n for r in sequences), max(r.stop for r in sequences)
+            most = n if group[-1].fills else max(r.n for r in sequences)  # as many queries however many are filled up
+            stop = max(most, *(r.stop for r in sequences))
             parts.append(Part(first, first + n, Span(stop - most, most, None, on_device, group[0].place)))
             first += n
         return Step(T, positions, tuple(parts), self.arena, by_window)
 
-    def _write(self, span: Tensor, runs: Sequence[Run], at: int, row: int) -> None:
-        """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences."""
-        told: list[Iterable[int]] = [range(r.start, r.stop) for r in runs]
+    def _write(self, span: Tensor, runs: Sequence[Run], at: int, row: int, rows: Sequence[int] = ()) -> None:
+        """Numbers in the order in which `_step` looks for them: of tokens, then of each group of sequences; before them `rows`."""
+        told: list[Iterable[int]] = [rows, *(range(r.start, r.stop) for r in runs)]
         for window in self.kinds:
             ring = None if window is None else self.rings[window]
-            told += [range(slot, slot + n) for r in runs for slot, _, n in slots_of(r.place, ring, r.start, r.n)]
-        words = (1 + len(self.kinds)) * sum(r.n for r in runs)
+            for r in runs:
+                stored = [] if r.fills else slots_of(r.place, ring, r.start, r.n)
+                told += [range(slot, slot + n) for slot, _, n in stored] or [repeat(-1, r.n)]
+        words = len(rows) + (1 + len(self.kinds)) * sum(r.n for r in runs)
         for group in self._groups(runs):
             sequences = self._sequences(group)
             told += [accumulate((r.n for r in sequences), initial=0), [r.stop for r in sequences]]
@@ -222,6 +238,12 @@ def _narrows(runs: Sequence[Run]) -> bool:
 
 def _wanted(runs: Sequence[Run]) -> list[Run]:
     return [r.part(r.n - r.wanted, r.wanted) for r in runs if r.wanted]
+
+
+def _rows(runs: Sequence[Run]) -> list[int]:
+    """Which of all tokens' rows the wanted ones are."""
+    ends = accumulate(r.n for r in runs)
+    return [row for r, end in zip(runs, ends, strict=True) for row in range(end - r.wanted, end)]
 
 
 def _pages_of(place: Place) -> np.ndarray:

@@ -87,7 +87,8 @@ def skinny_rows(device: torch.device, dtype: str) -> int:
     kind = device_kind(device)
     if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0) or kind.triton != (3, 6) or dtype not in ("bf16", "f16"):
         return 0
-    from headwise.kernels.skinny import card, most_rows
+    from headwise.kernels.skinny import most_rows
+    from headwise.kernels.split import card
 
     return most_rows(card(device))
 

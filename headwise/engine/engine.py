@@ -20,7 +20,7 @@ from headwise.engine.constrain import Constrainer, Constraint
 from headwise.engine.draft import Drafts, propose
 from headwise.engine.prefixes import Prefixes, keep_after
 from headwise.engine.request import Event, Finish, Prefill, Reason, Request, Token
-from headwise.engine.sample import Arriving, Sampler, tokens
+from headwise.engine.sample import Arriving, Sampler
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
@@ -87,7 +87,7 @@ class Engine:
     Args:
         emit: takes every event, in order.
         deterministic: every sequence in steps of its own, and only prefixes that a cold start would compute so: an answer does
-            not depend on what else runs or ran.
+            not depend on what else runs or ran. The model must have been loaded so too.
         speculate: draft tokens from what a sequence repeats, where that pays.
         keep: copies of rings for later turns.
         ahead: launch the next step of answers before the host has their tokens; default on a GPU.
@@ -279,12 +279,12 @@ class Engine:
         now = time.perf_counter()
         try:
             x = self.runner.run([run for _, run in due], ids)
-            logits = self.runner.logits(x) if x.shape[0] else x
+            draws = [d for r, run in due for d in r.sampler.draws(run.wanted, after=int(ids is not None))]
+            logits, drawn = self.runner.draw(x, draws) if draws else (x, torch.empty(0, dtype=torch.int64, device=x.device))
         except HeadwiseError as error:
             for r, _ in due:
                 self._finish(r, "error", error.parts)
             return None
-        drawn = tokens(logits, [d for r, run in due for d in r.sampler.draws(run.wanted, after=int(ids is not None))])
         return _Flight(due, logits, drawn, Arriving(drawn), now)
 
     def _land(self, flight: _Flight) -> None:

@@ -30,6 +30,7 @@ from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest,
 from headwise.planner.quantise import made_at_load
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
+from headwise.planner.workspace import RECORDED_TOKENS
 from headwise.spec.kv import laid_out
 from headwise.spec.layers import ModelSpec
 from headwise.spec.read import Source, open_model
@@ -88,6 +89,7 @@ class Report:
                 {
                     "layers": list(g.layers),
                     "backend": g.choice.backend.name,
+                    "prefill": g.choice.prefill.name if g.choice.prefill else None,
                     "head_dim": g.example.head_dim,
                     "window": g.example.window,
                     "kv": g.kv,
@@ -151,13 +153,14 @@ class LLM:
         kv_layout: of layers with one tensor for K and V: "v+rotated" (default) or "v", see `spec.kv`.
         device: "cpu", "cuda:N", or a list of cards, each with a limit if need be ("cuda:0:12GiB"), which share the layers;
             "cuda", the default where there is one, is one card where the model fits, else as few as hold it.
-        weights: "fp8" makes the layers' matrices of a checkpoint in floats e4m3 while it is loaded, on a GPU.
+        weights: "fp8" makes the layers' matrices and experts of a checkpoint in floats e4m3 while it is loaded, on a GPU.
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
         chunk: most tokens of one prefill step.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
         slots: sequences at once; `generate`, `stream` and `logits` use the first.
         pool: tokens that the global layers hold of all sequences together; default `context` of each.
         rooms: in place of both, the first that fits; see `planner.memory.server_rooms`.
+        deterministic: no row takes another's prefill, since which spans it gets depends on where a sequence's pages lie.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
         load: False stops before the weights, with a plan and what `check` needs.
@@ -180,6 +183,7 @@ class LLM:
         slots: int = 1,
         pool: int | None = None,
         rooms: Sequence[Room] = (),
+        deterministic: bool = False,
         allow_fallback: bool = False,
         check: bool = True,
         load: bool = True,
@@ -212,6 +216,9 @@ class LLM:
             work, by_kind = work_on(self.spec, kinds, **asked)
             for kind, choices in by_kind.items():
                 require_fused(self.spec, choices, allow_fallback=allow_fallback, device=kind)
+            if deterministic or chunk <= RECORDED_TOKENS:
+                why = "what it gets depends on where pages lie" if deterministic else f"steps of {chunk} tokens at most (--ubatch)"
+                by_kind = {kind: tuple(c.alone(why) for c in choices) for kind, choices in by_kind.items()}
             return work, by_kind
 
         first = allowed if together else allowed[:1]

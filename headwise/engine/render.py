@@ -28,7 +28,7 @@ def report_view(llm: LLM, ready_s: float) -> RenderableType:
         layer_map(llm.spec, [c.backend.name for c in llm.choices], [c.fused for c in llm.choices]),
     ]
     for g in r.backends:
-        rows.append(Text(f"     {len(g.layers)} x {g.choice.backend.name}: {kind_words(g.example)}, KV {g.kv}", style="dim"))
+        rows.append(Text(f"     {len(g.layers)} x {g.choice.names}: {kind_words(g.example)}, KV {g.kv}", style="dim"))
     same = all(d.planned_bytes == d.allocated_bytes for d in r.devices)
     rows.append(
         Text.assemble(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from headwise.cache.storage import Place
-from headwise.engine.batch import Run
+from headwise.engine.batch import FILL_TOKENS, Run
+from headwise.engine.sample import Draw
 from headwise.engine.stage import Stage
 from headwise.errors import PlanError
 from headwise.planner.memory import Plan
@@ -76,16 +77,25 @@ class Runner:
         return x if padded is runs else x[:n]
 
     def _padded(self, runs: Sequence[Run]) -> Sequence[Run]:
-        """Runs of one length as many as a recorded step has: the last again, which writes what it writes and is not looked at."""
+        """Runs of one length as many as a recorded step has: the last again, which writes what it writes and is not looked at. Of a
+        chunk alone as many tokens."""
         B, n = len(runs), runs[0].n
-        more = (1 << (B - 1).bit_length()) - B
-        if not more or (B + more) * n > min(self.chunk, self.rows) or any(r.n != n for r in runs):
-            return runs
-        return [*runs, *[runs[-1]] * more] if all(stage.recorded(runs) for stage in self.stages) else runs
+        if B == 1 and not runs[0].answers:
+            padded = runs[0].filled(min(self.chunk, -(-n // FILL_TOKENS) * FILL_TOKENS))
+        else:
+            more = (1 << (B - 1).bit_length()) - B
+            if not more or (B + more) * n > min(self.chunk, self.rows) or any(r.n != n for r in runs):
+                return runs
+            padded = [*runs, *[runs[-1]] * more]
+        return padded if all(stage.recorded(padded) for stage in self.stages) else runs
 
     def logits(self, x_TD: Tensor, out: Tensor | None = None) -> Tensor:
         """Of hidden states that a step gave, (T, vocab); without `out` valid until the next ones, and of `rows` at most."""
         return self.stages[-1].logits(x_TD, self.rows, out)
+
+    def draw(self, x_TD: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """As `logits`, and a token of each row, (T,), on the device."""
+        return self.stages[-1].draw(x_TD, self.rows, draws)
 
     def on_stream(self) -> AbstractContextManager[object]:
         """Steps, and what is read of them, on the stream of the one stage: else each step and each reading waits for the caller's

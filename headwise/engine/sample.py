@@ -1,8 +1,9 @@
 """Logits to tokens. Order of the filters, as in transformers: temperature, top-k, top-p, min-p.
 
-A row is drawn where its logits lie, by one number of [0, 1) from its request's own generator: the first token at which the sum of
-the chances, in the order of the vocabulary or where there are filters from the likeliest down, passes that share of all. So a
-seed means the same on every device, up to rounding; the host waits for tokens and not for logits.
+A row is drawn where its logits lie, by one number of [0, 1) from its request's own generator: the first token, in the order of the
+vocabulary, at which the sum of the kept chances passes that share of all. Of equal logits at the edge of top-k or top-p the first
+are kept. So a seed means the same on every device, up to rounding; the host waits for tokens and not for logits. `kernels.draw`
+does it in up to three launches; what stands here is the same in PyTorch's operators, which that is tested against.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from headwise.engine.request import Sampling
+from headwise.model.ops import plain_softcap
 
-ROWS = 4  # drawn at a time: with filters a row of 262,144 logits takes 8 MB on the way, which no plan counts
+ROWS = 4  # drawn at a time by PyTorch: with filters a row of 262,144 logits takes 8 MB on the way, which no plan counts
+COLDEST = 1e-30  # temperatures below are 0 in fp32, or make sums of it infinite; the best token alone has a chance long before
 BELOW_ONE = 1 - 2**-24  # the largest fp32 below 1
 
 
@@ -32,8 +35,24 @@ class Draw(NamedTuple):
     u: float = 0.0
 
 
-def tokens(logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    """The token of each row, (W,), on the logits' device. Rows of one kind go together: no row's order depends on another's."""
+class Room(NamedTuple):
+    """What `kernels.draw` works in, of the arena."""
+
+    words: Tensor
+    done: Tensor
+
+
+def tokens(logits_WV: Tensor, draws: Sequence[Draw], cap: float | None = None, room: Room | None = None) -> Tensor:
+    """The token of each row, (W,), on the logits' device. No row's token depends on another's.
+
+    Args:
+        cap: of the logits, which have not been capped, and are afterwards: cap * tanh(logits / cap).
+        room: our kernel draws.
+    """
+    if room is not None:
+        return _by_kernel(logits_WV, draws, cap, room)
+    if cap is not None:
+        plain_softcap(logits_WV, cap)
     kinds = [_kind(d.sampling) for d in draws]
     if len(set(kinds)) < 2:
         return _of_kind(kinds[0] if kinds else "greedy", logits_WV, draws)
@@ -43,6 +62,14 @@ def tokens(logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
         at = torch.tensor(of, pin_memory=out.is_cuda).to(out.device, non_blocking=True)  # a list would be waited for
         out.index_copy_(0, at, _of_kind(kind, logits_WV.index_select(0, at), [draws[i] for i in of]))
     return out
+
+
+def _by_kernel(logits_WV: Tensor, draws: Sequence[Draw], cap: float | None, room: Room) -> Tensor:
+    from headwise.kernels.draw import draw
+
+    V, warm = logits_WV.shape[1], [d.sampling for d in draws if d.sampling.temperature > 0.0]
+    ranked = any(0 < s.top_k < V or s.top_p < 1.0 for s in warm)
+    return draw(logits_WV, _numbers(logits_WV, draws) if warm else None, ranked=ranked, cap=cap, words=room.words, done=room.done)
 
 
 def _of_kind(kind: str, logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
@@ -65,41 +92,55 @@ def _best(logits_WV: Tensor) -> Tensor:
 
 
 def _free(logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    temperature, u = _told(logits_WV, [(d.sampling.temperature, d.u) for d in draws])
-    return _picked(_scaled(logits_WV, temperature).softmax(-1), u)
+    temperature, u, *_ = _numbers(logits_WV, draws).split(1, -1)
+    return _picked(_weights(logits_WV, temperature), u)
 
 
 def _filtered(logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
-    V, every = logits_WV.shape[1], [d.sampling for d in draws]
-    most = max(min(s.top_k or V, V) for s in every)
-    numbers = [(s.temperature, d.u, s.top_k or V, s.top_p, s.min_p) for d, s in zip(draws, every, strict=True)]
-    temperature, u, top_k, top_p, min_p = _told(logits_WV, numbers)
-    x = _scaled(logits_WV, temperature)
-    x, index = x.topk(most) if most < V else x.sort(descending=True)
-    chances = x.masked_fill(torch.arange(most, device=x.device) >= top_k, float("-inf")).softmax(-1)
-    before = chances.cumsum(-1) - chances
-    chances = chances.masked_fill((before >= top_p) & (top_p < 1.0), 0.0)  # the first always stays
-    chances = chances.masked_fill(chances < min_p * chances[:, :1], 0.0)
-    return index.gather(-1, _picked(chances, u)[:, None])[:, 0]
+    V = logits_WV.shape[1]
+    most = max(min(d.sampling.top_k or V, V) for d in draws)
+    temperature, u, top_k, top_p, min_p = _numbers(logits_WV, draws).split(1, -1)
+    index = _best_first(logits_WV, most)
+    weights = _weights(logits_WV.gather(-1, index), temperature)
+    weights = weights.masked_fill(torch.arange(most, device=weights.device) >= top_k, 0.0)
+    sums = weights.cumsum(-1)
+    weights = weights.masked_fill((sums - weights >= top_p * sums[:, -1:]) & (top_p < 1.0), 0.0)  # the first always stays
+    weights = weights.masked_fill(weights < min_p, 0.0)
+    if most == V:
+        return _picked(torch.zeros_like(weights).scatter(-1, index, weights), u)
+    index, order = index.sort()
+    return index.gather(-1, _picked(weights.gather(-1, order), u)[:, None])[:, 0]
+
+
+def _best_first(logits_WV: Tensor, most: int) -> Tensor:
+    """The tokens of the largest logits, of equal ones the first of them first: logit and token are one integer, for `topk` leaves
+    open which of equal ones it gives."""
+    V = logits_WV.shape[1]
+    bits = (logits_WV.float() + 0.0).view(torch.int32)  # -0 is 0
+    keys = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32)
+    keys |= torch.arange(V - 1, -1, -1, device=keys.device)
+    return V - 1 - ((keys.topk(most) if most < V else keys.sort(descending=True))[0] & 0xFFFFFFFF)
 
 
 _TOKENS = {"free": _free, "filtered": _filtered}
 
 
-def _told(like: Tensor, numbers: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
-    """Columns of a few numbers a row, where the logits are."""
-    return torch.tensor(numbers, pin_memory=like.is_cuda).to(like.device, non_blocking=True).split(1, -1)
+def _numbers(logits_WV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """Of each row temperature, u, top-k, top-p and min-p, (W, 5), where the logits are."""
+    V = logits_WV.shape[1]
+    rows = [(s.temperature and max(s.temperature, COLDEST), u, min(s.top_k or V, V), s.top_p, s.min_p) for s, u in draws]
+    return torch.tensor(rows, pin_memory=logits_WV.is_cuda).to(logits_WV.device, non_blocking=True)
 
 
-def _scaled(logits_WV: Tensor, temperature_W1: Tensor) -> Tensor:
-    """The largest logit is subtracted first: divided by a temperature near 0 it would be infinite."""
+def _weights(logits_WV: Tensor, temperature_W1: Tensor) -> Tensor:
+    """Chances in those of the likeliest: divided by a temperature near 0 the largest logit itself would be infinite."""
     x = logits_WV.float()
-    return (x - x.amax(-1, keepdim=True)) / temperature_W1.clamp(min=1e-30)
+    return ((x - x.amax(-1, keepdim=True)) / temperature_W1).exp()
 
 
-def _picked(chances_WN: Tensor, u_W1: Tensor) -> Tensor:
+def _picked(weights_WV: Tensor, u_W1: Tensor) -> Tensor:
     """Sums made side by side need not grow: the whole is the largest at a token with a chance, so that one always passes."""
-    sums = chances_WN.cumsum(-1).masked_fill(chances_WN <= 0.0, 0.0)
+    sums = weights_WV.cumsum(-1).masked_fill(weights_WV <= 0.0, 0.0)
     return (sums > u_W1.clamp(max=BELOW_ONE) * sums.amax(-1, keepdim=True)).int().argmax(-1)
 
 

@@ -14,12 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from headwise.attention.capability import Capability
 from headwise.attention.choose import Choice
+from headwise.attention.prefill import Prefilled
 from headwise.cache.storage import LayerCache
 from headwise.engine.batch import Run, Steps
 from headwise.engine.devices import before_loading, scaled_rows, skinny_rows
 from headwise.engine.measure import Peak, storages
 from headwise.engine.replay import Replay, own_stream, records
+from headwise.engine.sample import Draw, Room, tokens
 from headwise.kernels.turn import Turn
 from headwise.model.arena import Arena
 from headwise.model.decoder import Decoder
@@ -29,14 +32,17 @@ from headwise.planner.workspace import ropes
 from headwise.spec.kv import turned_pairs
 from headwise.weights.blocks import Weight
 
+CHUNK_GRAPHS = 48  # of prompts: 16 lengths, with the last token's hidden state or without, and some with pages apart
+
 
 def attend_functions(choices: Sequence[Choice]) -> list[Callable[..., None]]:
-    """The adapter of each layer's chosen backend."""
-    out = []
-    for choice in choices:
-        module = importlib.import_module(choice.backend.module)
-        out.append(partial(module.attend_cache if choice.backend.name == "reference" else module.attend, choice.backend.name))
-    return out
+    """The adapter of each layer's chosen backend, or of both where another row takes its prefill."""
+    return [adapter(c.backend) if c.prefill is None else Prefilled(adapter(c.backend), adapter(c.prefill)) for c in choices]
+
+
+def adapter(row: Capability) -> Callable[..., None]:
+    module = importlib.import_module(row.module)
+    return partial(module.attend_cache if row.name == "reference" else module.attend, row.name)
 
 
 def build_stages(
@@ -112,10 +118,13 @@ class Stage:
                 norm = weights[f"layers.{i}.k_norm"]
                 assert layer.rope is not None and isinstance(norm, Tensor)
                 cache.turn = Turn(norm, freq[layer.rope], layer.rope.magnitude)
+        words, done = self.arena.flat("draw"), self.arena.flat("done")
+        self.draws_in = None if words is None or done is None else Room(words, done)  # else PyTorch draws
         self.before_bytes = before_bytes
         self.transient_bytes = 0  # most that operators allocated beside the arena, measured
         recorded = device.type == "cuda" and w.fused and records(weights)
         self.replay = Replay(device) if recorded else None
+        self.chunks = Replay(device, most=CHUNK_GRAPHS) if recorded else None  # their own, so that they push no answers' out
         with self.arena.lent():  # the reserve's address is free during a step: an operator's result may get it
             self._known = storages(self)
 
@@ -140,16 +149,22 @@ class Stage:
                 return x
             with self._lent():
                 self.steps.fill(runs, ids)
-                if self.replay is not None and (key := self.steps.key(runs)) is not None:
-                    return self.replay.run(("step", key), lambda: self._forward(runs))
                 return self._forward(runs)
 
     def recorded(self, runs: Sequence[Run]) -> bool:
         """Whether a step of these runs is recorded, or will be."""
-        return self.replay is not None and self.steps.key(runs) is not None
+        return self._replay(runs) is not None and self.steps.key(runs) is not None
+
+    def _replay(self, runs: Sequence[Run]) -> Replay | None:
+        return self.replay if runs[0].answers else self.chunks
 
     def _forward(self, runs: Sequence[Run]) -> Tensor:
-        return self.decoder.forward(self.steps.step(runs), self.caches)
+        def forward() -> Tensor:
+            return self.decoder.forward(self.steps.step(runs), self.caches)
+
+        replay = self._replay(runs)
+        key = None if replay is None else self.steps.key(runs)
+        return forward() if replay is None or key is None else replay.run(("step", key), forward)
 
     def _send(self, arena: Arena, n: int) -> None:
         """Copies what the next stage needs to its arena. PyTorch orders a copy between GPUs by the current streams of both."""
@@ -157,14 +172,21 @@ class Stage:
             for name, tensor in self.decoder.outgoing(n, self.arena).items():
                 arena.take(name, *tensor.shape).copy_(tensor)
 
-    def logits(self, x_TD: Tensor, most: int, out: Tensor | None = None) -> Tensor:
+    def logits(self, x_TD: Tensor, most: int, out: Tensor | None = None, *, capped: bool = True) -> Tensor:
         """Of hidden states of the last stage, (T, vocab); `most` is the rows that there is room for without `out`."""
         T = x_TD.shape[0]
         with torch.inference_mode(), self._lent(), self.own_stream():
             if self.replay and out is None and x_TD.data_ptr() == self.arena.take("x", T, self.spec.hidden).data_ptr():
                 x = self.arena.take("x", max(T, min(most, 1 << (T - 1).bit_length())), self.spec.hidden)
-                return self.replay.run(("logits", x.shape[0]), lambda: self.decoder.logits(x, self.arena))[:T]
-            return self.decoder.logits(x_TD, self.arena, out)
+                key = ("logits", x.shape[0], capped)
+                return self.replay.run(key, lambda: self.decoder.logits(x, self.arena, capped=capped))[:T]
+            return self.decoder.logits(x_TD, self.arena, out, capped=capped)
+
+    def draw(self, x_TD: Tensor, most: int, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
+        """The logits of hidden states of the last stage, and a token of each row, (T,)."""
+        logits = self.logits(x_TD, most, capped=False)
+        with torch.inference_mode(), self.own_stream():
+            return logits, tokens(logits, draws, self.spec.final_softcap, self.draws_in)
 
     def _lent(self) -> AbstractContextManager[object]:
         return nullcontext() if self.device.type == "cpu" else self.arena.lent()

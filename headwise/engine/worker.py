@@ -12,7 +12,7 @@ from typing import Any
 
 from headwise.errors import HeadwiseError
 
-ENGINE_SETTINGS = ("deterministic", "speculate")
+ENGINE_SETTINGS = ("deterministic", "speculate")  # of which `LLM` takes the first as well
 TOLD_S = 1.0  # pages and slots are told no more often while requests run
 
 
@@ -30,7 +30,7 @@ def main(connection: Connection, beat: Any, model: str | None, settings: Mapping
 
     send = connection.send
     try:
-        how = {k: v for k, v in settings.items() if k not in ENGINE_SETTINGS}
+        how = {k: v for k, v in settings.items() if k != "speculate"}
         llm = LLM(model, **how, progress=lambda *said: send(("loading", *said)))
         engine = Engine(llm, send, **{k: settings[k] for k in ENGINE_SETTINGS if k in settings})
     except HeadwiseError as error:

@@ -7,12 +7,13 @@ multiprocessor, so two warpgroups hold half of it each, and the products of one 
     warpgroup 2                 | right half of O += P(i-1) V(i-1) |
     producer      loads a half of tile i + 2 as soon as that half of tile i is done with
 
-`_pair512` is the same with a tensor each for K and V, one tile of both in flight: twice the traffic. `_two` is for two tensors
-up to head_dim 256: two warpgroups with 64 queries each, products of the next tile issued before the
-softmax of this one.
+`_pair512` is the same with a tensor each for K and V, one tile of both in flight: K(i + 1) comes in quarters, each as soon as its
+quarter of S(i) is done, and before what V(i) still has to wait for. `_two` is for two tensors up to head_dim 256: two warpgroups
+with 64 queries each, products of the next tile issued before the softmax of this one. In a window its programs go on from one block
+of queries to the next: the next one's keys and queries come while results leave.
 
 Shapes    as in `attend`; K and V in the type of the queries (bf16, f16); pages of 64 slots, or contiguous.
-Cost      tile traffic: 64 queries read (E) * 2 bytes a key from L2; 5.5 TB/s of L2 bounds head_dim 512 with the rotated dims.
+Cost      512: a key of 64 queries is 1,152 to 2,048 bytes from L2, and 36 to 41 clocks of shared memory beside 32 of products.
 Source    roles after FlashAttention-3 (Shah et al. 2024) and FlashMLA (DeepSeek 2025).
 """
 
@@ -38,13 +39,21 @@ BM, BN = 64, 64  # queries of a warpgroup; keys of a tile, which is a page
 
 
 @gluon.jit
-def _extent(starts, lengths, AXIS: gl.constexpr):
-    """What this program works on: sequence, first query row, queries, position of query 0, its block (axis AXIS; longest first)."""
+def _barriers(N: gl.constexpr, COUNT: gl.constexpr):
+    out = gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(N):
+        mbarrier.init(out.index(i), count=COUNT)
+    return out
+
+
+@gluon.jit
+def _extent(starts, lengths):
+    """What this program works on: sequence, first query row, queries, position of query 0, its block (longest first)."""
     seq = gl.program_id(2)
     q0 = gl.load(starts + seq)
     T = gl.load(starts + seq + 1) - q0
     n = gl.load(lengths + seq)
-    block = gl.num_programs(AXIS) - 1 - gl.program_id(AXIS)
+    block = gl.num_programs(1) - 1 - gl.program_id(1)
     return seq, q0, T, n - T, block
 
 
@@ -57,11 +66,20 @@ def _slot(table, seq, table_stride, i, PAGED: gl.constexpr):
 
 
 @gluon.jit
+def _store(out, x, q0, first, T, H, h, column, D: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
+    """64 results of a head from query `first` on, N columns of D from `column`; those past the last query are left out."""
+    om = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    on = column + gl.arange(0, N, gl.SliceLayout(0, layout))
+    at = ((q0 + om).to(gl.int64) * H + h) * D
+    gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), x, mask=gl.expand_dims(om < T, 1))
+
+
+@gluon.jit
 def _one_load(
-    qd64, qd128, kd, td, starts, lengths, table, table_stride, G, GROUP: gl.constexpr,
+    qd64, qd128, kd, td, starts, lengths, table, table_stride, GROUP: gl.constexpr,
     sq0, sq1, sq2, sq3, sq4, sk, st, bq, kl_full, kr_full, kl_empty, kr_empty, t_full, t_empty, PAGED: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    seq, q0, T, past, block = _extent(starts, lengths)
     h = gl.program_id(0)
     g = h // GROUP
     if block * 64 < T:
@@ -90,10 +108,8 @@ def _one_load(
 
 
 @gluon.jit
-def _one_right(
-    starts, lengths, out, H, sk, sp, sa, p_full, p_empty, kr_empty, go, dtype: gl.constexpr, SKEW: gl.constexpr,
-):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+def _one_right(starts, lengths, out, H, sk, sp, sa, p_full, p_empty, kr_empty, go, dtype: gl.constexpr):
+    seq, q0, T, past, block = _extent(starts, lengths)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row: gl.constexpr = gl.SliceLayout(1, accl)
     if block * 64 < T:
@@ -102,29 +118,22 @@ def _one_right(
         for i in range(tiles):
             b = i % 2
             mbarrier.wait(p_full.index(b), (i // 2) & 1)
-            a = sa.index(b).load(row)
-            acc = acc * gl.expand_dims(a, 1)
-            if SKEW:
-                mbarrier.wait(go, i & 1)
+            acc = acc * gl.expand_dims(sa.index(b).load(row), 1)
+            mbarrier.wait(go, i & 1)
             acc = warpgroup_mma(sp.index(b), sk.index(2 * b + 1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(kr_empty.index(b), count=1)
             mbarrier.arrive(p_empty.index(b), count=1)
         b = tiles % 2
         mbarrier.wait(p_full.index(b), (tiles // 2) & 1)
-        l = sa.index(b).load(row)
-        acc = acc / gl.expand_dims(l, 1)
-        om = block * 64 + gl.arange(0, 64, row)
-        on = 256 + gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+        acc = acc / gl.expand_dims(sa.index(b).load(row), 1)
+        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 256, 512, 256, accl)
 
 
 @gluon.jit
 def _one_tile(
     i, acc, m, l, pos_q, cols, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, kl_full, kr_full, kl_empty, t_full, t_empty, p_full,
-    p_empty, go,
-    scale, dtype: gl.constexpr, MASKED: gl.constexpr, SKEW: gl.constexpr,
+    p_empty, go, scale, dtype: gl.constexpr, MASKED: gl.constexpr,
 ):  # fmt: skip
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
@@ -143,9 +152,8 @@ def _one_tile(
     s = warpgroup_mma(sq3, right.slice(128, 128, dim=1).permute((1, 0)), s, is_async=True)
     s = warpgroup_mma_wait(0, deps=(s,))
     mbarrier.arrive(t_empty, count=1)
-    if SKEW:
-        if i > 0:
-            mbarrier.arrive(go, count=1)
+    if i > 0:
+        mbarrier.arrive(go, count=1)
     if MASKED:
         s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
@@ -169,10 +177,9 @@ def _one_tile(
 @gluon.jit
 def _one_left(
     starts, lengths, out, H, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, bq, kl_full, kr_full, kl_empty, t_full, t_empty, p_full,
-    p_empty, go,
-    scale, dtype: gl.constexpr, SKEW: gl.constexpr,
+    p_empty, go, scale, dtype: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    seq, q0, T, past, block = _extent(starts, lengths)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     if block * 64 < T:
@@ -185,28 +192,24 @@ def _one_left(
         cols = gl.arange(0, 64, gl.SliceLayout(0, sl))
         mbarrier.wait(bq, 0)
         for i in range(full):
-            acc, m, l = _one_tile(i, acc, m, l, pos_q, cols, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, kl_full, kr_full, kl_empty,
-                t_full, t_empty, p_full, p_empty, go, scale, dtype, False, SKEW)  # fmt: skip
+            acc, m, l = _one_tile(i, acc, m, l, pos_q, cols, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, kl_full, kr_full,
+                                  kl_empty, t_full, t_empty, p_full, p_empty, go, scale, dtype, False)  # fmt: skip
         for i in range(full, tiles):
-            acc, m, l = _one_tile(i, acc, m, l, pos_q, cols, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, kl_full, kr_full, kl_empty,
-                t_full, t_empty, p_full, p_empty, go, scale, dtype, True, SKEW)  # fmt: skip
-        if SKEW:
-            mbarrier.arrive(go, count=1)
+            acc, m, l = _one_tile(i, acc, m, l, pos_q, cols, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, kl_full, kr_full,
+                                  kl_empty, t_full, t_empty, p_full, p_empty, go, scale, dtype, True)  # fmt: skip
+        mbarrier.arrive(go, count=1)
         b = tiles % 2
         mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
         sa.index(b).store(l)
         mbarrier.arrive(p_full.index(b), count=1)
         acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
-        om = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, accl))
-        on = gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 0, 512, 256, accl)
 
 
 @gluon.jit
 def _one512(
-    qd64, qd128, kd, td, out, starts, lengths, table, table_stride, H, G, scale,
-    GROUP: gl.constexpr, PAGED: gl.constexpr, SKEW: gl.constexpr, dtype: gl.constexpr,
+    qd64, qd128, kd, td, out, starts, lengths, table, table_stride, H, scale,
+    GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     sq0 = gl.allocate_shared_memory(dtype, [64, 64], qd64.layout)
     sq1 = gl.allocate_shared_memory(dtype, [64, 128], qd128.layout)
@@ -218,58 +221,56 @@ def _one512(
     play: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     sp = gl.allocate_shared_memory(dtype, [2, 64, 64], play)
     sa = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bq = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    kl_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kr_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kl_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kr_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    t_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    t_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(bq, count=1)
-    mbarrier.init(t_full, count=1)
-    mbarrier.init(t_empty, count=1)
-    mbarrier.init(go, count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(kl_full.index(i), count=1)
-        mbarrier.init(kr_full.index(i), count=1)
-        mbarrier.init(kl_empty.index(i), count=1)
-        mbarrier.init(kr_empty.index(i), count=1)
-        mbarrier.init(p_full.index(i), count=1)
-        mbarrier.init(p_empty.index(i), count=1)
+    bq, go, t_full, t_empty = _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(1, 1).index(0)
+    kl_full, kl_empty, kr_full, kr_empty = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
+    p_full, p_empty = _barriers(2, 1), _barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize([
         (_one_left, (starts, lengths, out, H, sq0, sq1, sq2, sq3, sq4, sk, st, sp, sa, bq, kl_full, kr_full, kl_empty, t_full,
-        t_empty,
-                     p_full, p_empty, go, scale, dtype, SKEW)),
-        (_one_right, (starts, lengths, out, H, sk, sp, sa, p_full, p_empty, kr_empty, go, dtype, SKEW)),
-        (_one_load, (qd64, qd128, kd, td, starts, lengths, table, table_stride, G, GROUP, sq0, sq1, sq2, sq3, sq4, sk, st, bq,
+                     t_empty, p_full, p_empty, go, scale, dtype)),
+        (_one_right, (starts, lengths, out, H, sk, sp, sa, p_full, p_empty, kr_empty, go, dtype)),
+        (_one_load, (qd64, qd128, kd, td, starts, lengths, table, table_stride, GROUP, sq0, sq1, sq2, sq3, sq4, sk, st, bq,
                      kl_full, kr_full, kl_empty, kr_empty, t_full, t_empty, PAGED)),
     ], [4, 1], [216, 24])  # fmt: skip
 
 
-def attend_one512(
-    q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, skew: bool = True,
-) -> Tensor:  # fmt: skip
+def _kind(x: Tensor) -> gl.dtype:
+    return gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
+
+
+def _described(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """Tiles of a tensor's rows, all heads of a token side by side."""
+    layout = gl.NVMMASharedLayout.get_default_for([rows, columns], _kind(x))
+    return TensorDescriptor.from_tensor(x.flatten(1), [rows, columns], layout)
+
+
+def attend_one512(q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float) -> Tensor:
     """Prefill with one tensor for K and V: E = 512 + 128 as `spec.kv` lays it out; no window, softcap or sinks.
 
     Heads of a group run side by side, so that one reading of the keys from device memory serves them all.
     """
-    N, H, E = q_NHE.shape
-    S, G, _ = k.data_SGW.shape
-    dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
-    q2, k2 = q_NHE.view(N, H * E), k.data_SGW.view(S, G * E)
-
-    def desc(x: Tensor, columns: int) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(x, [64, columns], gl.NVMMASharedLayout.get_default_for([64, columns], dtype))
-
+    H, G, kv = q_NHE.shape[1], k.data_SGW.shape[1], k.data_SGW
     _one512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
-        desc(q2, 64), desc(q2, 128), desc(k2, 256), desc(k2, 128), out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table,
-        slots.table.stride(0), H, G, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0, SKEW=skew, dtype=dtype, num_warps=4,
+        _described(q_NHE, 64, 64), _described(q_NHE, 64, 128), _described(kv, 64, 256), _described(kv, 64, 128), out_NHD,
+        seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), H, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0,
+        dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD
+
+
+@gluon.jit
+def _pair_k(kd, sk, k_full, k_empty, slot, g, ph):
+    for c in gl.static_range(4):
+        mbarrier.wait(k_empty.index(c), ph)
+        mbarrier.expect(k_full.index(c), 64 * 128 * 2)
+        tma.async_copy_global_to_shared(kd, [slot, g * 512 + c * 128], k_full.index(c), sk.index(c))
+
+
+@gluon.jit
+def _pair_v(vd, sv, v_full, v_empty, slot, g, half: gl.constexpr, ph):
+    mbarrier.wait(v_empty.index(half), ph)
+    mbarrier.expect(v_full.index(half), 64 * 256 * 2)
+    tma.async_copy_global_to_shared(vd, [slot, g * 512 + half * 256], v_full.index(half), sv.index(half))
 
 
 @gluon.jit
@@ -277,29 +278,31 @@ def _pair_load(
     qd, kd, vd, starts, lengths, table, table_stride, GROUP: gl.constexpr, sq, sk, sv, bq, k_full, k_empty, v_full, v_empty,
     PAGED: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    seq, q0, T, past, block = _extent(starts, lengths)
     h = gl.program_id(0)
     g = h // GROUP
     if block * 64 < T:
         tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
         mbarrier.expect(bq, 64 * 512 * 2)
-        for half in gl.static_range(2):
-            tma.async_copy_global_to_shared(qd, [q0 + block * 64, h * 512 + half * 256], bq, sq.index(half))
-        for i in range(tiles):
-            slot = _slot(table, seq, table_stride, i, PAGED)
-            for half in gl.static_range(2):
-                mbarrier.wait(k_empty.index(half), (i & 1) ^ 1)
-                mbarrier.expect(k_full.index(half), 64 * 256 * 2)
-                tma.async_copy_global_to_shared(kd, [slot, g * 512 + half * 256], k_full.index(half), sk.index(half))
-            for half in gl.static_range(2):
-                mbarrier.wait(v_empty.index(half), (i & 1) ^ 1)
-                mbarrier.expect(v_full.index(half), 64 * 256 * 2)
-                tma.async_copy_global_to_shared(vd, [slot, g * 512 + half * 256], v_full.index(half), sv.index(half))
+        for c in gl.static_range(4):
+            tma.async_copy_global_to_shared(qd, [q0 + block * 64, h * 512 + c * 128], bq, sq.index(c))
+        slot = _slot(table, seq, table_stride, 0, PAGED)
+        _pair_k(kd, sk, k_full, k_empty, slot, g, 1)
+        _pair_v(vd, sv, v_full, v_empty, slot, g, 0, 1)
+        for i in range(tiles):  # in the order in which room falls free
+            after = slot
+            if i + 1 < tiles:
+                after = _slot(table, seq, table_stride, i + 1, PAGED)
+                _pair_k(kd, sk, k_full, k_empty, after, g, i & 1)
+            _pair_v(vd, sv, v_full, v_empty, slot, g, 1, (i & 1) ^ 1)
+            if i + 1 < tiles:
+                _pair_v(vd, sv, v_full, v_empty, after, g, 0, i & 1)
+            slot = after
 
 
 @gluon.jit
 def _pair_right(starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype: gl.constexpr):
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    seq, q0, T, past, block = _extent(starts, lengths)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     row: gl.constexpr = gl.SliceLayout(1, accl)
     if block * 64 < T:
@@ -318,10 +321,7 @@ def _pair_right(starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_
         b = tiles % 2
         mbarrier.wait(p_full.index(b), (tiles // 2) & 1)
         acc = acc / gl.expand_dims(sa.index(b).load(row), 1)
-        om = block * 64 + gl.arange(0, 64, row)
-        on = 256 + gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 256, 512, 256, accl)
 
 
 @gluon.jit
@@ -329,12 +329,13 @@ def _pair_left(
     starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
     dtype: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths, 1)
+    seq, q0, T, past, block = _extent(starts, lengths)
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     if block * 64 < T:
         tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
         acc = gl.zeros([64, 256], gl.float32, accl)
+        zero = gl.zeros([64, 64], gl.float32, sl)
         m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
         l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
         pos_q = past + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, sl))
@@ -342,13 +343,14 @@ def _pair_left(
         mbarrier.wait(bq, 0)
         for i in range(tiles):
             b = i % 2
-            s = gl.zeros([64, 64], gl.float32, sl)
-            for half in gl.static_range(2):
-                mbarrier.wait(k_full.index(half), i & 1)
-                s = warpgroup_mma(sq.index(half), sk.index(half).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(0, deps=(s,))
-            mbarrier.arrive(k_empty.index(0), count=1)
-            mbarrier.arrive(k_empty.index(1), count=1)
+            mbarrier.wait(k_full.index(0), i & 1)
+            s = warpgroup_mma(sq.index(0), sk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
+            for c in gl.static_range(1, 4):
+                mbarrier.wait(k_full.index(c), i & 1)
+                s = warpgroup_mma(sq.index(c), sk.index(c).permute((1, 0)), s, is_async=True)
+            for c in gl.static_range(4):
+                s = warpgroup_mma_wait(3 - c, deps=(s,))
+                mbarrier.arrive(k_empty.index(c), count=1)
             if i > 0:
                 mbarrier.arrive(go, count=1)
             if i * 64 + 63 > past + block * 64:
@@ -375,72 +377,66 @@ def _pair_left(
         sa.index(b).store(l)
         mbarrier.arrive(p_full.index(b), count=1)
         acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
-        om = block * 64 + gl.arange(0, 64, gl.SliceLayout(1, accl))
-        on = gl.arange(0, 256, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + gl.program_id(0)) * 512
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 0, 512, 256, accl)
 
 
 @gluon.jit
 def _pair512(
     qd, kd, vd, out, starts, lengths, table, table_stride, H, scale, GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    sq = gl.allocate_shared_memory(dtype, [2, 64, 256], qd.layout)
-    sk = gl.allocate_shared_memory(dtype, [2, 64, 256], kd.layout)
+    sq = gl.allocate_shared_memory(dtype, [4, 64, 128], qd.layout)
+    sk = gl.allocate_shared_memory(dtype, [4, 64, 128], kd.layout)
     sv = gl.allocate_shared_memory(dtype, [2, 64, 256], vd.layout)
     play: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     sp = gl.allocate_shared_memory(dtype, [2, 64, 64], play)
     sa = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bq = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    go = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    p_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bq, count=1)
-    mbarrier.init(go, count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(v_empty.index(i), count=1)
-        mbarrier.init(p_full.index(i), count=1)
-        mbarrier.init(p_empty.index(i), count=1)
+    bq, go = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
+    k_full, k_empty, v_full, v_empty = _barriers(4, 1), _barriers(4, 1), _barriers(2, 1), _barriers(2, 1)
+    p_full, p_empty = _barriers(2, 1), _barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize([
         (_pair_left, (starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
                       dtype)),
         (_pair_right, (starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype)),
-        (_pair_load, (qd, kd, vd, starts, lengths, table, table_stride, GROUP, sq, sk, sv, bq, k_full, k_empty, v_full,
-        v_empty, PAGED)),
+        (_pair_load, (qd, kd, vd, starts, lengths, table, table_stride, GROUP, sq, sk, sv, bq, k_full, k_empty, v_full, v_empty,
+                      PAGED)),
     ], [4, 1], [216, 24])  # fmt: skip
 
 
 def attend_pair512(q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float) -> Tensor:
     """Prefill at head_dim 512 with a tensor each for K and V (Gemma 4 E2B, E4B); no window, softcap or sinks."""
-    _, H, _ = q_NHE.shape
-    G = k.data_SGW.shape[1]
-    dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
-
-    def desc(x: Tensor) -> TensorDescriptor:
-        layout = gl.NVMMASharedLayout.get_default_for([64, 256], dtype)
-        return TensorDescriptor.from_tensor(x.flatten(1), [64, 256], layout)
-
+    H, G = q_NHE.shape[1], k.data_SGW.shape[1]
     _pair512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
-        desc(q_NHE), desc(k.data_SGW), desc(v.data_SGW), out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table,
-        slots.table.stride(0), H,
-        scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0, dtype=dtype, num_warps=4,
+        _described(q_NHE, 64, 128), _described(k.data_SGW, 64, 128), _described(v.data_SGW, 64, 256), out_NHD, seqs.starts_B1,
+        seqs.lengths_B, slots.table, slots.table.stride(0), H, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0,
+        dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD
 
 
 @gluon.jit
-def _run(starts, lengths, window, ring, table, HEADS: gl.constexpr, BN: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr):
-    """The keys of a program's queries: from position `lo` to `hi`, `run` of them before the ring wraps, in `tiles` tiles."""
-    seq, q0, T, past, block = _extent(starts, lengths, 0)
+def _work(
+    w, starts, lengths, blocks, pairs, short, window, ring, HEADS: gl.constexpr, BN: gl.constexpr, WINDOWED: gl.constexpr,
+    RING: gl.constexpr,
+):  # fmt: skip
+    """A block of queries of some heads, and the keys they see: from position `lo` to `hi`, `run` of them before the ring wraps.
+
+    Blocks of a head one after another, longest first; the `short` first blocks of a window, which see less, after all others.
+    """
     ROWS: gl.constexpr = 128 // HEADS
+    seq = w // (blocks * pairs)
+    u = w % (blocks * pairs)
+    long = blocks - short
+    if u < long * pairs:
+        block = blocks - 1 - u % long
+        hp = u // long
+    else:
+        u -= long * pairs
+        block = short - 1 - u // pairs
+        hp = u % pairs
+    q0 = gl.load(starts + seq)
+    T = gl.load(starts + seq + 1) - q0
+    past = gl.load(lengths + seq) - T
     hi = past + gl.minimum((block + 1) * ROWS, T)
     lo = 0
     if WINDOWED:
@@ -451,34 +447,27 @@ def _run(starts, lengths, window, ring, table, HEADS: gl.constexpr, BN: gl.const
     if RING:
         run = gl.minimum(run, ring - lo % ring)
     tiles_run = gl.cdiv(run, BN)
-    tiles = tiles_run + gl.cdiv(hi - lo - run, BN)
-    return seq, q0, T, past, block, lo, hi, run, tiles_run, tiles
+    tiles = gl.where(block * ROWS < T, tiles_run + gl.cdiv(hi - lo - run, BN), 0)
+    return seq, q0, T, past, block * ROWS, hp * HEADS, lo, hi, run, tiles_run, tiles
 
 
 @gluon.jit
 def _two_load(
-    qd, kd, vd, starts, lengths, table, table_stride, ring, window, GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr,
-    HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr,
-    sq, sk, sv, bq, k_full, v_full, k_empty, v_empty,
+    qd, kd, vd, starts, lengths, table, table_stride, ring, window, works, blocks, pairs, short, GROUP: gl.constexpr,
+    D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr,
+    sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty,
 ):  # fmt: skip
-    seq, q0, T, past, block, lo, hi, run, tiles_run, tiles = _run(starts, lengths, window, ring, table, HEADS, BN, WINDOWED, RING)
-    ROWS: gl.constexpr = 128 // HEADS
-    if block * ROWS < T:
-        h = gl.program_id(1) * HEADS
+    n = 0  # tiles so far
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+            w, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
+        )
         g = h // GROUP
-        row = q0 + block * ROWS
-        mbarrier.expect(bq, 2 * 64 * D * 2)
-        tma.async_copy_global_to_shared(qd, [row, h * D], bq, sq.index(0))
-        if HEADS == 2:
-            tma.async_copy_global_to_shared(qd, [row, (h + 1) * D], bq, sq.index(1))
-        else:
-            tma.async_copy_global_to_shared(qd, [row + 64, h * D], bq, sq.index(1))
         for i in range(tiles):
-            s = i % 2
-            ph = ((i // 2) & 1) ^ 1
+            s = n % 2
+            ph = ((n // 2) & 1) ^ 1
             if PAGED:
-                pos = lo + i * BN
-                slot = gl.load(table + seq * table_stride + pos // 64) * 64
+                slot = gl.load(table + seq * table_stride + (lo + i * BN) // 64) * 64
             else:
                 slot = gl.load(table + seq)
                 if RING:
@@ -488,9 +477,18 @@ def _two_load(
             mbarrier.wait(k_empty.index(s), ph)
             mbarrier.expect(k_full.index(s), BN * D * 2)
             tma.async_copy_global_to_shared(kd, [slot, g * D], k_full.index(s), sk.index(s))
+            if i == 0:  # once the block before has met its last keys, which are those of the other stage
+                mbarrier.wait(k_empty.index((n + 1) % 2), (((n + 1) // 2) & 1) ^ 1)
+                for who in gl.static_range(2):
+                    mbarrier.expect(q_full.index(who), 64 * D * 2)
+                    if HEADS == 2:
+                        tma.async_copy_global_to_shared(qd, [q0 + first, (h + who) * D], q_full.index(who), sq.index(who))
+                    else:
+                        tma.async_copy_global_to_shared(qd, [q0 + first + 64 * who, h * D], q_full.index(who), sq.index(who))
             mbarrier.wait(v_empty.index(s), ph)
             mbarrier.expect(v_full.index(s), BN * D * 2)
             tma.async_copy_global_to_shared(vd, [slot, g * D], v_full.index(s), sv.index(s))
+            n += 1
 
 
 @gluon.jit
@@ -522,118 +520,143 @@ def _softmax(
 
 
 @gluon.jit
+def _leave(od, out, so, x, whole, q0, first, T, H, h, column, D: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
+    """64 results through shared memory, 16 bytes at a time; the last of a sequence's from registers, with a mask."""
+    if whole:
+        tma.store_wait(0)  # of what left before
+        so.store(x)
+        fence_async_shared()
+        tma.async_copy_shared_to_global(od, [q0 + first, h * D + column], so)
+    else:
+        _store(out, x, q0, first, T, H, h, column, D, N, layout)
+
+
+@gluon.jit
 def _two_consume(
-    out, sinks, starts, lengths, table, ring, window, H, scale, sq, sk, sv, bq, k_full, v_full, k_empty, v_empty,
-    WHO: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
-    SINKS: gl.constexpr, dtype: gl.constexpr,
+    od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full, k_full,
+    v_full, k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr,
+    RING: gl.constexpr, SINKS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
-    seq, q0, T, past, block, lo, hi, run, tiles_run, tiles = _run(starts, lengths, window, ring, table, HEADS, BN, WINDOWED, RING)
-    ROWS: gl.constexpr = 128 // HEADS
-    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    HALVES: gl.constexpr = 2 if D == 256 else 1  # of the columns: the first leaves while the second is multiplied
+    N: gl.constexpr = D // HALVES
+    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    if block * ROWS < T:
-        h = gl.program_id(1) * HEADS
-        first = block * ROWS
-        if HEADS == 2:
-            h += WHO
-        else:
-            first += WHO * 64
-        nearest = past + first
-        pos_q = nearest + gl.arange(0, 64, gl.SliceLayout(1, sl))
-        cols = gl.arange(0, BN, gl.SliceLayout(0, sl))
-        acc = gl.zeros([64, D], gl.float32, accl)
-        m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
-        l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
-        q = sq.index(WHO)
-        mbarrier.wait(bq, 0)
-        mbarrier.wait(k_full.index(0), 0)
-        zero = gl.zeros([64, BN], gl.float32, sl)
-        s = warpgroup_mma(q, sk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
-        mbarrier.arrive(k_empty.index(0), count=1)
-        p, a, m, l = _softmax(
-            s, m, l, 0, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
+    q = sq.index(WHO)
+    zero = gl.zeros([64, BN], gl.float32, sl)
+    cols = gl.arange(0, BN, gl.SliceLayout(0, sl))
+    n = 0
+    done = 0  # blocks so far
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+            w, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
         )
-        for i in range(1, tiles):
-            b = i % 2
-            mbarrier.wait(k_full.index(b), (i // 2) & 1)
-            s = warpgroup_mma(q, sk.index(b).permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(v_full.index(b ^ 1), ((i - 1) // 2) & 1)
-            acc = warpgroup_mma(p, sv.index(b ^ 1), acc, is_async=True)
-            s = warpgroup_mma_wait(1, deps=(s,))
-            mbarrier.arrive(k_empty.index(b), count=1)
-            p_next, a, m, l = _softmax(
-                s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
+        if tiles > 0:
+            if HEADS == 2:
+                h += WHO
+            else:
+                first += WHO * 64
+            nearest = past + first
+            pos_q = nearest + gl.arange(0, 64, gl.SliceLayout(1, sl))
+            acc0 = gl.zeros([64, N], gl.float32, accl)
+            acc1 = acc0
+            m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
+            l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
+            mbarrier.wait(q_full.index(WHO), done & 1)
+            mbarrier.wait(k_full.index(n % 2), (n // 2) & 1)
+            s = warpgroup_mma(q, sk.index(n % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            mbarrier.arrive(k_empty.index(n % 2), count=1)
+            p, a, m, l = _softmax(
+                s, m, l, 0, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
             )
-            acc, p = warpgroup_mma_wait(0, deps=(acc, p))
-            mbarrier.arrive(v_empty.index(b ^ 1), count=1)
-            acc = acc * gl.expand_dims(a, 1)
-            p = p_next
-        b = (tiles - 1) % 2
-        mbarrier.wait(v_full.index(b), ((tiles - 1) // 2) & 1)
-        acc = warpgroup_mma(p, sv.index(b), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-        if SINKS:
-            l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
-        acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
-        om = first + gl.arange(0, 64, gl.SliceLayout(1, accl))
-        on = gl.arange(0, D, gl.SliceLayout(0, accl))
-        at = ((q0 + om).to(gl.int64) * H + h) * D
-        gl.store(out + gl.expand_dims(at, 1) + gl.expand_dims(on, 0), acc.to(dtype), mask=gl.expand_dims(om < T, 1))
+            for i in range(1, tiles):
+                before = n % 2
+                n += 1
+                b = n % 2
+                mbarrier.wait(k_full.index(b), (n // 2) & 1)
+                s = warpgroup_mma(q, sk.index(b).permute((1, 0)), zero, use_acc=False, is_async=True)
+                mbarrier.wait(v_full.index(before), ((n - 1) // 2) & 1)
+                acc0 = warpgroup_mma(p, sv.index(before).slice(0, N, dim=1), acc0, is_async=True)
+                if HALVES == 2:
+                    acc1 = warpgroup_mma(p, sv.index(before).slice(N, N, dim=1), acc1, is_async=True)
+                s = warpgroup_mma_wait(HALVES, deps=(s,))
+                mbarrier.arrive(k_empty.index(b), count=1)
+                p_next, a, m, l = _softmax(
+                    s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
+                )
+                if HALVES == 2:
+                    acc0, acc1, p = warpgroup_mma_wait(0, deps=(acc0, acc1, p))
+                    acc1 = acc1 * gl.expand_dims(a, 1)
+                else:
+                    acc0, p = warpgroup_mma_wait(0, deps=(acc0, p))
+                mbarrier.arrive(v_empty.index(before), count=1)
+                acc0 = acc0 * gl.expand_dims(a, 1)
+                p = p_next
+            b = n % 2
+            mbarrier.wait(v_full.index(b), (n // 2) & 1)
+            acc0 = warpgroup_mma(p, sv.index(b).slice(0, N, dim=1), acc0, is_async=True)
+            if HALVES == 2:
+                acc1 = warpgroup_mma(p, sv.index(b).slice(N, N, dim=1), acc1, is_async=True)
+            if SINKS:
+                l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
+            part = gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, accl)), 1)
+            whole = first + 64 <= T
+            acc0, p = warpgroup_mma_wait(HALVES - 1, deps=(acc0, p))
+            if HALVES == 1:
+                mbarrier.arrive(v_empty.index(b), count=1)
+            _leave(od, out, so.index(WHO), (acc0 * part).to(dtype), whole, q0, first, T, H, h, 0, D, N, accl)
+            if HALVES == 2:
+                acc1 = warpgroup_mma_wait(0, deps=(acc1,))
+                mbarrier.arrive(v_empty.index(b), count=1)
+                _leave(od, out, so.index(WHO), (acc1 * part).to(dtype), whole, q0, first, T, H, h, N, D, N, accl)
+            n += 1
+            done += 1
+    tma.store_wait(0)
 
 
 @gluon.jit
 def _two(
-    qd, kd, vd, out, sinks, starts, lengths, table, table_stride, ring, window, H, scale,
+    qd, kd, vd, od, out, sinks, starts, lengths, table, table_stride, ring, window, H, works, blocks, pairs, short, scale,
     GROUP: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
     PAGED: gl.constexpr, SINKS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     sq = gl.allocate_shared_memory(dtype, [2, 64, D], qd.layout)
     sk = gl.allocate_shared_memory(dtype, [2, BN, D], kd.layout)
     sv = gl.allocate_shared_memory(dtype, [2, BN, D], vd.layout)
-    bq = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    k_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    k_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    v_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(bq, count=1)
-    for i in gl.static_range(2):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_empty.index(i), count=2)
+    so = gl.allocate_shared_memory(dtype, [2, 64, min(D, 128)], od.layout)
+    q_full, k_full, v_full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
+    k_empty, v_empty = _barriers(2, 2), _barriers(2, 2)
     fence_async_shared()
     gl.warp_specialize([
-        (_two_consume, (out, sinks, starts, lengths, table, ring, window, H, scale, sq, sk, sv, bq, k_full, v_full, k_empty,
-        v_empty,
-                        0, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
-        (_two_consume, (out, sinks, starts, lengths, table, ring, window, H, scale, sq, sk, sv, bq, k_full, v_full, k_empty,
-        v_empty,
-                        1, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
-        (_two_load, (qd, kd, vd, starts, lengths, table, table_stride, ring, window, GROUP, D, BN, HEADS, WINDOWED, RING, PAGED,
-                     sq, sk, sv, bq, k_full, v_full, k_empty, v_empty)),
+        (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
+                        q_full, k_full, v_full, k_empty, v_empty, 0, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
+        (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
+                        q_full, k_full, v_full, k_empty, v_empty, 1, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
+        (_two_load, (qd, kd, vd, starts, lengths, table, table_stride, ring, window, works, blocks, pairs, short, GROUP, D, BN,
+                     HEADS, WINDOWED, RING, PAGED, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty)),
     ], [4, 1], [240, 24])  # fmt: skip
 
 
 def attend_two(
     q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, window: int | None = None,
-    sinks_H: Tensor | None = None,
+    sinks_H: Tensor | None = None, processors: int = 132,
 ) -> Tensor:  # fmt: skip
-    """Prefill with a tensor each for K and V, head_dim 64, 128 or 256; no softcap."""
-    N, H, D = q_NHE.shape
-    S, G, _ = k.data_SGW.shape
-    dtype = gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16
+    """Prefill with a tensor each for K and V, head_dim 64, 128 or 256; no softcap.
+
+    Args:
+        processors: programs of a window's launch, each with block after block; without a window blocks differ too much in length.
+    """
+    H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
     heads = 2 if (H // G) % 2 == 0 else 1
-    keys = 64 if D == 256 or slots.page else 128
-
-    def desc(x: Tensor, rows: int) -> TensorDescriptor:
-        flat = x.view(x.shape[0], -1)
-        return TensorDescriptor.from_tensor(flat, [rows, D], gl.NVMMASharedLayout.get_default_for([rows, D], dtype))
-
-    _two[(-(-seqs.max_queries // (128 // heads)), H // heads, seqs.lengths_B.shape[0])](
-        desc(q_NHE, 64), desc(k.data_SGW, keys), desc(v.data_SGW, keys), out_NHD, q_NHE if sinks_H is None else sinks_H,
-        seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, scale * LOG2E,
+    keys, rows = 64 if D == 256 or slots.page else 128, 128 // heads
+    blocks, pairs = -(-seqs.max_queries // rows), H // heads
+    works = blocks * pairs * seqs.lengths_B.shape[0]
+    short = 0 if window is None else min(blocks, -(-window // rows))
+    _two[(works if window is None else min(processors, works),)](
+        _described(q_NHE, 64, D), _described(k.data_SGW, keys, D), _described(v.data_SGW, keys, D),
+        _described(out_NHD, 64, min(D, 128)), out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B,
+        slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E,
         GROUP=H // G, D=D, BN=keys, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
-        SINKS=sinks_H is not None, dtype=dtype, num_warps=4,
+        SINKS=sinks_H is not None, dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD

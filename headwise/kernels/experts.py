@@ -3,9 +3,11 @@
 Few pairs: a program has some rows of one pair's expert and walks along them (`pairs`), or multiplies them as integers where the
 expert is quantised (`integer_pairs`, which is `matvec`'s kernel). Many: pairs sorted by expert (`router.order`) go through the
 matrix unit in tiles of one expert each (`grouped`); quantised experts are expanded before, as many at a time as there is room for.
+Both `pairs` and `grouped` read e4m3 too: it becomes x's type in the kernel, as in `fp8`, and scales are applied to sums.
 A pair's result is a row of its own, so that `combine` adds them up in the order of the choice, whatever order they were made in.
 
-Shapes    x_TD; stacks (E, rows, K), rows contiguous, experts any distance apart; P = T * n_active pairs; gated_PW, y_PD.
+Shapes    x_TD; stacks (E, rows, K), rows contiguous, experts any distance apart; P = T * n_active pairs; gated_PW, y_PD;
+          scales of e4m3 (E, rows, 1), or of each 128 of K, (E, rows, ceil(K / 128)), as far apart as the rows.
 Accuracy  sums in fp32; gated_PW and y_PD are rounded to their types, weights and their sum are fp32.
 Cost      few: the bytes of each pair's expert; many: 6*P*D*W operations, and the experts' bytes once.
 Source    transformers 5.23 Gemma4TextExperts, Qwen3MoeExperts, GptOssExperts (its clamped gate, biases).
@@ -22,10 +24,12 @@ from torch import Tensor
 from triton import knobs
 
 from headwise.kernels.configs import Arch
+from headwise.kernels.fp8 import BLOCK, _sixteens, as_floats, converts
 from headwise.kernels.gates import ACTIVATIONS, ALPHA, LIMIT, Gate, gated
-from headwise.kernels.matvec import _integers, integer_words, processors, step_groups, to_integers
+from headwise.kernels.matvec import _integers, integer_words, step_groups, to_integers
 from headwise.kernels.router import Chosen, Order
-from headwise.kernels.stored import device_arch, in_turn, overlap
+from headwise.kernels.split import card
+from headwise.kernels.stored import bits, device_arch, in_turn, overlap
 from headwise.kernels.tiled import LAYOUTS, Q4_K, Q5_K, Q6_K, Q8_0, Planes, pointers
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}  # relative error of the weighted sum
@@ -44,11 +48,17 @@ class Launch(NamedTuple):
 
 # Fastest on an H200 at 26B-A4B's shape, benchmarks/experts.py.
 ALONE = {True: Launch(2, 1024, 2), False: Launch(4, 512, 2)}  # by gated
+ALONE_FP8 = {True: Launch(4, 1024, 2), False: Launch(8, 512, 2)}  # as many bytes at a time
 # by the pairs of a tile; then by gated
 GROUPED = {
     16: {True: Launch(32, 128, 4, 16, 3), False: Launch(64, 128, 4, 16, 3)},
     64: {True: Launch(64, 64, 4, 64, 3), False: Launch(128, 64, 4, 64, 3)},
     128: {True: Launch(128, 64, 8, 128, 4), False: Launch(256, 64, 8, 128, 4)},
+}
+GROUPED_FP8 = {  # the largest without spills, tests/kernels/compile_experts.py
+    16: {True: Launch(64, 128, 4, 16, 4), False: Launch(64, 128, 4, 16, 4)},
+    64: {True: Launch(128, 64, 8, 64, 3), False: Launch(128, 128, 8, 64, 3)},
+    128: {True: Launch(64, 128, 8, 128, 3), False: Launch(128, 128, 8, 128, 3)},
 }
 AMPERE_GATED = Launch(64, 64, 8, 128, 4)  # as many rows as the last would not fit its registers
 SHARED_BYTES = {"hopper": 227 << 10, "ampere": 99 << 10, "rdna3": 64 << 10}  # of a program; consumer cards have no more
@@ -77,17 +87,43 @@ def reference(
     return out
 
 
-def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int) -> Launch:
+def grouped_launch(tile_rows: int, gated: bool, arch: Arch, item_bytes: int, *, fp8: bool = False) -> Launch:
     """The row of the table, with as many stages as the card has shared memory for."""
-    c = AMPERE_GATED if (tile_rows, gated, arch) == (128, True, "ampere") else GROUPED[tile_rows][gated]
-    stage = (c.pairs + (1 + gated) * c.rows) * c.k * item_bytes
+    table = GROUPED_FP8 if fp8 else GROUPED
+    c = AMPERE_GATED if (tile_rows, gated, arch) == (128, True, "ampere") else table[tile_rows][gated]
+    stage = (c.pairs * item_bytes + (1 + gated) * c.rows * (1 if fp8 else item_bytes)) * c.k
     return c._replace(stages=max(1, min(c.stages, SHARED_BYTES[arch] // stage)))
 
 
 @triton.jit
+def _products(w, x, s, k0, SCALES: tl.constexpr, CVT: tl.constexpr):
+    """Rows of an expert by values of x (columns), fp32: each product, or of e4m3 sums of 16 under the scale of their block."""
+    if SCALES == 0:
+        return w.to(tl.float32) * x[None, :]
+    elif SCALES == 1:
+        return _sixteens(w, x, CVT)
+    else:
+        block = (k0 + tl.arange(0, w.shape[1] // 16) * 16) // 128
+        return _sixteens(w, x, CVT) * tl.load(s[:, None] + tl.minimum(block, SCALES - 1)[None, :])
+
+
+@triton.jit
+def _added(acc, w, x, s, k0, SCALES: tl.constexpr, CVT: tl.constexpr):
+    """acc + the product: (rows of x, of an expert); of e4m3, which comes from registers and so on the left, the other way round."""
+    if SCALES == 0:
+        return tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    elif SCALES == 1:
+        return tl.dot(as_floats(w, x.dtype, CVT), tl.trans(x), acc, input_precision="ieee")
+    else:
+        part = tl.dot(as_floats(w, x.dtype, CVT), tl.trans(x), input_precision="ieee")
+        return acc + part * tl.load(s + k0 // 128)[:, None]
+
+
+@triton.jit
 def _pairs(
-    x, ids, a, b, bias_a, bias_b, out, N, K, expert_stride, pairs_a_row, GATED: tl.constexpr, ACT: tl.constexpr,
-    BIAS: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PDL: tl.constexpr,
+    x, ids, a, b, scales_a, scales_b, bias_a, bias_b, out, N, K, expert_stride, pairs_a_row, GATED: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, SCALES: tl.constexpr, CVT: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     p = tl.program_id(1)
@@ -95,20 +131,28 @@ def _pairs(
     n = tl.program_id(0) * BN + tl.arange(0, BN)
     k = tl.arange(0, BK)
     at = e * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
+    sa, sb = scales_a, scales_b
+    if SCALES > 0:
+        row = (e * (expert_stride // K) + tl.minimum(n, N - 1)) * SCALES
+        sa, sb = scales_a + row, scales_b + row
     x += (p // pairs_a_row).to(tl.int64) * K
-    acc = tl.zeros((BN, BK), tl.float32)
-    acc_b = tl.zeros((BN, BK), tl.float32)
+    acc = tl.zeros((BN, BK // 16 if SCALES > 0 else BK), tl.float32)
+    acc_b = tl.zeros((BN, BK // 16 if SCALES > 0 else BK), tl.float32)
     for k0 in range(0, K, BK):
         ok = k0 + k < K
-        v = tl.load(x + k0 + k, mask=ok, other=0).to(tl.float32)[None, :]
-        acc += tl.load(a + at + k0, mask=ok[None, :], other=0).to(tl.float32) * v
+        v = tl.load(x + k0 + k, mask=ok, other=0).to(tl.float32)
+        acc += _products(tl.load(a + at + k0, mask=ok[None, :], other=0), v, sa, k0, SCALES, CVT)
         if GATED:
-            acc_b += tl.load(b + at + k0, mask=ok[None, :], other=0).to(tl.float32) * v
+            acc_b += _products(tl.load(b + at + k0, mask=ok[None, :], other=0), v, sb, k0, SCALES, CVT)
     y = tl.sum(acc, 1)
+    if SCALES == 1:
+        y *= tl.load(sa)
     if BIAS:
         y += tl.load(bias_a + e * N + n, mask=n < N, other=0)
     if GATED:
         u = tl.sum(acc_b, 1)
+        if SCALES == 1:
+            u *= tl.load(sb)
         if BIAS:
             u += tl.load(bias_b + e * N + n, mask=n < N, other=0)
         y = gated(y, u, ACT)
@@ -160,9 +204,9 @@ def _gate_integers(
 
 @triton.jit(do_not_specialize=["first_expert", "n_experts"])
 def _grouped(
-    x, pairs, starts, first, experts, a, b, bias_a, bias_b, out, N, K, expert_stride, n_active, first_expert, n_experts,
-    GATED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-    EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, pairs, starts, first, experts, a, b, scales_a, scales_b, bias_a, bias_b, out, N, K, expert_stride, n_active, first_expert,
+    n_experts, GATED: tl.constexpr, ACT: tl.constexpr, BIAS: tl.constexpr, SCALES: tl.constexpr, CVT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     columns = tl.cdiv(N, BN)
@@ -181,16 +225,27 @@ def _grouped(
         w = (e - first_expert).to(tl.int64) * expert_stride + tl.minimum(n, N - 1)[:, None] * K + k[None, :]
         pa = a + w
         pb = b + w
-        acc = tl.zeros((BM, BN), tl.float32)
-        acc_b = tl.zeros((BM, BN), tl.float32)
+        sa, sb = scales_a, scales_b
+        if SCALES > 0:
+            s = ((e - first_expert).to(tl.int64) * (expert_stride // K) + tl.minimum(n, N - 1)) * SCALES
+            sa, sb = scales_a + s, scales_b + s
+        acc = tl.zeros((BN, BM) if SCALES > 0 else (BM, BN), tl.float32)
+        acc_b = tl.zeros((BN, BM) if SCALES > 0 else (BM, BN), tl.float32)
         for k0 in tl.range(0, K, BK, num_stages=STAGES):
             ok = (k0 + k < K)[None, :]
             v = tl.load(px + k0) if EVEN else tl.load(px + k0, mask=ok, other=0)
             wa = tl.load(pa + k0) if EVEN else tl.load(pa + k0, mask=ok, other=0)
-            acc = tl.dot(v, tl.trans(wa), acc, input_precision="ieee")
+            acc = _added(acc, wa, v, sa, k0, SCALES, CVT)
             if GATED:
                 wb = tl.load(pb + k0) if EVEN else tl.load(pb + k0, mask=ok, other=0)
-                acc_b = tl.dot(v, tl.trans(wb), acc_b, input_precision="ieee")
+                acc_b = _added(acc_b, wb, v, sb, k0, SCALES, CVT)
+        if SCALES == 1:
+            acc *= tl.load(sa)[:, None]
+            if GATED:
+                acc_b *= tl.load(sb)[:, None]
+        if SCALES > 0:
+            acc = tl.trans(acc)
+            acc_b = tl.trans(acc_b)
         if BIAS:
             acc += tl.load(bias_a + e * N + n, mask=n < N, other=0)[None, :]
         if GATED:
@@ -224,34 +279,56 @@ def _combine(
     tl.store(out + t * D + i, total.to(out.dtype.element_ty), mask=ok)
 
 
-def _stacks(what: str, x: Tensor, stacks: tuple[Tensor, ...], out: Tensor, rows_out: int) -> tuple[int, int]:
+def _stacks(
+    what: str, x: Tensor, stacks: tuple[Tensor, ...], scales: tuple[Tensor, ...], out: Tensor, rows_out: int
+) -> tuple[int, int, int]:
+    """Rows and columns of an expert, and how many scales a row has: 0 of floats."""
     N, K = stacks[0].shape[1:]
     if x.shape[1] != K or tuple(out.shape) != (rows_out, N) or not x.is_contiguous() or not out.is_contiguous():
         raise ValueError(
             f"{what}: {tuple(x.shape)} by experts of ({N}, {K}) into {tuple(out.shape)}, not ({rows_out}, {N}), rows contiguous"
         )
     for w in stacks:
-        if w.shape[1:] != (N, K) or w.stride() != (stacks[0].stride(0), K, 1) or w.dtype != x.dtype:
+        kept = w.element_size() == 1 if scales else w.dtype == x.dtype
+        if w.shape[1:] != (N, K) or w.stride() != (stacks[0].stride(0), K, 1) or not kept:
             raise ValueError(f"{what}: experts {w.dtype} {tuple(w.shape)} of strides {w.stride()}; the rows of each one together")
-    return N, K
+    if not scales:
+        return N, K, 0
+    S = scales[0].shape[-1]
+    for w, s in zip(stacks, scales, strict=True):
+        apart = (w.stride(0) // K * S, S, 1)
+        if s.dtype != torch.float32 or s.shape != (*w.shape[:2], S) or s.stride() != apart or S not in (1, -(-K // BLOCK)):
+            raise ValueError(
+                f"{what}: scales {s.dtype} {tuple(s.shape)} of strides {s.stride()}: "
+                f"fp32, 1 or {-(-K // BLOCK)} a row, strides {apart}"
+            )
+    return N, K, S
+
+
+def _ends(x: tuple[Tensor, ...]) -> tuple[Tensor | None, Tensor | None]:
+    """The first and the last as the kernels take them: e4m3 as plain bytes; none where there is none."""
+    return (bits(x[0]), bits(x[-1])) if x else (None, None)
 
 
 def pairs(
-    x: Tensor, ids_TK: Tensor, stacks: tuple[Tensor, ...], out: Tensor, gate: Gate | None = None, *, launch: Launch | None = None
-) -> Tensor:
+    x: Tensor, ids_TK: Tensor, stacks: tuple[Tensor, ...], out: Tensor, gate: Gate | None = None, *,
+    scales: tuple[Tensor, ...] = (), launch: Launch | None = None,
+) -> Tensor:  # fmt: skip
     """Each pair's product into its row of `out`: (gate, up) of a token with `gate`, or one stack of a pair's own row.
 
+    Args:
+        scales: of each stack in e4m3.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
-    N, K = _stacks("pairs", x, stacks, out, ids_TK.numel())
-    c = launch or ALONE[gate is not None]
+    N, K, S = _stacks("pairs", x, stacks, scales, out, ids_TK.numel())
+    c = launch or (ALONE_FP8 if S else ALONE)[gate is not None]
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
     _pairs[(triton.cdiv(N, c.rows), ids_TK.numel())](
-        x, ids_TK, stacks[0], stacks[-1], *biases, out, N, K, stacks[0].stride(0), ids_TK.numel() // x.shape[0],
-        GATED=gate is not None, ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, BN=c.rows, BK=c.k,
-        num_warps=c.warps, **overlap(x),
+        x, ids_TK, *_ends(stacks), *_ends(scales), *biases, out, N, K, stacks[0].stride(0), ids_TK.numel() // x.shape[0],
+        GATED=gate is not None, ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, SCALES=S,
+        CVT=S > 0 and converts(x.device), BN=c.rows, BK=c.k, num_warps=c.warps, **overlap(x),
     )  # fmt: skip
     return out
 
@@ -274,7 +351,7 @@ def integer_pairs(
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     P, N, K, t = ids_TK.numel(), w.rows, w.K, LAYOUTS[w.type]
-    many = P * N // MANY_PROGRAMS[0] >= 4 * processors(out_PN.device)
+    many = P * N // MANY_PROGRAMS[0] >= 4 * card(out_PN.device).processors
     groups, (rows, each, warps) = K // 32, config or (MANY_PROGRAMS if many else FEW_PROGRAMS)
     if w.low.dim() != 3 or not (w.low.is_contiguous() and w.head.is_contiguous()):
         raise ValueError(f"integer_pairs: planes {tuple(w.low.shape)} of strides {w.low.stride()}, not a stack, contiguous")
@@ -310,27 +387,31 @@ def gate_integers(both_P2W: Tensor, ids_TK: Tensor, gate: Gate, words: Tensor) -
 
 def grouped(
     x: Tensor, order: Order, stacks: tuple[Tensor, ...], out: Tensor, n_active: int, gate: Gate | None = None, *,
-    experts: tuple[int, int] | None = None, launch: Launch | None = None,
+    scales: tuple[Tensor, ...] = (), experts: tuple[int, int] | None = None, launch: Launch | None = None,
 ) -> Tensor:  # fmt: skip
     """The pairs' products by tiles: (gate, up) of tokens into rows in the order of `order`; or one stack of such rows into pairs'.
 
     Args:
+        scales: of each stack in e4m3.
         experts: first and number of those that the stacks hold; all.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
     P = order.pairs_P.numel()
-    N, K = _stacks("grouped", x, stacks, out, P)
+    N, K, S = _stacks("grouped", x, stacks, scales, out, P)
     first, n = experts or (0, stacks[0].shape[0])
-    c = launch or grouped_launch(order.tile_rows, gate is not None, device_arch(x.device), x.element_size())
-    if c.pairs != order.tile_rows:
-        raise ValueError(f"grouped: a launch of {c.pairs} pairs a tile with an order of {order.tile_rows}")
+    c = launch or grouped_launch(order.tile_rows, gate is not None, device_arch(x.device), x.element_size(), fp8=S > 0)
+    if c.pairs != order.tile_rows or (S > 1 and BLOCK % c.k):
+        raise ValueError(
+            f"grouped: a launch of {c.pairs} pairs a tile, {c.k} of K, with an order of {order.tile_rows}, {S} scales a row"
+        )
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
     _grouped[(order.tiles(n) * triton.cdiv(N, c.rows),)](
-        x, *order[:4], stacks[0], stacks[-1], *biases, out, N, K, stacks[0].stride(0), n_active, first, n, GATED=gate is not None,
-        ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, BM=c.pairs, BN=c.rows, BK=c.k, EVEN=K % c.k == 0,
-        STAGES=c.stages, num_warps=c.warps, **overlap(x),
+        x, *order[:4], *_ends(stacks), *_ends(scales), *biases, out, N, K, stacks[0].stride(0), n_active, first, n,
+        GATED=gate is not None, ACT=ACTIVATIONS[gate.activation if gate else "silu"], BIAS=some, SCALES=S,
+        CVT=S > 0 and converts(x.device), BM=c.pairs, BN=c.rows, BK=c.k, EVEN=K % c.k == 0, STAGES=c.stages, num_warps=c.warps,
+        **overlap(x),
     )  # fmt: skip
     return out
 

@@ -23,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.gates import activated
-from headwise.kernels.matvec import processors
 from headwise.kernels.rows import GATES
+from headwise.kernels.split import card
 from headwise.kernels.stored import in_turn, overlap
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}  # relative error of a result
@@ -107,7 +107,7 @@ def product(
     if any(t.stride(0) != 1 for t in (x_K, y_N) + (() if times is None else (times,))):
         raise ValueError(f"product: strides {x_K.stride()} and {y_N.stride()}, all must be 1")
     c = config or config_for(N, K, gated)
-    _kernel[(min(-(-N // c.rows), PROGRAMS * processors(y_N.device)),)](
+    _kernel[(min(-(-N // c.rows), PROGRAMS * card(y_N.device).processors),)](
         x_K, w_NK, y_N if times is None else times, y_N, N, K, BN=c.rows, BK=c.columns, GATED=gated, TIMES=times is not None,
         GELU=act == "gelu_tanh", EVEN=K % c.columns == 0, UNROLL=c.unroll, num_warps=c.warps, **overlap(y_N),
     )  # fmt: skip

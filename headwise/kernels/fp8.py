@@ -26,8 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.gates import activated
-from headwise.kernels.matvec import _last, processors
 from headwise.kernels.rows import GATES
+from headwise.kernels.split import Card, card, room, splits_for, store_sum
 from headwise.kernels.stored import bits, from_fp8, in_turn, overlap
 from headwise.planner.residence import FP8_BLOCK as BLOCK
 from headwise.planner.workspace import SKINNY_ROWS
@@ -170,19 +170,7 @@ def _rows(
             acc = tl.dot(f, x, acc, input_precision="ieee")
     if not BLOCKS:
         acc *= tl.load(s_ptr + row)[:, None]
-    ok = (n < N)[:, None] & (t < T)[None, :]
-    where = t[None, :] * out_stride + n[:, None]
-    if splits == 1:
-        tl.store(out + where, acc.to(out.dtype.element_ty), mask=ok)
-    else:
-        mine = t[None, :] * N + n[:, None]
-        tl.store(part + tl.program_id(1) * T * N + mine, acc, mask=ok)
-        if _last(done, splits):
-            y = tl.zeros((BN, TP), tl.float32)
-            for i in range(splits):
-                y += tl.load(part + i * T * N + mine, mask=ok, other=0.0, cache_modifier=".cg")
-            tl.store(out + where, y.to(out.dtype.element_ty), mask=ok)
-            tl.store(done + tl.program_id(0), 0)
+    store_sum(acc, n, t, out, part, done, N, T, out_stride, splits)
 
 
 def row_config(N: int, K: int, gated: bool) -> RowConfig:
@@ -195,33 +183,13 @@ def padded(T: int) -> int:
     return max(16, 1 << (T - 1).bit_length())
 
 
-class Card(NamedTuple):
-    """What a launch is chosen for: multiprocessors, and the shared memory of one, bytes."""
-
-    processors: int
-    shared: int
-
-
-H200 = Card(132, 228 << 10)
-
-
-@remember
-def card(device: torch.device) -> Card:
-    if device.type != "cuda":
-        return Card(1, 96 << 10)
-    p = torch.cuda.get_device_properties(device)
-    return Card(p.multi_processor_count, p.shared_memory_per_multiprocessor)
-
-
 @remember
 def config_for(T: int, N: int, K: int, card: Card) -> Config:
     """The launch of a shape for several rows: so many programs a row that the last wave of them is nearly full."""
     c = Config(stages=4 if T <= 32 else 3)
     each = (c.stages + 1) * BLOCK * (c.rows + 2 * padded(T))
     at_once = card.processors * max(1, min(AT_ONCE[padded(T)], card.shared // each))
-    steps, programs = -(-K // BLOCK), -(-N // c.rows)
-    splits = min(range(1, min(16, steps) + 1), key=lambda n: (-(-programs * n // at_once) * (-(-steps // n) + 2), n))
-    return c._replace(splits=-(-steps // -(-steps // splits)))
+    return c._replace(splits=splits_for(-(-K // BLOCK), -(-N // c.rows), at_once))
 
 
 def _checked(x_TK: Tensor, w_NK: Tensor, scales_NS: Tensor, out_TN: Tensor, rows: int) -> None:
@@ -266,7 +234,7 @@ def one_row(
     ):  # fmt: skip
         raise ValueError(f"fp8: {act}, times {None if times is None else tuple(times.shape)}, {tuple(x_1K.shape)} for (1, {N})")
     c = config or row_config(N, K, gated)
-    _row[(min(-(-N // c.rows), WARPS // c.warps * processors(y_1N.device)),)](
+    _row[(min(-(-N // c.rows), WARPS // c.warps * card(y_1N.device).processors),)](
         x_1K, bits(w_NK), scales_NS, y_1N if times is None else times, y_1N, N, K, S, BN=c.rows, BK=c.columns, BLOCKS=S > 1,
         GATED=gated, TIMES=times is not None, GELU=act == "gelu_tanh", EVEN=K % c.columns == 0, UNROLL=c.unroll,
         CVT=converts(y_1N.device), num_warps=c.warps, **overlap(y_1N),
@@ -289,13 +257,7 @@ def product(
     (T, K), (N, S), c = x_TK.shape, scales_NS.shape, config
     _checked(x_TK, w_NK, scales_NS, out_TN, out_TN.shape[1])
     programs = -(-N // c.rows)
-    part = count = out_TN
-    if c.splits > 1:
-        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < T * N * c.splits:
-            raise ValueError(f"fp8: {c.splits} splits need scratch of {T * N * c.splits} fp32 values, got {scratch}")
-        if done is None or done.dtype != torch.int32 or done.numel() < programs:
-            raise ValueError(f"fp8: {c.splits} splits need {programs} int32 zeros, got {done}")
-        part, count = scratch, done
+    part, count = room("fp8", out_TN, c.splits, programs, scratch, done)
     _rows[(programs, c.splits)](
         x_TK, bits(w_NK), scales_NS, out_TN, part, count, N, K, S, T, x_TK.stride(0), out_TN.stride(0),
         triton.cdiv(triton.cdiv(K, BLOCK), c.splits), c.splits, TP=padded(T), BN=c.rows, BK=BLOCK, BLOCKS=S > 1,

@@ -16,10 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from headwise.kernels.fp8 import as_floats, converts
-from headwise.kernels.heads import to_fp8
+from headwise.kernels.heads import FP8_MAX, to_fp8
 from headwise.kernels.stored import bits, in_turn, overlap
 
-MAX = 448.0  # of e4m3
 COLUMNS, ROWS = 1024, 4  # of a program that expands
 
 
@@ -68,12 +67,12 @@ def _quantise(x_ptr, q_ptr, s_ptr, x_stride, K, BK: tl.constexpr, CVT: tl.conste
     most = tl.zeros((BK,), tl.float32)
     for k0 in range(0, K, BK):
         most = tl.maximum(most, tl.abs(tl.load(x_ptr + t * x_stride + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32)))
-    scale = tl.maximum(tl.max(most, 0), 1e-30) / 448.0
+    scale = tl.maximum(tl.max(most, 0), 1e-30) / FP8_MAX
     tl.store(s_ptr + t, scale)
     for k0 in range(0, K, BK):
         y = tl.load(x_ptr + t * x_stride + k0 + k, mask=k0 + k < K, other=0.0).to(tl.float32) / scale
         if CVT:
-            q = tl.minimum(tl.maximum(y, -448.0), 448.0).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            q = tl.minimum(tl.maximum(y, -FP8_MAX), FP8_MAX).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
         else:
             q = to_fp8(y)
         tl.store(q_ptr + t * K + k0 + k, q, mask=k0 + k < K)

@@ -132,14 +132,15 @@ def _kernel(
             tl.store(out + B + i, b.to(kind), mask=ok)
     else:
         slot = tl.load(slots + t, mask=ok, other=0).to(tl.int64)
+        kept = ok & (slot >= 0)
         g = head - H
         if g < G:
             rows = slot * G + g
             if ONE:
-                _store(k_data, k_scales, rows, ok, 0, a * rstd, B, W, K_FORMAT)
-                _store(k_data, k_scales, rows, ok, B, b * rstd, B, W, K_FORMAT)
+                _store(k_data, k_scales, rows, kept, 0, a * rstd, B, W, K_FORMAT)
+                _store(k_data, k_scales, rows, kept, B, b * rstd, B, W, K_FORMAT)
                 if W > A:
-                    _store(k_data, k_scales, rows, ok, A, _tail(x, ok, k_w, rstd, cos, sin, A, P, R, NORM), R, W, K_FORMAT)
+                    _store(k_data, k_scales, rows, kept, A, _tail(x, ok, k_w, rstd, cos, sin, A, P, R, NORM), R, W, K_FORMAT)
             else:
                 if NORM:
                     a = a * rstd * tl.load(k_w + i).to(tl.float32)
@@ -148,13 +149,13 @@ def _kernel(
                     c = tl.load(cos + i, mask=ok & (i < P), other=1.0).to(tl.float32)
                     s = tl.load(sin + i, mask=ok & (i < P), other=0.0).to(tl.float32)
                     a, b = a * c - b * s, b * c + a * s
-                _store(k_data, k_scales, rows, ok, 0, a, B, A, K_FORMAT)
-                _store(k_data, k_scales, rows, ok, B, b, B, A, K_FORMAT)
+                _store(k_data, k_scales, rows, kept, 0, a, B, A, K_FORMAT)
+                _store(k_data, k_scales, rows, kept, B, b, B, A, K_FORMAT)
         else:
             rows = slot * G + g - G
             scale = rstd if V_NORM else 1.0
-            _store(v_data, v_scales, rows, ok, 0, a * scale, B, A, V_FORMAT)
-            _store(v_data, v_scales, rows, ok, B, b * scale, B, A, V_FORMAT)
+            _store(v_data, v_scales, rows, kept, 0, a * scale, B, A, V_FORMAT)
+            _store(v_data, v_scales, rows, kept, B, b * scale, B, A, V_FORMAT)
 
 
 def heads(
@@ -165,7 +166,7 @@ def heads(
 
     Args:
         k, v: the layer's cache; v None: one tensor for both; both None: the layer owns none.
-        slots_T: int32 on the device, where the keys and values of each token go; None where the layer owns no cache.
+        slots_T: int32 on the device, where the keys and values of each token go, -1: nowhere; None where the layer owns no cache.
         q_norm, k_norm: weights of the norms, None where the family has none.
     Raises:
         ValueError: a head size that is no power of two from 64 to 512, or a width that does not fit its heads.

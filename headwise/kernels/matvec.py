@@ -16,7 +16,6 @@ Source    the layouts of ggml-quants.c; products of integers as llama.cpp's vecd
 
 from __future__ import annotations
 
-from functools import cache as remember
 from typing import NamedTuple
 
 import torch
@@ -25,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from headwise.kernels.split import card, is_last, room, store_sum
 from headwise.kernels.stored import in_turn, overlap, start_next, wait_turn
 from headwise.kernels.tiled import (
     LAYOUTS,
@@ -127,13 +127,6 @@ def _dot(w, x, c, ASM: tl.constexpr):
         for b in tl.static_range(4):
             c += ((w >> 8 * b) & 255) * ((x << (24 - 8 * b)) >> 24)
         return c
-
-
-@triton.jit
-def _last(done, splits):
-    """Whether all other programs of these rows have left their partial sums."""
-    tl.debug_barrier()
-    return tl.atomic_add(done + tl.program_id(0), 1, sem="acq_rel") == splits - 1
 
 
 @triton.jit
@@ -355,7 +348,7 @@ def _integers(
             else:
                 tl.store(part + (tl.program_id(1) * T + t) * N + n, v, mask=n < N)
     if splits > 1:
-        if _last(done, splits):
+        if is_last(done, splits):
             all_n = tl.program_id(0) * (BN * EACH) + tl.arange(0, BN * EACH)
             for row in range(T):
                 total = tl.zeros((BN * EACH,), tl.float32)
@@ -403,24 +396,7 @@ def _matrix(
                 ok = (t < T)[None, :] & (k // 4 < end)[:, None] if MASKED else (t < T)[None, :]
                 x = tl.load(xk + (16 * half + 4 * b), mask=ok, other=0.0)
                 acc = tl.dot(tl.reshape(f.to(dtype), (BN, 4 * U)), x, acc, input_precision="ieee")
-    ok = (n < N)[:, None] & (t < T)[None, :]
-    where = t[None, :] * out_stride + n[:, None]
-    if splits == 1:
-        tl.store(out + where, acc.to(out.dtype.element_ty), mask=ok)
-    else:
-        mine = t[None, :] * N + n[:, None]
-        tl.store(part + tl.program_id(1) * T * N + mine, acc, mask=ok)
-        if _last(done, splits):
-            y = tl.zeros((BN, TP), tl.float32)
-            for s in range(splits):
-                y += tl.load(part + s * T * N + mine, mask=ok, other=0.0, cache_modifier=".cg")
-            tl.store(out + where, y.to(out.dtype.element_ty), mask=ok)
-            tl.store(done + tl.program_id(0), 0)
-
-
-def partial_floats(T: int, N: int, splits: int) -> int:
-    """fp32 values of scratch that a launch over `splits` programs a row needs."""
-    return T * N * splits if splits > 1 else 0
+    store_sum(acc, n, t, out, part, done, N, T, out_stride, splits)
 
 
 def integer_words(T: int, K: int, planes: int) -> int:
@@ -452,11 +428,6 @@ def config_for(type_name: str, T: int, N: int, K: int, processors: int) -> Confi
     turns = max(1, K // 32 // step_groups(type_name, K, T) // 4)  # of the loop, were there one program a row
     wanted = max(1, min(8, at_once * processors // -(-N // rows), turns // 2))
     return Config(rows, each, 4, -(-turns // -(-turns // wanted)))
-
-
-@remember
-def processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def integers_in(words: Tensor, T: int, K: int, planes: int = 2) -> Integers:
@@ -496,7 +467,7 @@ def matvec(
 
     Args:
         x: (T, K); `Integers` for up to 8 rows, floats for the matrix unit.
-        scratch: `partial_floats` fp32 values where `config.splits` > 1.
+        scratch: `split.partial_floats` fp32 values where `config.splits` > 1.
         done: int32 zeros, one for each `config.rows` rows of W where `config.splits` > 1; zeros again afterwards.
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
@@ -514,19 +485,12 @@ def matvec(
         raise ValueError(f"matvec: activations of {x.dtype} not in {', '.join(map(str, TOLERANCE))}")
     if not all(p.is_contiguous() for p in (w.low, w.head)):
         raise ValueError(f"matvec: planes of strides {w.low.stride()} and {w.head.stride()} for {N} rows, not contiguous")
-    c = config or config_for(w.type, T if integers else MAX_ROWS, N, K, processors(out_TN.device))
+    c = config or config_for(w.type, T if integers else MAX_ROWS, N, K, card(out_TN.device).processors)
     if c.matrix == integers:
         raise ValueError(f"matvec: {type(x).__name__} with a launch {'of' if c.matrix else 'without'} the matrix unit")
     programs = -(-N // c.rows)
     data = x.words if isinstance(x, Integers) else x
-    part = count = out_TN
-    if c.splits > 1:
-        n = partial_floats(T, N, c.splits)
-        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < n:
-            raise ValueError(f"matvec: {c.splits} splits need scratch of {n} fp32 values, got {scratch}")
-        if done is None or done.dtype != torch.int32 or done.numel() < programs:
-            raise ValueError(f"matvec: {c.splits} splits need {programs} int32 zeros, got {done}")
-        part, count = scratch, done
+    part, count = room("matvec", out_TN, c.splits, programs, scratch, done)
     groups, block, asm = K // 32, t.block // 32, not knobs.runtime.interpret
     step = c.units if c.matrix else c.step or step_groups(w.type, K, T)
     if not c.matrix and (groups % step or (block > 1 and block % step)):

@@ -93,12 +93,17 @@ def _gate(
         tl.store(out_ptr + at + i, y.to(out_ptr.dtype.element_ty), mask=ok)
 
 
+@triton.jit
+def capped(x, cap):
+    return cap * (1.0 - 2.0 / (tl.exp(x * (2.0 / cap)) + 1.0))  # tanh(z) = 1 - 2 / (e^2z + 1)
+
+
 @triton.jit(do_not_specialize=["n"])
 def _softcap(x_ptr, n, cap, BLOCK: tl.constexpr, PDL: tl.constexpr):
     in_turn(PDL)
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i, mask=i < n, other=0).to(tl.float32)
-    y = cap * (1.0 - 2.0 / (tl.exp(x * (2.0 / cap)) + 1.0))  # tanh(z) = 1 - 2 / (e^2z + 1)
+    y = capped(x, cap)
     tl.store(x_ptr + i, y.to(x_ptr.dtype.element_ty), mask=i < n)
 
 

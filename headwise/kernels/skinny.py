@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headwise.kernels.arrange import STEP, Arranged, ArrangedPairs
+from headwise.kernels.split import Card, room, splits_for
 from headwise.kernels.stored import overlap
 from headwise.kernels.tiled import EIGHT, LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
 from headwise.planner.workspace import SKINNY_ROWS, padded
@@ -503,23 +504,6 @@ def _half_layout(rows, warps):
     )  # fmt: skip
 
 
-class Card(NamedTuple):
-    """What a launch is chosen for: multiprocessors, shared memory of one and of a program, bytes."""
-
-    processors: int
-    shared: int
-    most: int
-
-
-H200 = Card(132, 228 << 10, 227 << 10)
-
-
-@remember
-def card(device: torch.device) -> Card:
-    p = torch.cuda.get_device_properties(device)
-    return Card(p.multi_processor_count, p.shared_memory_per_multiprocessor, p.shared_memory_per_block_optin)
-
-
 def most_rows(card: Card) -> int:
     """Rows of x a launch can have: tiles of 64 are too large for the shared memory of consumer cards."""
     return SKINNY_ROWS if card.most > 128 << 10 else SKINNY_ROWS // 2
@@ -540,9 +524,7 @@ def config_for(type_name: str, T: int, N: int, K: int, card: Card) -> Config:
     while c.rows > 32 and shared_bytes(type_name, TP, c) > card.most:
         c = c._replace(rows=c.rows // 2, warps=c.rows // 32)
     at_once = card.processors * min(65536 // (c.registers * 32 * c.warps), card.shared // (shared_bytes(type_name, TP, c) + 1024))
-    steps, programs = -(-K // (32 * STEP)), -(-N // c.rows)
-    splits = min(range(1, min(16, steps) + 1), key=lambda n: (-(-programs * n // at_once) * (-(-steps // n) + 2), n))
-    return c._replace(splits=-(-steps // -(-steps // splits)))
+    return c._replace(splits=splits_for(-(-K // (32 * STEP)), -(-N // c.rows), at_once))
 
 
 def skinny(
@@ -563,13 +545,7 @@ def skinny(
         raise ValueError(f"skinny: activations of {x.values.dtype} into {out_TN.dtype}, not alike")
     planes = _words(w, c)
     programs, groups = -(-N // c.rows), K // 32
-    part = count = out_TN
-    if c.splits > 1:
-        if scratch is None or scratch.dtype != torch.float32 or scratch.numel() < T * N * c.splits:
-            raise ValueError(f"skinny: {c.splits} splits need scratch of {T * N * c.splits} fp32 values, got {scratch}")
-        if done is None or done.dtype != torch.int32 or done.numel() < programs:
-            raise ValueError(f"skinny: {c.splits} splits need {programs} int32 zeros, got {done}")
-        part, count = scratch, done
+    part, count = room("skinny", out_TN, c.splits, programs, scratch, done)
     _skinny[(programs, c.splits)](
         x.values, *planes, out_TN, part, count, *[count] * 4, N, groups, T, out_TN.stride(0), -(-groups // (STEP * c.splits)),
         c.splits, 0, EXPERTS=False, BY_PAIR=False, KIND=LAYOUTS[w.type].kind, TP=padded(T), ROWS=c.rows, WARPS=c.warps,

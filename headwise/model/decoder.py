@@ -125,14 +125,14 @@ class Decoder:
             out["ple"] = arena.take("ple.rows", *rest.shape).copy_(rest)
         return out
 
-    def logits(self, x_TD: Tensor, arena: Arena, out: Tensor | None = None) -> Tensor:
-        """Logits of the given hidden states, (T, vocab)."""
+    def logits(self, x_TD: Tensor, arena: Arena, out: Tensor | None = None, *, capped: bool = True) -> Tensor:
+        """Logits of the given hidden states, (T, vocab); not `capped` where what draws from them does that."""
         spec = self.spec
         h = self.ops.norm(x_TD, self.w["norm"], arena.take("h", *x_TD.shape), arena)
         if out is None:
             out = arena.take("logits", x_TD.shape[0], spec.vocab_size)
         linear(h, self.w["embed" if spec.tied else "head"], out, arena.room)
-        if spec.final_softcap is not None:
+        if capped and spec.final_softcap is not None:
             self.ops.softcap(out, spec.final_softcap)
         return out
 

@@ -41,7 +41,8 @@ class Step:
 
     Args:
         positions_T: of each token, on the device.
-        slots: by window (None: global layers), int32 on the device, the slot of each token's keys; kernels that store need it.
+        slots: by window (None: global layers), int32 on the device, the slot of each token's keys, -1 where they are not stored;
+            kernels that store need it.
         tail: the tokens whose hidden states are wanted, where not all are; layers that own no cache need no others.
     """
 
@@ -55,7 +56,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Tail:
-    """Of a step the tokens `rows_W` (int64 on the device) alone."""
+    """Of a step the tokens `rows_W` (int32 or int64 on the device) alone."""
 
     rows_W: Tensor
     step: Step

@@ -113,11 +113,13 @@ def _floats(x_TK: Activations) -> Tensor:
 def _few_rows(x: Activations, planes: Any, out_TN: Tensor, room: Room) -> Activations:
     """The product; what it was of, for the next."""
     from headwise.kernels import matvec as K
+    from headwise.kernels import split
 
     T, k = x.shape
     if room.words is None or room.partial is None or room.done is None:
         raise ValueError("linear: planes need room for integers, partial sums and counters")
-    config = K.config_for(planes.type, T if T <= INTEGER_ROWS else MATRIX_ROWS, planes.rows, k, K.processors(out_TN.device))
+    most = T if T <= INTEGER_ROWS else MATRIX_ROWS
+    config = K.config_for(planes.type, most, planes.rows, k, split.card(out_TN.device).processors)
     given = x if isinstance(x, K.Integers) else K.quantise(_floats(x), room.words) if T <= INTEGER_ROWS else _floats(x)
     K.matvec(given, planes, out_TN, scratch=room.partial, done=room.done, config=_within(config, T, planes.rows, room))
     return given
@@ -126,13 +128,14 @@ def _few_rows(x: Activations, planes: Any, out_TN: Tensor, room: Room) -> Activa
 def _skinny(x: Activations, planes: Any, out_TN: Tensor, room: Room) -> Activations:
     """As `_few_rows`."""
     from headwise.kernels import skinny as S
+    from headwise.kernels import split
     from headwise.kernels.arrange import Arranged, arrange
 
     if room.tile is None or room.partial is None or room.done is None:
         raise ValueError("linear: planes need room for what is arranged, partial sums and counters")
     given = x if isinstance(x, Arranged) else arrange(_floats(x), room.tile)
     T, k = x.shape
-    config = _within(S.config_for(planes.type, T, planes.rows, k, S.card(out_TN.device)), T, planes.rows, room)
+    config = _within(S.config_for(planes.type, T, planes.rows, k, split.card(out_TN.device)), T, planes.rows, room)
     S.skinny(given, planes, out_TN, scratch=room.partial, done=room.done, config=config)
     return given
 
@@ -141,14 +144,14 @@ def _fp8(x_TK: Tensor, w: Fp8Tensor, out_TN: Tensor, room: Room) -> Tensor:
     (T, K), (N, _) = x_TK.shape, w.shape
     if not room.fused:
         return _by_tiles(x_TK, N, K, out_TN, room, partial(_expanded_fp8, w))
-    from headwise.kernels import fp8, fp8_rows
+    from headwise.kernels import fp8, fp8_rows, split
 
     if T == 1:
         return fp8.one_row(x_TK, w.data, w.scales, out_TN)
     if T <= fp8.MOST_ROWS:
         if room.partial is None or room.done is None:
             raise ValueError("linear: e4m3 needs room for partial sums and counters")
-        config = _within(fp8.config_for(T, N, K, fp8.card(out_TN.device)), T, N, room)
+        config = _within(fp8.config_for(T, N, K, split.card(out_TN.device)), T, N, room)
         return fp8.product(x_TK, w.data, w.scales, out_TN, scratch=room.partial, done=room.done, config=config)
     if not _takes_scaled(w, out_TN, room):
         return _by_tiles(x_TK, N, K, out_TN, room, lambda a, b, tile: fp8_rows.expand(w.data[a:b], w.scales[a:b], tile))

@@ -13,7 +13,7 @@ from headwise.planner.memory import Plan
 from headwise.planner.residence import weight_bytes
 from headwise.spec.kv import kv_read_bytes
 from headwise.spec.layers import ModelSpec
-from headwise.spec.tensors import TensorSpec, weight_tensors
+from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ def active_share(spec: ModelSpec, tensor: TensorSpec) -> float:
     if tensor.role == "table":
         return 1.0 if tensor.name == "embed" and spec.tied else 1 / tensor.shape[0]
     if tensor.role == "experts":
-        moe = spec.layers[int(tensor.name.split(".")[1])].mlp.moe
+        moe = spec.layers[layer_of(tensor.name)].mlp.moe
         return moe.n_active / moe.n_experts if moe else 1.0
     return 1.0
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import NamedTuple
 
 from headwise.errors import PlanError, UsageError
@@ -16,7 +17,7 @@ from headwise.planner.residence import FLOAT_TYPES, FP8_TYPES, multiplied, plane
 from headwise.planner.workspace import SKINNY_ROWS, Buffer, arena_bytes, workspace
 from headwise.spec.kv import PAGE_TOKENS, KVFormat, check_format, kv_bytes
 from headwise.spec.layers import Kind, LayerSpec, ModelSpec
-from headwise.spec.tensors import outer_tensors, weight_tensors
+from headwise.spec.tensors import layer_of, outer_tensors, weight_tensors
 
 MIB = 2**20
 GPU_MARGIN_BYTES = 768 * MIB  # driver context, cuBLAS workspace and allocator rounding of one process on one GPU
@@ -277,22 +278,25 @@ def _room_words(p: Plan) -> str:
 
 def _fp8_words(spec: ModelSpec, w: Workload, stored: Mapping[str, str], resident: Mapping[str, str]) -> Iterator[str]:
     """Which tensors in e4m3 stay so, which do not, and when activations become e4m3 too."""
-    if any(t in FP8_TYPES for t in resident.values()):
-        yield "matrices are kept in fp8 (e4m3); activations " + (
-            f"of steps of more than {SKINNY_ROWS} tokens are rounded to e4m3 too, on cards that multiply it (compute capability "
-            f"8.9 and up): about 2.5 % of error a product"
-            if _scaled_rows(w, resident)
+    names = {"matrix": "matrices", "experts": "experts", "table": "tables", "vector": "routers"}
+    kept = {names[t.role] for t in weight_tensors(spec) if resident[t.name] in FP8_TYPES}
+    if kept:
+        yield f"{' and '.join(sorted(kept, reverse=True))} are kept in fp8 (e4m3); activations " + (
+            f"of steps of more than {SKINNY_ROWS} tokens are rounded to e4m3 too before matrices, on cards that multiply it "
+            f"(compute capability 8.9 and up): about 2.7 % of error a product"
+            if _scaled_rows(spec, w, resident)
             else "stay as they are"
         )
-    expanded = [t.role for t in weight_tensors(spec) if stored[t.name] in FP8_TYPES and resident[t.name] not in FP8_TYPES]
+    expanded = [names[t.role] for t in weight_tensors(spec) if stored[t.name] in FP8_TYPES and resident[t.name] not in FP8_TYPES]
     if expanded:
-        roles = {"matrix": "matrices", "experts": "experts", "table": "tables", "vector": "routers"}
-        yield f"{' and '.join(sorted({roles[r] for r in expanded}))} stored in fp8 are expanded at load: {len(expanded)} tensors"
+        yield f"{' and '.join(sorted(set(expanded)))} stored in fp8 are expanded at load: {len(expanded)} tensors"
 
 
-def _scaled_rows(w: Workload, resident: Mapping[str, str]) -> bool:
+def _scaled_rows(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> bool:
     """Whether activations may become e4m3, as `model.linear` has it, on a card that can."""
-    return w.fused and w.dtype == "bf16" and "fp8" in resident.values()
+    fused = multiplied(spec, resident)
+    alone = (t for t in weight_tensors(spec) if t.role != "experts" or layer_of(t.name) not in fused)
+    return w.fused and w.dtype == "bf16" and any(resident[t.name] == "fp8" for t in alone)
 
 
 class _Quantised(NamedTuple):
@@ -302,20 +306,23 @@ class _Quantised(NamedTuple):
     plane_values: int
     plain_experts: bool
     fused_experts: bool
+    plane_experts: bool
     scaled_rows: bool
 
 
 def _quantised(spec: ModelSpec, w: Workload, resident: Mapping[str, str]) -> _Quantised:
-    fp8 = frozenset(name for name, t in resident.items() if t in FP8_TYPES)
-    ours = planed(spec, resident) | fp8 if w.fused else frozenset[str]()
+    planes = planed(spec, resident) if w.fused else frozenset[str]()
+    ours = planes | {name for name, t in resident.items() if t in FP8_TYPES and w.fused}
+    products = [t for t in weight_tensors(spec) if t.name in ours and t.role != "table"]
     fused = multiplied(spec, resident) if w.fused else frozenset()
     with_experts = {layer.index for layer in spec.layers if layer.mlp.moe}
     return _Quantised(
         block_weights=any(t not in FLOAT_TYPES for name, t in resident.items() if name not in ours),
-        plane_values=max((t.n_elements for t in weight_tensors(spec) if t.name in ours and t.role != "table"), default=0),
+        plane_values=max((t.n_elements if t.name in planes else prod(t.shape[-2:]) for t in products), default=0),
         plain_experts=not with_experts <= fused,
         fused_experts=bool(fused),
-        scaled_rows=_scaled_rows(w, resident),
+        plane_experts=any(t.role == "experts" and t.name in planes for t in products),
+        scaled_rows=_scaled_rows(spec, w, resident),
     )
 
 
@@ -372,7 +379,7 @@ def _split(
     weights, kv = [0] * n, [0] * n
     for name, n_bytes in sizes.items():
         if name.startswith("layers."):
-            weights[int(name.split(".")[1])] += n_bytes
+            weights[layer_of(name)] += n_bytes
     for layer in spec.kv_layers:
         kv[layer.index] = w.layer_bytes(layer)
     if len(targets) < 2:

@@ -15,7 +15,7 @@ from headwise.errors import UsageError
 from headwise.planner.residence import FLOAT_TYPES
 from headwise.spec.ggml import by_name
 from headwise.spec.layers import ModelSpec
-from headwise.spec.tensors import TensorSpec, weight_tensors
+from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
 
 _FALLBACK = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # the nearest type with blocks of 32
 MADE = "fp8"  # the scheme that a checkpoint of floats may get while it is loaded
@@ -52,7 +52,7 @@ class Scheme:
     v: _Some | None = None
     down: _Some | None = None
     experts: str | None = None
-    matrices: str | None = None  # of the layers
+    matrices: str | None = None  # of the layers, experts among them
     o_of_8_experts: str | None = None  # Mixtral's own rules
 
 
@@ -115,7 +115,7 @@ def weight_types(spec: ModelSpec, scheme: str) -> dict[str, str]:
 
 
 def made_at_load(spec: ModelSpec, stored: Mapping[str, str], weights: str | None) -> Mapping[str, str]:
-    """The types of a checkpoint of `stored` ones after `--weights`; fp8: layers' matrices that are stored as floats become e4m3.
+    """The types of a checkpoint of `stored` ones after `--weights`; fp8: layers' matrices and experts stored as floats become e4m3.
 
     Raises:
         UsageError: weights that are not made at load.
@@ -133,8 +133,8 @@ def made_at_load(spec: ModelSpec, stored: Mapping[str, str], weights: str | None
 
 
 def in_layer(tensor: TensorSpec) -> bool:
-    """A matrix of a layer, of attention or an MLP; not the output projection, nor what all layers share."""
-    return tensor.role == "matrix" and tensor.name.startswith("layers.")
+    """A matrix of a layer, of attention or an MLP, or its experts; not the output projection, nor what all layers share."""
+    return tensor.role in ("matrix", "experts") and tensor.name.startswith("layers.")
 
 
 def _type(spec: ModelSpec, tensor: TensorSpec, rule: Scheme, v_order: Mapping[int, int]) -> str:
@@ -142,7 +142,7 @@ def _type(spec: ModelSpec, tensor: TensorSpec, rule: Scheme, v_order: Mapping[in
         return rule.output or rule.base
     if not tensor.name.startswith("layers."):
         return rule.base
-    layer, part = int(tensor.name.split(".")[1]), tensor.name.rsplit(".", 1)[-1]
+    layer, part = layer_of(tensor.name), tensor.name.rsplit(".", 1)[-1]
     moe = spec.layers[layer].mlp.moe
     if by_name(rule.base).quantised and moe and moe.n_experts == 8:
         if part in ("k", "v"):

@@ -1,7 +1,7 @@
 """The type each weight has in memory: a pure rule that the planner counts with and the loader follows.
 
 Vectors (norms, biases, routers, scales) are fp32 everywhere. On a GPU a quantised weight stays as it is stored, re-tiled where
-our kernels read it, and a matrix in e4m3 stays so too, while experts and tables in e4m3 are expanded to the activations' type; on a
+our kernels read it, and matrices and experts in e4m3 stay so too, while tables in e4m3 are expanded to the activations' type; on a
 CPU, where PyTorch multiplies floats only, matrices are expanded once to that type, and tables that are only looked up stay
 as stored.
 """
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 
 from headwise.spec.ggml import by_name, n_bytes
 from headwise.spec.layers import ModelSpec
-from headwise.spec.tensors import TensorSpec, weight_tensors
+from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
 
 FLOAT_TYPES = frozenset({"f32", "f16", "bf16"})
 KEPT_TYPES = frozenset({"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "mxfp4"})
@@ -40,7 +40,7 @@ def _resident(tensor: TensorSpec, stored: str, spec: ModelSpec, cpu: bool, dtype
     if tensor.role == "vector":
         return "f32"
     only_looked_up = tensor.role == "table" and not (tensor.name == "embed" and spec.tied)
-    if stored in FP8_TYPES and tensor.role == "matrix" and not cpu:
+    if stored in FP8_TYPES and tensor.role in ("matrix", "experts") and not cpu:
         return stored
     if stored in KEPT_TYPES and (only_looked_up or not cpu):
         return stored
@@ -71,12 +71,16 @@ def groups(spec: ModelSpec, types: Mapping[str, str]) -> dict[str, tuple[str, ..
 
 
 def multiplied(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[int]:
-    """Layers whose experts our kernels multiply: all floats, or all of types with planes; at most 256 of them."""
+    """Layers whose experts our kernels multiply: all floats, all in e4m3, or all of types with planes; at most 256 of them."""
     stacks: dict[int, list[TensorSpec]] = {}
     for t in weight_tensors(spec):
         if t.role == "experts" and t.shape[0] <= MAX_EXPERTS:
-            stacks.setdefault(int(t.name.split(".")[1]), []).append(t)
-    return frozenset(i for i, of in stacks.items() if any(all(x(resident[t.name], t) for t in of) for x in (_floats, _planes)))
+            stacks.setdefault(layer_of(t.name), []).append(t)
+    return frozenset(
+        i
+        for i, of in stacks.items()
+        if any(all(x(resident[t.name], t) for t in of) for x in (_floats, _planes)) or _fp8([resident[t.name] for t in of])
+    )
 
 
 def planed(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[str]:
@@ -86,12 +90,17 @@ def planed(spec: ModelSpec, resident: Mapping[str, str]) -> frozenset[str]:
         t.name
         for t in weight_tensors(spec)
         if _planes(resident[t.name], t)
-        and (t.role in ("matrix", "table") or (t.role == "experts" and int(t.name.split(".")[1]) in whole))
+        and (t.role in ("matrix", "table") or (t.role == "experts" and layer_of(t.name) in whole))
     )
 
 
 def _floats(kind: str, tensor: TensorSpec) -> bool:
     return kind in FLOAT_TYPES
+
+
+def _fp8(kinds: list[str]) -> bool:
+    """Gate, up and down in e4m3; the first two, which one launch multiplies, with scales of one form."""
+    return FP8_TYPES.issuperset(kinds) and kinds[0] == kinds[1]
 
 
 def _planes(kind: str, tensor: TensorSpec) -> bool:

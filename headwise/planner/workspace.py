@@ -25,9 +25,11 @@ QUANT_ROWS, QUANT_GROUP_WORDS = 8, 20  # rows that are multiplied as integers, a
 SKINNY_ROWS, SKINNY_STEP = 64, 256  # most rows that are arranged, in the tile, and values of a row at a time
 QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are shared out, and counters of programs
 EXPERT_ROWS = 160  # most tokens whose pairs meet quantised experts as integers, each pair by itself
+RECORDED_TOKENS = 1024  # of a prompt's chunk that is recorded; the kernels of more take longer than the host needs to launch them
 ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
 PAIR_TILE = 8  # pairs of a tile whose rows are arranged
 ORDER_TILE, ORDER_BLOCK = PAIR_TILE, 128  # pairs of the smallest tile, and of a program that sorts
+DRAW_VALUES, DRAW_GROUP, DRAW_BLOCK = 2**16, 64, 4096  # that 16 bits have; logits of which one bounds top-k, and of a program
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
 
@@ -84,6 +86,13 @@ def turn_values(layer: LayerSpec, n: int) -> int:
     return n * (1 + 2 * turned_pairs(layer) * (1 + layer.n_kv_heads))
 
 
+def draw_words(rows: int, vocab: int) -> int:
+    """int32 values that drawing tokens of so many rows takes: of each a count of every value, the best of each group of logits and
+    of each program, what programs sum, and four numbers of the row."""
+    blocks = -(-vocab // DRAW_BLOCK)
+    return rows * (DRAW_VALUES + blocks * (DRAW_BLOCK // DRAW_GROUP + 3) + 4)
+
+
 def logit_rows(slots: int, chunk: int) -> int:
     """Most tokens of a step whose logits are wanted: one a sequence, or of few sequences their drafts' too."""
     return min(chunk, max(slots, DRAFT_TOKENS))
@@ -124,6 +133,7 @@ def workspace(
     plane_values: int = 0,
     plain_experts: bool = True,
     fused_experts: bool = False,
+    plane_experts: bool = False,
     scaled_rows: bool = False,
     reads: Collection[str] = ("tiles",),
     first: bool = True,
@@ -135,8 +145,8 @@ def workspace(
         dtype: of the activations.
         slots: sequences that one step may serve.
         block_weights: some matrices stay quantised and are expanded tile by tile by PyTorch.
-        plane_values: of the largest matrix or stack of experts read by our kernels, which expand tiles for long steps only.
-        plain_experts, fused_experts: some experts are multiplied one by one by PyTorch; some by our kernels.
+        plane_values: of the largest matrix, or stack of experts in planes, that our kernels read; they expand tiles for long steps.
+        plain_experts, fused_experts, plane_experts: some experts are multiplied one by one; some by our kernels; and in planes.
         scaled_rows: some matrices are in e4m3 with a scale a row, and rows of activations that meet them may become e4m3 as well.
         reads: what the layers' backends need beside the cache, `attention.capability.Capability.reads` of each.
         first, last: whether this stage embeds, and whether it has the logits. Other buffers are those of the whole model, so
@@ -165,10 +175,11 @@ def workspace(
             add(f"rope.{i}.{table}", "always", C, 1, pairs)
     tiles = "tiles" in reads or "scores" in reads
     if tiles:
-        for window, slots in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
-            add(f"mask.{window}", "always", C, slots)
+        for window, ring in ring_slots(spec, n_tokens=n_tokens, chunk=chunk).items():
+            add(f"mask.{window}", "always", C, ring)
     if "slots" in reads:
-        add("span", "always", 2 * span_words(spec, slots, C), kind="i32")  # of all tokens, and of those that are wanted
+        # of all tokens; of those that are wanted, and which rows of all these are
+        add("span", "always", 2 * span_words(spec, slots, C) + C, kind="i32")
         add("pages", "always", 2 * launches(slots, C), -(-n_tokens // PAGE_TOKENS), kind="i32")
         add("done", "always", launches(slots, C) * max(x.n_kv_heads for x in layers), kind="i32")
         add("partial", "attention", max(partial_values(x) for x in layers), kind="f32")
@@ -225,18 +236,20 @@ def workspace(
         few = min(C, EXPERT_ROWS)
         add("expert.gated", "mlp", max(C, 2 * few), max(m.n_active * m.width for m in moes))
         add("expert.pairs", "mlp", C, active, D)
-        if plane_values:
+        if plane_experts:
             values = few * max(D, *(m.n_active * m.width for m in moes))
             add("expert.words", "mlp", values // 32 * QUANT_GROUP_WORDS, kind="i32")
     if last:
         add("logits", "head", logit_rows(slots, C), spec.vocab_size)
+        if fused and ITEM_BYTES[dtype] == 2:
+            add("draw", "head", draw_words(logit_rows(slots, C), spec.vocab_size), kind="i32")
     widest = max(D, q_width, wide)
     if plane_values:
         add("quant.words", "always", QUANT_ROWS * -(-widest // 32) * QUANT_GROUP_WORDS, kind="i32")
         add("quant.partial", "always", QUANT_PARTIAL, kind="f32")
         add("quant.done", "always", QUANT_DONE, kind="i32")
     if block_weights or plane_values:
-        expert = max((2 * m.width * D for m in moes), default=0) if fused_experts and plane_values else 0  # gate and up
+        expert = max((2 * m.width * D for m in moes), default=0) if plane_experts else 0  # gate and up
         arranged = arranged_values(SKINNY_ROWS, widest) if plane_values else 0
         of_pairs = (arranged_pair_values(min(C, SKINNY_ROWS), m, D) for m in moes if expert)
         scaled = -(-scaled_bytes(C, widest) // ITEM_BYTES[dtype]) if scaled_rows else 0

@@ -25,6 +25,7 @@ PAGE_TOKENS = 64  # token slots per page of a global layer
 DRAFT_TOKENS = 8  # most draft tokens that one verify step may append
 TAIL_BLOCK = 32  # the rotated part of a one-tensor layer is padded to whole blocks of every KV format
 KV_LAYOUTS = get_args(KVLayout)
+FP8_MAX = 448.0  # the largest e4m3 value; larger ones saturate
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,11 @@ class TensorSpec:
         return math.prod(self.shape)
 
 
+def layer_of(name: str) -> int:
+    """The layer of a tensor of one, by its name."""
+    return int(name.split(".")[1])
+
+
 def weight_tensors(spec: ModelSpec, layers: range | None = None) -> tuple[TensorSpec, ...]:
     """Every tensor the decoder of `spec` reads, in the order a forward pass meets them.
 

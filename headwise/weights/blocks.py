@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from headwise.planner.residence import FP8_BLOCK
+from headwise.spec.kv import FP8_MAX
 
-FP8_MAX = 448.0  # of e4m3
 _E2M1 = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # MXFP4 values, doubled
 
 
@@ -47,15 +47,18 @@ class BlockTensor:
 
 @dataclass(frozen=True, slots=True)
 class Fp8Tensor:
-    """A matrix in e4m3, `data` (N, K), times fp32 `scales`: of each row (N, 1), or of each 128 of a row (N, ceil(K / 128))."""
+    """A matrix in e4m3, `data` (N, K), times fp32 `scales`: of each row (N, 1), or of each 128 of a row (N, ceil(K / 128)).
+
+    Or a stack of them, (E, N, K) and (E, N, ...).
+    """
 
     data: Tensor
     scales: Tensor
 
     def __post_init__(self) -> None:
-        (N, K), S = self.data.shape, self.scales.shape[-1]
-        if self.data.dtype != torch.float8_e4m3fn or self.scales.shape != (N, S) or S not in (1, -(-K // FP8_BLOCK)):
-            raise ValueError(f"Fp8Tensor: {self.data.dtype} {(N, K)} with scales {tuple(self.scales.shape)}")
+        (*rows, K), S = self.data.shape, self.scales.shape[-1]
+        if self.data.dtype != torch.float8_e4m3fn or self.scales.shape != (*rows, S) or S not in (1, -(-K // FP8_BLOCK)):
+            raise ValueError(f"Fp8Tensor: {self.data.dtype} {(*rows, K)} with scales {tuple(self.scales.shape)}")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -66,8 +69,12 @@ class Fp8Tensor:
         return self.data.device
 
     def part(self, start: int, stop: int) -> Fp8Tensor:
-        """Rows `start` to `stop`, as a view."""
-        return Fp8Tensor(self.data[start:stop], self.scales[start:stop])
+        """Rows `start` to `stop`, of each matrix of a stack, as a view."""
+        return Fp8Tensor(self.data[..., start:stop, :], self.scales[..., start:stop, :])
+
+    def __getitem__(self, i: int | tuple[slice, ...]) -> Fp8Tensor:
+        """One matrix of a stack, or some rows, as a view."""
+        return Fp8Tensor(self.data[i], self.scales[i])
 
 
 if TYPE_CHECKING:

@@ -60,8 +60,8 @@ def load_weights(
     """Every tensor of `weight_tensors(spec, layers)` on `device`, and one more per group.
 
     Args:
-        resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in; "fp8" for a matrix
-            that is stored as floats too, which is made here, a tile at a time.
+        resident: our name -> the type it is kept in: f32, bf16, f16, or the quantised type it is stored in; "fp8" for matrices
+            that are stored as floats too, which are made here, a tile at a time.
         groups: group name -> members of one resident type, whose rows then lie one after another in one allocation;
             the result holds the whole under the group's name and the members as views of it.
         planes: names whose blocks are re-tiled for our kernels, `planner.residence.planed`; a group's members all or none.
@@ -137,9 +137,8 @@ def _empty(shape: tuple[int, ...], type_name: str, device: torch.device, planes:
     if type_name in FLOATS:
         return torch.empty(shape, dtype=FLOATS[type_name], device=device)
     if type_name in FP8_TYPES:
-        rows, columns = shape
         data = torch.empty(shape, dtype=torch.float8_e4m3fn, device=device)
-        return Fp8Tensor(data, torch.empty(rows, 1 if type_name == "fp8" else -(-columns // FP8_BLOCK), device=device))
+        return Fp8Tensor(data, torch.empty(*shape[:-1], 1 if type_name == "fp8" else -(-shape[-1] // FP8_BLOCK), device=device))
     data = torch.empty((*shape[:-1], row_bytes(type_name, shape[-1])), dtype=torch.uint8, device=device)
     return BlockTensor(data, type_name, shape)
 
@@ -175,9 +174,7 @@ def _retile(into: Planes, files: _Files, part: Part) -> Iterator[int]:
     """Moves blocks to their planes, on the device, whole eights of rows at a time; yields the bytes of each tile."""
     from headwise.weights.retile import retile
 
-    source, stored = _source(files, part)
-    if part.pairs_of:
-        source = replace(source, tensor=source.tensor.flatten(0, -2))  # a copy on the host: rows in another order
+    source, stored = _flat_source(files, part)
     if part.expert is not None:
         into = into.matrix(part.expert)
     lead = tuple(into.low.shape[:-2])
@@ -236,6 +233,12 @@ def _source(files: _Files, part: Part) -> tuple[_Source, tuple[StoredTensor, ...
     return _Source(_rows(files.view(stored), part, True), "mxfp4", exponents), (stored, scales)
 
 
+def _flat_source(files: _Files, part: Part) -> tuple[_Source, tuple[StoredTensor, ...]]:
+    """As `_source`, one row after another: where heads' rows are in another order, that is a copy on the host."""
+    source, read = _source(files, part)
+    return replace(source, tensor=source.tensor.flatten(0, -2)) if part.pairs_of else source, read
+
+
 def _row_scales(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Scales of all values, of each row, or of blocks of 128 by 128, as those of each row: (..., N, 1 or ceil(K / 128))."""
     N = shape[-2]
@@ -248,17 +251,17 @@ def _row_scales(scales: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _fill_fp8(into: Fp8Tensor, files: _Files, part: Part) -> Iterator[int]:
     """Copies rows of e4m3, or makes them of floats, on the device; yields the bytes of each tile."""
-    source, read = _source(files, part)
-    if part.pairs_of:
-        source = replace(source, tensor=source.tensor.flatten(0, -2))  # a copy on the host: rows in another order
-    N, K = into.shape
+    source, read = _flat_source(files, part)
+    if part.expert is not None:
+        into = into[part.expert]
+    *rows, K = into.shape
     n_values = DEQUANT_TILE_VALUES if source.scales is None else TILE_BYTES // 4
-    for (rows,) in _tiles((N,), max(1, n_values // K)):
+    for index in _tiles(tuple(rows), max(1, n_values // K)):
         if source.scales is None:
-            data, scales = to_fp8(source.tile((rows,), files, into.device))
+            data, scales = to_fp8(source.tile(index, files, into.device))
         else:
-            data, scales = files.moved(source.tensor[rows], into.device), source.scales[rows]
-        tile = into.part(rows.start, rows.stop)
+            data, scales = files.moved(source.tensor[index], into.device), source.scales[index]
+        tile = into[index]
         tile.data.copy_(data)
         tile.scales.copy_(scales)
         for tensor in read:
@@ -280,9 +283,10 @@ def _fill(dest: Tensor, files: _Files, part: Part, ours: TensorSpec) -> Iterator
     type_name = source.type.removesuffix("_raw")
     dequantised = type_name not in FLOATS and dest.dtype != torch.uint8
     n_values = min(TILE_BYTES // 4, DEQUANT_TILE_VALUES) if dequantised else TILE_BYTES // 4
+    there = type_name in FLOATS or type_name in BLOCK_TYPES or type_name == "fp8"
+    device = dest.device if there else torch.device("cpu")
     for index in _tiles(tuple(dest.shape[:-1]), max(1, n_values // columns)):
-        there = type_name in FLOATS or type_name in BLOCK_TYPES or type_name == "fp8"
-        into, tile = dest[index], source.tile(index, files, dest.device if there else torch.device("cpu"))
+        into, tile = dest[index], source.tile(index, files, device)
         if type_name in FLOATS or type_name == "fp8":
             into.copy_(tile.float() + part.add if part.add else tile)
         elif dest.dtype == torch.uint8:

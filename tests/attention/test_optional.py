@@ -68,6 +68,15 @@ def flash_attn_4_func(
     return out[None], lse[None]
 
 
+def flash_attn_4_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float, causal: bool, softcap: float | None, window_size_left: int | None,
+    window_size_right: int | None, out: Tensor,
+) -> None:  # fmt: skip
+    assert causal == (window_size_right is None) == (window_size_left is None)
+    left = -1 if window_size_left is None else window_size_left
+    out.copy_(formula(q[0], k[0], v[0], softmax_scale, left, softcap or 0.0)[0][None])
+
+
 def single_prefill_with_kv_cache(
     q: Tensor, k: Tensor, v: Tensor, causal: bool = False, sm_scale: float = 0.0, window_left: int = -1,
     logits_soft_cap: float = 0.0, return_lse: bool = False,
@@ -82,6 +91,7 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, function, call in (
         ("flash_attn", "flash_attn_func", flash_attn_func),
         ("flash_attn.cute", "flash_attn_func", flash_attn_4_func),
+        ("flash_attn.cute.interface", "_flash_attn_fwd", flash_attn_4_forward),
         ("flashinfer", "single_prefill_with_kv_cache", single_prefill_with_kv_cache),
     ):
         module = ModuleType(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers.generation.logits_process import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from headwise.engine.request import Sampling
 from headwise.engine.sample import Draw, Sampler, tokens
@@ -42,6 +43,36 @@ def test_chances_are_those_of_the_filters() -> None:
     shares = counted(Sampling(temperature=1.0, top_p=0.8))
     assert [round(n / 2000 * 20, 1) for n in shares] == [0.0, 4.0, 0.0, 16.0, 0.0]
     assert counted(Sampling(temperature=1.0, min_p=0.3)) == [0, 0, 0, 2000, 0]
+
+
+@pytest.mark.parametrize("top_k", [0, 6, 1000])
+@pytest.mark.parametrize("top_p", [1.0, 0.85])
+@pytest.mark.parametrize("min_p", [0.0, 0.05])
+def test_shares_are_those_of_transformers_filters(top_k: int, top_p: float, min_p: float) -> None:
+    """A chance under min-p that counts for top-p all the same, the token that passes top-p left out: 2,000 numbers, one a slice."""
+    torch.manual_seed(0)
+    logits = torch.randn(1, 23) * 2
+    filters = [TemperatureLogitsWarper(1.4)]
+    filters += [TopKLogitsWarper(top_k)] if top_k else []
+    filters += [TopPLogitsWarper(top_p)] if top_p < 1.0 else []
+    filters += [MinPLogitsWarper(min_p)] if min_p else []
+    want = logits.clone()
+    for f in filters:
+        want = f(torch.empty(1, 0), want)
+    sampling = Sampling(temperature=1.4, top_k=top_k, top_p=top_p, min_p=min_p)
+    drawn = tokens(logits.expand(2000, -1), [Draw(sampling, (i + 0.5) / 2000) for i in range(2000)])
+
+    assert (drawn.bincount(minlength=23) / 2000 - want.softmax(-1)[0]).abs().max() < 1.1 / 2000
+    assert bool((drawn.diff() >= 0).all())  # in the order of the vocabulary
+
+
+def test_of_equal_logits_the_first_are_kept() -> None:
+    """What `topk` gives of equal logits differs by device, and a seed said other things there."""
+    logits = torch.tensor([0.0, -0.0]).repeat(1, 300)
+    logits[0, 599] = 1.0
+    draws = [Draw(Sampling(temperature=1.0, top_k=40), (i + 0.5) / 200) for i in range(200)]
+
+    assert set(tokens(logits.expand(200, -1), draws).tolist()) == {*range(39), 599}
 
 
 def test_a_row_is_drawn_as_it_would_be_alone() -> None:

@@ -182,6 +182,26 @@ def test_explain_quotes_the_benchmark_of_mixed_backends() -> None:
     assert ARRANGEMENTS[0] == max(ARRANGEMENTS, key=lambda a: a.decode_tok_s)  # the default is what measures best
 
 
+def test_backends_taken_by_name_quote_the_benchmark() -> None:
+    """`explain` told rates of two runs ago, and of one whose result nobody had."""
+    from headwise.attention.capability import BACKENDS
+
+    found = json.loads(max((ROOT / "benchmarks/results").glob("attention_h200_*.json")).read_text())
+    rates = {
+        ("causal 256 at 16K" if r["shape"]["window"] is None else "window 1024 at 32K", r["who"]): round(r["tflops"])
+        for r in found["rows"]
+        if r["shape"]["head_dim"] == 256 and not r["shape"]["decode"]
+    }
+    names = {"torch-cudnn": "torch cuDNN", "flash-attn-4": "flash-attn-4", "flex-attention": "FlexAttention"}
+    words = {b.name: f"{b.by_name} {b.ahead.why if b.ahead else ''}" for b in BACKENDS}
+    said = {name: words for name, words in words.items() if re.search(r"\d (TFLOP|TB)/s", words)}
+
+    assert said.keys() == names.keys()
+    for name, words in said.items():
+        ((theirs, ours, where),) = re.findall(r"(\d+) TFLOP/s where headwise-hopper has (\d+) \(([^,]+), one H200\)", words)
+        assert (int(theirs), int(ours)) == (rates[where, names[name]], rates[where, "headwise-hopper"]), name
+
+
 def test_the_advice_on_kv_types_follows_from_the_result() -> None:
     """A new measurement that turns the order of the types round must turn the advice too."""
     found = json.loads(max((ROOT / "benchmarks/results").glob("kv_quality_*.json")).read_text())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import torch
 from kernels.compile_rows import SHARED
@@ -15,8 +16,8 @@ from headwise.planner.workspace import order_values
 from headwise.weights.retile import empty
 
 E, D, W, K = 128, 2816, 704, 8
-bf16, i32 = torch.bfloat16, torch.int32
-CONFIGS = {90: (experts.FEW_PROGRAMS, experts.MANY_PROGRAMS), 86: (experts.FEW_PROGRAMS,), 80: (experts.MANY_PROGRAMS,)}
+bf16, i32, u8 = torch.bfloat16, torch.int32, torch.uint8
+CONFIGS = {90: (experts.FEW_PROGRAMS, experts.MANY_PROGRAMS), 89: (), 86: (experts.FEW_PROGRAMS,), 80: (experts.MANY_PROGRAMS,)}
 KERNELS = {
     experts: ("_pairs", "_integer_pairs", "_gate_integers", "_grouped", "_combine"),
     router: ("_route", "_scores", "_choose", "_count", "_order"),
@@ -49,22 +50,42 @@ def launch_all(capability: int) -> None:
             experts.grouped(gated, order, (down,), y, K, launch=second)
 
 
-def main(capability: int) -> None:
+def launch_fp8(capability: int) -> None:
+    """Products with e4m3 under a scale a row, and under one for each 128 of it."""
+    both, down, gate = torch.empty(E, 2 * W, D, dtype=u8), torch.empty(E, D, W, dtype=u8), experts.Gate("gelu_tanh")
+    x, gated, y = torch.empty(300, D, dtype=bf16), torch.empty(300 * K, W, dtype=bf16), torch.empty(300 * K, D, dtype=bf16)
+    ids = torch.empty(300, K, dtype=i32)
+    for blocks in (False, True):
+        s, of_down = (torch.empty(*w.shape[:2], -(-w.shape[2] // 128) if blocks else 1) for w in (both, down))
+        halves, scales = (both[:, :W], both[:, W:]), (s[:, :W], s[:, W:])
+        experts.pairs(x[:1], ids[:1], halves, gated[:K], gate, scales=scales)
+        experts.pairs(gated[:K], ids[:1], (down,), y[:K], scales=(of_down,))
+        for rows in experts.GROUPED_FP8:
+            order = router.order(ids, E, rows, torch.empty(order_values(300, E, K), dtype=i32))
+            first, second = (experts.grouped_launch(rows, g, arch_of(divmod(capability, 10)), 2, fp8=True) for g in (True, False))
+            experts.grouped(x, order, halves, gated, K, gate, scales=scales, launch=first)
+            experts.grouped(gated, order, (down,), y, K, scales=(of_down,), launch=second)
+
+
+def main(capability: int, launch: Callable[[int], None]) -> None:
     pdl = {"PDL": True, "launch_pdl": True} if capability == 90 else {"PDL": False}
     experts.overlap = router.overlap = lambda x: pdl
+    experts.converts = lambda device: capability >= 89
     stand_ins = [(module, name, Compiled(getattr(module, name), capability)) for module, names in KERNELS.items() for name in names]
     for module, name, stand_in in stand_ins:
         setattr(module, name, stand_in)
-    launch_all(capability)
+    launch(capability)
     for module, name, stand_in in stand_ins:
         setattr(module, name, stand_in.kernel)
         for r in stand_in.reports:
             print(json.dumps({
-                "kernel": name, "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
-                "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability], "wgmma": "wgmma.mma_async" in r.ptx,
+                "kernel": name, "card": capability, "fp8": launch is launch_fp8, "registers": r.registers,
+                "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+                "matrix_unit": "mma.sync" in r.ptx or "wgmma.mma_async" in r.ptx, "instruction": "cvt.rn.f16x2.e4m3x2" in r.ptx,
             }), flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
-    for card in (90, 86, 80):
-        main(card)
+    for card in sorted(CONFIGS):  # upwards: triton converts e4m3 in all of a process as it did for the first card
+        main(card, launch_all)
+        main(card, launch_fp8)

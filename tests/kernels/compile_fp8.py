@@ -12,6 +12,7 @@ from kernels.compiling import Compiled
 
 import headwise.kernels.fp8 as fp8
 import headwise.kernels.fp8_rows as fp8_rows
+from headwise.kernels.split import H200
 
 N, K = 5376, 5376
 BF16 = torch.bfloat16
@@ -44,7 +45,7 @@ def every(capability: int) -> list[dict[str, object]]:
             out.append(compile_one(fp8, "_row", f"row, {act}, {S}", capability, launch))
         for T in (2, 32, 64):
             x, y = torch.empty(T, K, dtype=BF16), torch.empty(T, N, dtype=BF16)
-            launch = partial(fp8.product, x, w[:N], s[:N], y, scratch=scratch, done=done, config=fp8.config_for(T, N, K, fp8.H200))
+            launch = partial(fp8.product, x, w[:N], s[:N], y, scratch=scratch, done=done, config=fp8.config_for(T, N, K, H200))
             out.append(compile_one(fp8, "_rows", f"rows, {T}, {S}", capability, launch))
         y = torch.empty(N, K, dtype=BF16)
         out.append(compile_one(fp8_rows, "_expand", f"expand, {S}", capability, partial(fp8_rows.expand, w[:N], s[:N], y)))

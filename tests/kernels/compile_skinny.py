@@ -12,16 +12,17 @@ from kernels.compiling import Compiled
 import headwise.kernels.arrange as A
 import headwise.kernels.router as R
 import headwise.kernels.skinny as S
+from headwise.kernels.split import H200, Card
 from headwise.kernels.tiled import LAYOUTS
 from headwise.planner.workspace import PAIR_TILE, arranged_values, padded
 from headwise.weights.retile import empty
 
 N = 5376
 CARDS = {
-    80: S.Card(108, 164 << 10, SHARED[80]),
-    86: S.Card(84, 100 << 10, SHARED[86]),
-    89: S.Card(128, 100 << 10, SHARED[89]),
-    90: S.H200,
+    80: Card(108, 164 << 10, SHARED[80]),
+    86: Card(84, 100 << 10, SHARED[86]),
+    89: Card(128, 100 << 10, SHARED[89]),
+    90: H200,
 }
 
 

@@ -9,11 +9,13 @@ import json
 import sys
 
 import torch
+from kernels.fp8_cases import matrix
 from kernels.quant_cases import random_blocks, values
 from torch import Tensor
 
 from headwise.kernels import experts as X
 from headwise.kernels import router as R
+from headwise.kernels.fp8 import dequantised
 from headwise.planner.workspace import order_values
 from headwise.weights.retile import empty, retile
 
@@ -31,6 +33,12 @@ PRODUCTS = [  # T, D, W, E, K, activation, bias, who is chosen
     (20, 72, 40, 6, 2, "silu", False, "any"),
     (67, 40, 20, 5, 1, "silu", True, "one"),  # all tokens on one expert, more than a tile; none on the others
     (11, 36, 24, 130, 3, "gelu_tanh", False, "any"),  # more experts than tokens
+]
+IN_FP8 = [  # scales of gate and up, a row or of each 128 of one, and of down; then as PRODUCTS
+    ("row", "row", 1, 96, 48, 7, 3, "gelu_tanh", False, "any"),
+    ("block", "block", 2, 300, 136, 4, 2, "swiglu_clamped", True, "any"),
+    ("row", "block", 9, 72, 145, 6, 2, "silu", False, "any"),
+    ("block", "row", 17, 257, 20, 5, 1, "silu", True, "one"),
 ]
 QUANTISED = [  # type of gate and up, of down, T, D, W, E, K, activation, bias, sorted
     ("q4_k", "q5_0", 1, 256, 32, 5, 2, "gelu_tanh", False, False),
@@ -97,28 +105,52 @@ def gate_of(kind: str, bias: bool, E: int, W: int, device: str) -> X.Gate:
     return X.Gate(kind, torch.randn(E, W, device=device), torch.randn(E, W, device=device))
 
 
-def launches(rows: int) -> tuple[X.Launch, X.Launch]:
-    return X.Launch(16, 32, 4, rows, 2), X.Launch(32, 32, 4, rows, 2)
+def launches(rows: int, fp8: bool) -> tuple[X.Launch, X.Launch]:
+    """Larger ones of e4m3, but no more than a block of scales."""
+    return (
+        (X.Launch(32, 128, 4, rows, 2), X.Launch(64, 64, 4, rows, 2))
+        if fp8
+        else (X.Launch(16, 32, 4, rows, 2), X.Launch(32, 32, 4, rows, 2))
+    )
 
 
-def product_case(case: tuple[object, ...], device: str, dtype: torch.dtype) -> dict[str, float]:
+def stack_of(
+    shape: tuple[int, int, int], form: object, device: str, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """Experts, the scales of those in e4m3, another for every row or block, and the values."""
+    E, rows, columns = shape
+    if form is None:
+        w = (torch.randn(shape, device=device) * columns**-0.5 * 2).to(dtype)
+        return w, (), w
+    data, scales = matrix(E * rows, columns, 1 if form == "row" else -(-columns // 128), device)
+    scales *= columns**-0.5
+    return data.view(shape), (scales.view(E, rows, -1),), dequantised(data, scales).view(shape)
+
+
+def fp8_case(case: tuple[object, ...], device: str, dtype: torch.dtype) -> dict[str, float]:
+    return product_case(case[2:], device, dtype, case[:2])
+
+
+def product_case(
+    case: tuple[object, ...], device: str, dtype: torch.dtype, forms: tuple[object, ...] = (None, None)
+) -> dict[str, float]:
     T, D, W, E, K, kind, bias, who = case
     assert isinstance(T, int) and isinstance(D, int) and isinstance(W, int) and isinstance(E, int) and isinstance(K, int)
     x = torch.randn(T, D, device=device).to(dtype)
-    both = (torch.randn(E, 2 * W, D, device=device) * D**-0.5 * 2).to(dtype)  # gate and up in one allocation
-    gate_w, up_w = both[:, :W], both[:, W:]
-    down = (torch.randn(E, D, W, device=device) * W**-0.5).to(dtype)
+    both, of_both, values_WD = stack_of((E, 2 * W, D), forms[0], device, dtype)  # gate and up in one allocation
+    down, of_down, values_DW = stack_of((E, D, W), forms[1], device, dtype)
+    stacks, scales = ((v[:, :W], v[:, W:]) for v in (both, *of_both)) if of_both else ((both[:, :W], both[:, W:]), ())
     chosen, gate = chosen_of(T, E, K, str(who), device), gate_of(str(kind), bool(bias), E, W, device)
     down_bias = torch.randn(E, D, device=device) if bias else None
-    want = X.reference(x, chosen, gate_w, up_w, down, gate, down_bias)
+    want = X.reference(x, chosen, values_WD[:, :W], values_WD[:, W:], values_DW, gate, down_bias)
     out: dict[str, float] = {}
 
     def room(*shape: int) -> Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=device)
 
     gated, y = room(T * K, W), room(T * K, D)
-    X.pairs(x, chosen.ids_TK, (gate_w, up_w), gated, gate, launch=X.Launch(8, 64, 4))
-    X.pairs(gated, chosen.ids_TK, (down,), y, launch=X.Launch(16, 32, 4))
+    X.pairs(x, chosen.ids_TK, stacks, gated, gate, scales=scales, launch=X.Launch(16, 64, 4))
+    X.pairs(gated, chosen.ids_TK, (down,), y, scales=of_down, launch=X.Launch(32, 32, 4))
     out["pairs"] = relative(X.combine(y, chosen, room(T, D), down_bias), want)
     dense, a, b = torch.randn(T, D, device=device).to(dtype), torch.rand(D, device=device), torch.rand(D, device=device)
 
@@ -129,11 +161,12 @@ def product_case(case: tuple[object, ...], device: str, dtype: torch.dtype) -> d
     out["beside"] = relative(beside, normed(dense, a) + normed(want, b))
     for rows in (16, 64):
         order = R.order(chosen.ids_TK, E, rows, torch.empty(order_values(T, E, K), dtype=torch.int32, device=device))
-        first, second = launches(rows) if device == "cpu" else (None, None)
+        first, second = launches(rows, bool(scales)) if device == "cpu" else (None, None)
         gated, y, half = room(T * K, W), room(T * K, D), E // 2
-        X.grouped(x, order, (gate_w[:half], up_w[:half]), gated, K, gate, experts=(0, half), launch=first)
-        X.grouped(x, order, (gate_w[half:], up_w[half:]), gated, K, gate, experts=(half, E - half), launch=first)
-        X.grouped(gated, order, (down,), y, K, launch=second)
+        for part, experts in ((slice(half), (0, half)), (slice(half, E), (half, E - half))):
+            some, of_some = (tuple(v[part] for v in of) for of in (stacks, scales))
+            X.grouped(x, order, some, gated, K, gate, scales=of_some, experts=experts, launch=first)
+        X.grouped(gated, order, (down,), y, K, scales=of_down, launch=second)
         out[f"grouped {rows}"] = relative(X.combine(y, chosen, room(T, D), down_bias), want)
     return out
 
@@ -179,6 +212,7 @@ def main(device: str) -> dict[str, dict[str, float]]:
     for name, cases, run in (
         ("router", ROUTERS, router_case),
         ("product", PRODUCTS, product_case),
+        ("fp8", IN_FP8, fp8_case),
         ("quantised", QUANTISED, quantised_case),
     ):
         for i, case in enumerate(cases):

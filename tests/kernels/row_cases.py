@@ -88,9 +88,12 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
     k = Values(slots, G, A if one == "v" else A + tail, fmt, torch.device(device)) if owns else None
     v = Values(slots, G, A, fmt, torch.device(device)) if owns and not one else None
     q_out = torch.full((T, H, A + tail), float("nan"), dtype=dtype, device=device)
+    to = positions % ring if ring else positions.clone()
+    to[1:2] = -1  # the second token is stored nowhere
+    stored = [t for t in range(T) if t != 1]
     kept, kept_v = (None if x is None else Stored(x.data_SGD, x.scales_SGB) for x in (k, v))
     K.heads(
-        qkv, q_out, kept, kept_v, positions % ring if ring else positions, head_dim=A,
+        qkv, q_out, kept, kept_v, to, head_dim=A,
         pairs=P, cos_TP=cos, sin_TP=sin, q_norm=q_w if norm else None,
         k_norm=k_w if norm else None, v_norm=v_norm, eps=EPS,
     )  # fmt: skip
@@ -119,13 +122,13 @@ def heads_case(case: tuple[Any, ...], device: str, dtype: torch.dtype) -> dict[s
         if got is None:
             continue
         there = Values(slots, G, x_TGD.shape[-1], fmt, torch.device(device))
-        for t in range(T):
+        for t in stored:
             slot = (start + t) % ring if ring else start + t
             there.write(slot, x_TGD[t : t + 1].contiguous(), torch.empty(1, *x_TGD.shape[1:], device=device))
         a, b = (values_.read(0, slots, torch.empty(slots, G, x_TGD.shape[-1], device=device)) for values_ in (got, there))
         out[name] = relative(a, b)
         untouched = torch.ones(slots, dtype=torch.bool)
-        untouched[[(start + t) % ring if ring else start + t for t in range(T)]] = False
+        untouched[[(start + t) % ring if ring else start + t for t in stored]] = False
         out[f"{name} elsewhere"] = float(a[untouched.to(a.device)].abs().sum())
     return out
 

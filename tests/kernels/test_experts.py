@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.expert_cases import ORDERS, PRODUCTS, QUANTISED, ROUTERS
+from kernels.expert_cases import IN_FP8, ORDERS, PRODUCTS, QUANTISED, ROUTERS
 from kernels.programs import programs
+
+from headwise.kernels.experts import GROUPED_FP8
 
 LIMIT = {"float32": 2e-5, "float16": 2e-3}
 LIMIT_INTEGERS = 3e-4  # of 16 bits, twice
@@ -49,6 +51,15 @@ def test_chosen_experts_are_multiplied_and_summed(i: int, results: dict[str, dic
     assert max(found.values()) < LIMIT[dtype], found
 
 
+@pytest.mark.parametrize("i", range(len(IN_FP8)), ids=lambda i: str(IN_FP8[i][:7]))
+def test_experts_in_e4m3_multiply_as_their_values_do(i: int, results: dict[str, dict[str, float]]) -> None:
+    """A scale of the gate's row at up's, of another expert, or of the block before; half of a stack under the other's scales."""
+    found, dtype = of(results, f"fp8 {i}")
+
+    assert set(found) == {"pairs", "beside", "grouped 16", "grouped 64"}
+    assert max(found.values()) < LIMIT[dtype], found
+
+
 @pytest.mark.parametrize("i", range(len(QUANTISED)), ids=lambda i: str(QUANTISED[i][:2]))
 def test_quantised_experts_multiply_as_their_values_do(i: int, results: dict[str, dict[str, float]]) -> None:
     """An expert's planes at a wrong offset: each type has other ones."""
@@ -64,10 +75,19 @@ def compiled() -> list[dict[str, Any]]:
 
 
 def test_every_launch_fits_its_card(compiled: list[dict[str, Any]]) -> None:
-    assert {r["card"] for r in compiled} == {80, 86, 90}
+    assert {r["card"] for r in compiled} == {80, 86, 89, 90}
     for r in compiled:
         assert r["shared_bytes"] <= r["shared_limit"], r
         assert r["spill_bytes"] < 64, r
+
+
+def test_e4m3_is_converted_by_the_card_where_it_can_and_meets_the_matrix_unit(compiled: list[dict[str, Any]]) -> None:
+    """Two forms of scales, gate and up, and down: of one token, and of each tile's size."""
+    fp8 = [r for r in compiled if r["fp8"] and r["kernel"] in ("_pairs", "_grouped")]
+    assert len(fp8) == 4 * 4 * (1 + len(GROUPED_FP8))
+    for r in fp8:
+        assert r["matrix_unit"] == (r["kernel"] == "_grouped"), r
+        assert r["instruction"] == (r["card"] >= 89), r
 
 
 def test_misuse_is_refused_before_launch_with_both_numbers() -> None:
@@ -89,6 +109,18 @@ def test_misuse_is_refused_before_launch_with_both_numbers() -> None:
         experts.pairs(torch.zeros(2, 16), ids, (stack,), torch.zeros(4, 8))
     with pytest.raises(ValueError, match="the rows of each one together"):
         experts.pairs(torch.zeros(2, 8), ids, (stack.transpose(1, 2),), torch.zeros(4, 32))
+    e4m3, scales = torch.zeros(4, 8, 32, dtype=torch.uint8), torch.zeros(4, 8, 1)
+    for given, of in ((e4m3, ()), (stack, (scales,))):
+        with pytest.raises(ValueError, match="the rows of each one together"):
+            experts.pairs(torch.zeros(2, 32), ids, (given,), torch.zeros(4, 8), scales=of)
+    for wrong in (scales.double(), scales[:2], scales.expand(4, 8, 2), torch.zeros(4, 16, 1)[:, :8]):
+        with pytest.raises(ValueError, match=r"scales torch.float\d\d \(\d, 8, \d\) of strides"):
+            experts.pairs(torch.zeros(2, 32), ids, (e4m3,), torch.zeros(4, 8), scales=(wrong,))
+    order = router.Order(torch.zeros(4, dtype=torch.int32), *[torch.zeros(5, dtype=torch.int32)] * 3, tile_rows=16)
+    wide, of = torch.zeros(4, 8, 256, dtype=torch.uint8), torch.zeros(4, 8, 2)
+    with pytest.raises(ValueError, match="16 pairs a tile, 96 of K, with an order of 16, 2 scales a row"):
+        launch = experts.Launch(64, 96, 4, 16)
+        experts.grouped(torch.zeros(2, 256), order, (wide,), torch.zeros(4, 8), 2, scales=(of,), launch=launch)
     with pytest.raises(ValueError, match="not a stack"):
         experts.integer_pairs(torch.zeros(2, 8, 20, dtype=torch.int32), ids, empty("q4_k", (8, 256), "cpu"), torch.zeros(4, 8))
     with pytest.raises(ValueError, match=r"combine: \(3, 8\) of 2 experts a token into \(1, 8\)"):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from kernels.programs import programs
 
-from headwise.kernels.fp8 import H200, TOLERANCE, Config, config_for, one_row, product
+from headwise.kernels.fp8 import TOLERANCE, Config, config_for, one_row, product
 from headwise.kernels.fp8_rows import expand, quantise
+from headwise.kernels.split import H200
 
 DTYPES = {"f32": torch.float32, "f16": torch.float16}
 E4M3 = torch.float8_e4m3fn

@@ -118,21 +118,23 @@ def test_a_step_is_all_products_of_its_tile_and_nothing_else(compiled: list[dict
 @pytest.mark.parametrize("K", [256, 5376, 21504])
 def test_programs_of_a_row_share_all_of_it(name: str, K: int) -> None:
     from headwise.kernels import skinny as S
+    from headwise.kernels.split import H200
 
     for T in (1, 16, 33, 64):
         for N in (8, 5376, 262144):
-            c = S.config_for(name, T, N, K, S.H200)
+            c = S.config_for(name, T, N, K, H200)
             share = -(-K // (256 * c.splits))
             assert share * c.splits * 256 >= K
             assert (c.splits - 1) * share * 256 < K  # none has nothing to do
-            assert S.shared_bytes(name, S.padded(T), c) <= S.H200.most
+            assert S.shared_bytes(name, S.padded(T), c) <= H200.most
 
 
 def test_consumer_cards_take_fewer_rows() -> None:
     from headwise.kernels import skinny as S
+    from headwise.kernels.split import H200, Card
 
-    assert S.most_rows(S.H200) == 64
-    assert S.most_rows(S.Card(128, 100 << 10, 99 << 10)) == 32
+    assert S.most_rows(H200) == 64
+    assert S.most_rows(Card(128, 100 << 10, 99 << 10)) == 32
 
 
 def wrong(name: str) -> tuple[dict[str, Any], str]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,16 @@ from headwise.attention.choose import choose_layers
 from headwise.cache.pages import extents
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
+from headwise.engine.request import Sampling
 from headwise.engine.runner import Runner
-from headwise.engine.stage import Stage
-from headwise.planner.memory import Workload, plan
+from headwise.engine.sample import Draw, tokens
+from headwise.engine.stage import build_stages
+from headwise.planner.memory import Target, Workload, plan
 from headwise.planner.residence import groups
 from headwise.spec.kv import kv_format, laid_out
 from headwise.spec.layers import Kind
 from headwise.spec.read import open_model
+from headwise.weights.blocks import Weight
 from headwise.weights.listing import list_checkpoint
 from headwise.weights.load import load_weights
 from headwise.weights.names import stored_types
@@ -40,22 +44,24 @@ PAGES = ([5, 2], [0, 7], [3])
 CHUNK = 48
 
 
-def save(family: str, folder: Path) -> Path:
+def save(family: str, folder: Path, *, global_head_dim: int = 128) -> Path:
     """A tiny model of a family with heads that our kernels take."""
     changes: dict[str, Any] = {"head_dim": 64}
     if family.startswith("gemma4"):
-        changes["global_head_dim"] = 128
+        changes["global_head_dim"] = global_head_dim
         few = [tiny.SLIDING, tiny.FULL] * (2 if family == "gemma4-e2b" else 1)  # the interpreter is slow
         changes |= {"layer_types": few, "num_hidden_layers": len(few)}
     if family == "gemma4-e2b":
         changes["num_kv_shared_layers"] = 2
+    if family == "qwen3-moe":
+        changes |= {"num_hidden_layers": 2, "moe_intermediate_size": 136}  # more than a block of scales in e4m3
     torch.manual_seed(0)
     config = tiny.model_config(family, **changes)
     tiny.lively(family, transformers.AutoModelForCausalLM.from_config(config)).save_pretrained(folder)
     return folder
 
 
-def runner_of(path: Path, mode: str) -> Runner:
+def runner_of(path: Path, mode: str, *, context: int = 128, chunk: int = CHUNK, slots: int = 3, stages: int = 1) -> Runner:
     source = open_model(path, env={})
     mode, _, layout = mode.partition("-")
     spec = laid_out(source.spec, layout or None)
@@ -63,10 +69,15 @@ def runner_of(path: Path, mode: str) -> Runner:
     kv: dict[Kind, Any] = {"global": kv_format(dtype), "sliding": kv_format(dtype)}
     choices = choose_layers(spec, kv=kv, dtype=dtype, device=kind)
     reads = frozenset(c.backend.reads for c in choices)
-    w = Workload(context=128, slots=3, chunk=CHUNK, pool=512, kv=kv, dtype=dtype, cpu=kind is CPU, reads=reads)
-    p = plan(spec, stored_types(spec, list_checkpoint(path)), w)
-    weights = load_weights(spec, path, resident=p.resident, device="cpu", groups=groups(spec, p.resident))
-    return Runner(p, [Stage(p, 0, choices, weights, torch.device("cpu"))])
+    w = Workload(context=context, slots=slots, chunk=chunk, pool=512, kv=kv, dtype=dtype, cpu=kind is CPU, reads=reads)
+    targets = [Target(name=f"card {i}", gpu=None, total_bytes=2**30) for i in range(stages)]
+    p = plan(spec, stored_types(spec, list_checkpoint(path)), w, targets)
+
+    def load(stage: int, device: torch.device) -> Mapping[str, Weight]:
+        layers = p.stages[stage].layers
+        return load_weights(spec, path, resident=p.resident, device=device, groups=groups(spec, p.resident), layers=layers)
+
+    return Runner(p, build_stages(p, choices, [torch.device("cpu")] * stages, load))
 
 
 def main(folder: Path, family: str, mode: str) -> dict[str, float]:
@@ -102,6 +113,11 @@ def main(folder: Path, family: str, mode: str) -> dict[str, float]:
     out["answers with drafts"] = step((1, 4, 4), (2, 4, 4), (0, 2, 2))
     done[1] -= 2  # two drafts are refused, and others come in their place
     out["after refused drafts"] = step((2, 1, 1), (1, 4, 4))
+    x = runner.run([Run(places[s], done[s], texts[s][done[s] : done[s] + 1], 1) for s in range(3)])
+    draws = [Draw(Sampling()), Draw(Sampling(temperature=1.0), 0.6), Draw(Sampling(temperature=1.0, top_k=40, top_p=0.9), 0.3)]
+    logits = runner.logits(x).clone()
+    got, drawn = runner.draw(x, draws)
+    out["drawn"] = float((got - logits).norm() / logits.norm()) + float((drawn != tokens(logits, draws)).sum())
     return out
 
 

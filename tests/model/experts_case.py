@@ -22,7 +22,7 @@ from headwise.planner.workspace import workspace
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS
 from headwise.spec.layers import MlpSpec, MoeSpec
-from headwise.weights.blocks import BlockTensor, dequantise
+from headwise.weights.blocks import BlockTensor, Fp8Tensor, dequantise, expand_fp8, to_fp8
 from headwise.weights.retile import empty, retile
 
 D, C = 64, 12
@@ -41,7 +41,10 @@ CASES: list[tuple[str, MoeSpec, tuple[str, str, str]]] = [  # types of gate, up 
     ("qwen of two types", QWEN, ("q4_0", "q8_0", "q8_0")),
     ("gpt-oss", GPT_OSS, ("f32", "f32", "f32")),
     ("gpt-oss mxfp4", GPT_OSS, ("mxfp4", "mxfp4", "mxfp4")),
+    ("gemma fp8", GEMMA, ("fp8", "fp8", "fp8")),
+    ("gpt-oss fp8", GPT_OSS, ("fp8", "fp8", "fp8")),
     ("qwen without kernels", QWEN, ("q4_1", "q4_1", "f32")),  # PyTorch's both times
+    ("qwen half in fp8", QWEN, ("fp8", "fp8", "f32")),  # the same
 ]
 
 
@@ -50,6 +53,9 @@ def stack(kind: str, E: int, rows: int, columns: int, seed: int) -> tuple[Any, T
     if kind == "f32":
         w = torch.randn(E, rows, columns) * columns**-0.5
         return w, w
+    if kind == "fp8":
+        w = Fp8Tensor(*to_fp8(torch.randn(E, rows, columns) * columns**-0.5))
+        return w, expand_fp8(w.data, w.scales)
     if kind == "q4_1":
         import gguf
 
@@ -90,6 +96,9 @@ def weights(moe: MoeSpec, kinds: tuple[str, str, str]) -> tuple[dict[str, Any], 
     if kinds[0] == "f32":
         both = torch.cat((gate[0], up[0]), 1)
         ours |= {"experts_gate": both[:, :W], "experts_up": both[:, W:]}
+    elif kinds[0] == "fp8":
+        whole = Fp8Tensor(torch.cat((gate[0].data, up[0].data), 1), torch.cat((gate[0].scales, up[0].scales), 1))
+        ours |= {"experts_gate_up": whole, "experts_gate": whole.part(0, W), "experts_up": whole.part(W, 2 * W)}
     elif "q4_1" not in kinds:
         ours["experts_down"] = planes_of([down[0]])
         if kinds[0] == kinds[1]:
@@ -112,8 +121,9 @@ def main() -> dict[str, float]:
         kv = {"global": KV_FORMATS["f32"], "sliding": KV_FORMATS["f32"]}
         three = 3 * 2 * moe.width * D  # experts at a time
         arenas = []
-        for more in ({"block_weights": True}, {"plain_experts": "q4_1" in kinds, "block_weights": "q4_1" in kinds,
-                                               "fused_experts": True, "plane_values": three}):  # fmt: skip
+        mixed = kinds[0] != kinds[2] == "f32"
+        for more in ({"block_weights": True}, {"plain_experts": mixed, "block_weights": mixed,
+                                               "fused_experts": True, "plane_experts": True, "plane_values": three}):  # fmt: skip
             arena = Arena(workspace(spec, n_tokens=C, chunk=C, dtype="f32", kv=kv, cpu=True, **more), torch.device("cpu"))  # type: ignore[arg-type]
             arena.eps.fill_(1e-6)
             arena.eps_value = 1e-6

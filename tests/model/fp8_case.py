@@ -77,7 +77,8 @@ def main(path: Path, make: bool) -> dict[str, float]:
     out["prompt"] = error(runner.prefill(ids[:TOKENS]), TOKENS - 1)
     for i in range(TOKENS, TOKENS + 2):
         out[f"token {i}"] = error(runner.step([ids[i]]), i)
-    out["in e4m3"] = scaled(next(w for w in kept.values() if w.scales.shape[1] == 1 and not any(n % 16 for n in w.shape)))
+    matrices = (w for w in kept.values() if len(w.shape) == 2 and w.scales.shape[1] == 1)
+    out["in e4m3"] = scaled(next(w for w in matrices if not any(n % 16 for n in w.shape)))
     return out
 
 

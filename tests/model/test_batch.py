@@ -30,6 +30,6 @@ def test_sequences_of_a_step_do_not_meet(family: str, mode: str, tmp_path: Path)
     found = json.loads(done.stdout)
     most = 3e-2 if found.pop("dtype") else 2e-4
 
-    assert len(found) == 8
+    assert len(found) == 9
     for case, error in found.items():
         assert error < most, (case, found)

@@ -15,10 +15,14 @@ from model.batch_case import save
 
 @pytest.mark.parametrize(
     ("family", "form", "matrices"),
-    [("gemma4-31b", "blocks", 2 * (7 + 2) - 1), ("llama", "make", 4 * (7 + 2))],  # and groups
+    [
+        ("llama", "make", 4 * (7 + 2)),
+        ("qwen3-moe", "blocks", 2 * (7 + 2)),  # and groups
+        ("gemma4-26b-a4b", "ct-channel", 2 * (10 + 3) - 1),
+    ],
 )
 def test_steps_on_e4m3_are_those_on_its_values(family: str, form: str, matrices: int, tmp_path: Path) -> None:
-    """A prompt of more rows than the kernel for few takes, its end, and single tokens; members of a group, a K=V layer."""
+    """A prompt of more rows than the kernel for few takes, its end, and single tokens; members of a group, a K=V layer, experts."""
     made = save(family, tmp_path / "made")
     path = made if form == "make" else fp8_files.save(made, tmp_path, form)
     root = Path(__file__).parents[2]

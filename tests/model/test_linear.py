@@ -53,6 +53,7 @@ def test_a_few_rows_are_arranged_once_for_all_planes_that_read_them(monkeypatch:
     pytest.importorskip("triton")
     import headwise.kernels.arrange as A
     import headwise.kernels.skinny as S
+    from headwise.kernels import split
     from headwise.weights.retile import empty
 
     seen: list[str] = []
@@ -63,7 +64,7 @@ def test_a_few_rows_are_arranged_once_for_all_planes_that_read_them(monkeypatch:
 
     monkeypatch.setattr(A, "arrange", arrange)
     monkeypatch.setattr(S, "skinny", lambda x, w, out, **_: seen.append(f"{x.shape[0]} by {w.rows}"))
-    monkeypatch.setattr(S, "card", lambda _: S.H200)
+    monkeypatch.setattr(split, "card", lambda _: split.H200)
     half = torch.float16
     words, done = torch.empty(640, dtype=torch.int32), torch.zeros(9, dtype=torch.int32)
     room = Room(torch.empty(4096, dtype=half), words, torch.empty(99), done, skinny_rows=4)

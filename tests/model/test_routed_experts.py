@@ -22,7 +22,19 @@ def differences() -> dict[str, float]:
 
 @pytest.mark.parametrize("tokens", [1, 2, 12])
 @pytest.mark.parametrize(
-    "name", ["gemma", "gemma q8_0", "qwen", "qwen of two types", "gpt-oss", "gpt-oss mxfp4", "qwen without kernels"]
+    "name",
+    [
+        "gemma",
+        "gemma q8_0",
+        "gemma fp8",
+        "qwen",
+        "qwen of two types",
+        "gpt-oss",
+        "gpt-oss mxfp4",
+        "gpt-oss fp8",
+        "qwen without kernels",
+        "qwen half in fp8",
+    ],
 )
 def test_experts_on_our_kernels_are_pytorch_s(name: str, tokens: int, differences: dict[str, float]) -> None:
     """A bias of another expert, a norm left out, a weight of another choice, an expert of the tile before."""

@@ -207,7 +207,7 @@ def test_slots_come_before_pages_and_the_reason_says_what_is_shared() -> None:
 
 
 def test_a_pool_that_is_said_stays_so() -> None:
-    p = plan(G31, Q4, workload(8192, rooms=server_rooms(8192, 20_000)), [card(24)])
+    p = plan(G31, Q4, workload(8192, rooms=server_rooms(8192, 20_000)), [card(23)])
 
     assert (p.workload.slots, p.workload.pool) == (3, 20_000)
     assert SERVE_SLOTS == len(server_rooms(8192, 20_000)) == 4

@@ -169,7 +169,11 @@ def test_experts_of_a_layer_are_re_tiled_all_or_none() -> None:
     whole = multiplied(a4b, types("q5_k_m"))
     assert 0 in whole and 3 not in whole
     assert {n for n in planed(a4b, types("q5_k_m")) & experts if n.startswith("layers.3.")} == set()
-    assert len(multiplied(a4b, types("bf16"))) == 30 and not planed(a4b, types("bf16"))
+    for scheme in ("bf16", "fp8"):
+        assert len(multiplied(a4b, types(scheme))) == 30 and not planed(a4b, types(scheme))
+    for other in ("fp8_block", "bf16"):  # up under scales of another form than gate's, or floats
+        assert set(range(30)) - multiplied(a4b, types("fp8") | {"layers.3.experts_up": other}) == {3}
+    assert 3 in multiplied(a4b, types("fp8") | {"layers.3.experts_down": "fp8_block"})
 
 
 def test_a_router_of_more_experts_than_ours_takes_is_left_to_pytorch() -> None:
@@ -206,7 +210,7 @@ def test_a_matrix_in_e4m3_is_a_byte_a_value_and_four_a_scale() -> None:
         assert sizes["layers.0.down"] == 512 * 1040 + 4 * scales_of_down
         assert groups(spec, held)["layers.0.qkv"] == ("layers.0.q", "layers.0.k", "layers.0.v")
     for spec in (small(), GPT_OSS):
-        assert of_role(spec, resident(spec, "fp8", cpu=False), "table", "experts") == {"bf16"}
+        assert of_role(spec, resident(spec, "fp8", cpu=False), "table") == {"bf16"}
         assert of_role(spec, resident(spec, "fp8", cpu=True, dtype="f32"), "table", "matrix", "experts") <= {"f32"}
 
 
@@ -235,9 +239,24 @@ def test_a_plan_says_when_activations_are_rounded_too_and_has_room_for_them(
         assert tile.n_bytes == 4096 * (1024 + 4)  # the widest rows, and a scale each
 
 
-def test_a_plan_says_what_in_fp8_is_expanded() -> None:
+def test_a_plan_says_what_in_fp8_is_kept_and_what_is_expanded() -> None:
     kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
-    stored = {t.name: "fp8_block" if t.role in ("matrix", "experts") else "bf16" for t in weight_tensors(GPT_OSS)}
-    p = plan(GPT_OSS, stored, Workload(context=64, kv=kv, dtype="bf16", reads=frozenset({"slots"})))
+    stored = {t.name: "bf16" if t.role == "vector" else "fp8_block" for t in weight_tensors(GPT_OSS)}
+    kept, expanded = plan(GPT_OSS, stored, Workload(context=64, kv=kv, dtype="bf16", reads=frozenset({"slots"}))).notes
+    (all_expanded,) = plan(GPT_OSS, stored, Workload(context=64, kv=kv, dtype="bf16", cpu=True)).notes
 
-    assert any(note == "experts stored in fp8 are expanded at load: 72 tensors" for note in p.notes)
+    assert kept == "matrices and experts are kept in fp8 (e4m3); activations stay as they are"
+    assert expanded == "tables stored in fp8 are expanded at load: 1 tensors"
+    assert all_expanded == f"experts and matrices and tables stored in fp8 are expanded at load: {72 + 4 * 24 + 2} tensors"
+
+
+def test_experts_in_e4m3_need_no_room_to_be_expanded_and_leave_activations_as_they_are() -> None:
+    """Only matrices make e4m3 of activations; a tile of a stack, and room for integers, are 140 MB that nothing writes."""
+    kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
+    stored = {t.name: "fp8" if t.role == "experts" else "bf16" for t in weight_tensors(GPT_OSS)}
+    p = plan(GPT_OSS, stored, Workload(context=4096, chunk=4096, kv=kv, dtype="bf16", reads=frozenset({"slots"})))
+
+    assert p.notes == ("experts are kept in fp8 (e4m3); activations stay as they are",)
+    sizes = {b.name: b.n_bytes for b in p.stages[0].buffers}
+    assert "expert.words" not in sizes
+    assert sizes["weight.tile"] == 2 * 2880 * 2880  # a matrix, should PyTorch multiply one

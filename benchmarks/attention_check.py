@@ -1,6 +1,6 @@
-"""Is decode right on this card? Every KV type and layout, ragged batches, against the formula in fp64.
+"""Is attention right on this card? Decode over every KV type and layout, prefill over floats, ragged batches, against fp64.
 
-    PYTHONPATH=.:tests python benchmarks/decode_check.py [--backend headwise-hopper] [OUT.json]
+    PYTHONPATH=.:tests python benchmarks/attention_check.py [--backend headwise-hopper] [--phase prefill] [OUT.json]
 
 Head sizes 128 to 512, one tensor (V with K's rotated values, or V alone) and two, groups of 2 to 16 heads; one sequence and
 batches; contiguous, paged and ring caches with and without a window and sinks; partial results merged by the launch and after it.
@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
-from itertools import product
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain, product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,9 +33,11 @@ ERROR = 6e-3
 KV = ("floats", "fp8", "q8_0", "q4_0")  # floats: of the queries' type
 HEADS = (  # D, tail, rotating pairs of V alone, H, G
     (512, 128, 0, 32, 4), (512, 128, 0, 16, 1), (512, 128, 64, 32, 4), (512, 128, 64, 16, 1), (512, 0, 0, 8, 2),
-    (256, 0, 0, 32, 16), (256, 0, 0, 8, 1), (128, 0, 0, 32, 8),
+    (256, 0, 0, 32, 16), (256, 0, 0, 8, 1), (256, 0, 0, 6, 2), (128, 0, 0, 32, 8), (64, 0, 0, 16, 2),
 )  # fmt: skip
-STEPS = (((1,), (1,)), ((65,), (1,)), ((3000,), (1,)), ((700, 64, 129, 1), (1, 1, 1, 1)), ((513, 300), (2, 1)))  # keys, queries
+# keys and queries of each sequence
+PREFILL = (((257,), (257,)), ((3000,), (1000,)), ((1500, 40), (600, 40)), ((700, 64, 129, 1), (700, 33, 100, 1)))
+STEPS = (((1,), (1,)), ((65,), (1,)), ((3000,), (1,)), ((700, 64, 129, 1), (1, 1, 1, 1)), ((513, 300), (2, 1)))
 LAYOUTS = (("flat", None), ("pages", None), ("flat", 200), ("ring", 200))
 PAGE = 64
 
@@ -84,6 +90,8 @@ def relative_error(case: Case, backend: str, device: torch.device) -> float:
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()], dtype=torch.int32, device=device)
     seqs = Sequences(starts, torch.tensor(keys, dtype=torch.int32, device=device), max(queries), max(keys))
     q = random(sum(queries), H, E)
+    if tail:  # as the decoder hands it over: the dims that rotate stand at the end
+        q[..., : tail // 2] = q[..., D // 2 : (D + tail) // 2] = 0
     out = torch.full((sum(queries), H, D), float("nan"), dtype=dtype, device=device)
     sinks = torch.randn(H, generator=g, device=device) if case.seed % 3 == 0 else None
     k, v = caches[0], None if tail else caches[1]
@@ -100,28 +108,39 @@ def relative_error(case: Case, backend: str, device: torch.device) -> float:
     return error if error == error else float("inf")
 
 
+def phase(step: object) -> str:
+    return "prefill" if step in PREFILL else "decode"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--backend", default="headwise-hopper")
+    parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
+    parser.add_argument("--phase", choices=("prefill", "decode"), help="default: both")
     parser.add_argument("out", nargs="?")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     combinations = [
         c
-        for c in product(KV, HEADS, STEPS, LAYOUTS)
+        for c in chain(product(KV, HEADS, STEPS, LAYOUTS), product(KV[:1], HEADS, PREFILL, LAYOUTS))
         if not (c[1][1] and c[3][1])  # one tensor is a global layer's
+        and args.phase in (None, phase(c[2]))
     ]
+    cases = [Case(kv, heads, step, layout, window, i) for i, (kv, heads, step, (layout, window)) in enumerate(combinations)]
+    cases.sort(key=lambda c: (c.heads, c.kv, c.seed % 2))  # those of one kernel together
     rows: dict[tuple[object, ...], list[float]] = {}
-    for seed, (kv, heads, step, (layout, window)) in enumerate(combinations):
-        error = relative_error(Case(kv, heads, step, layout, window, seed), args.backend, device)
-        rows.setdefault((kv, *heads), []).append(error)
+    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # most of the time kernels are compiled
+        errors = pool.map(partial(relative_error, backend=args.backend, device=device), cases, chunksize=4)
+        for case, error in zip(cases, errors, strict=True):
+            rows.setdefault((phase(case.step), case.kv, *case.heads), []).append(error)
     found = [
-        {"kv": kv, "head_dim": D, "tail": tail, "pairs": pairs, "heads": H, "kv_heads": G, "cases": len(e), "worst": max(e)}
-        for (kv, D, tail, pairs, H, G), e in rows.items()
-    ]
+        {"phase": when, "kv": kv, "head_dim": D, "tail": tail, "pairs": pairs, "heads": H, "kv_heads": G, "cases": len(e),
+         "worst": max(e)}
+        for (when, kv, D, tail, pairs, H, G), e in rows.items()
+    ]  # fmt: skip
     for row in found:
         print(row)
-    wrong = sum(e >= ERROR for errors in rows.values() for e in errors)
+    wrong = sum(e >= ERROR for each in rows.values() for e in each)
     print(f"{len(combinations)} cases, {wrong} wrong")
     if args.out:
         name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
