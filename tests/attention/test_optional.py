@@ -6,8 +6,8 @@ from the arguments as their documentation defines them. FlexAttention is the rea
 
 from __future__ import annotations
 
-import shutil
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -15,6 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from headwise.attention import optional
 from headwise.attention.capability import BACKENDS, PACKAGES, DeviceKind, Need
@@ -119,9 +120,23 @@ def test_an_adapter_s_call_means_the_layer(name: str, window: int | None, softca
     assert max(found) < 2e-3
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_flex_attention_is_compiled_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A length taken for a constant compiles it anew for each prompt. What is traced is run by operators: the trace is the test."""
+    traced = []
+
+    def count(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        traced.append(graph)
+        return graph
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
+    monkeypatch.setattr(optional, "_flex", optional._flex.__wrapped__)
+    assert max(errors("flex-attention", layer(64, 70), torch.float32, "f32")) < 1e-5
+    assert len(traced) == 2  # of a chunk, and of one token
+
+
 @pytest.mark.parametrize(("head_dim", "window"), [(16, 70), (256, None)])
-def test_flex_attention_runs_at_the_edges_it_claims(head_dim: int, window: int | None) -> None:
+def test_flex_attention_runs_at_the_edges_it_claims(head_dim: int, window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(optional, "_flex", lambda: flex_attention)
     found = errors("flex-attention", layer(head_dim, window), torch.float32, "f32")
 
     assert len(found) >= 8

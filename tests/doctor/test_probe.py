@@ -159,7 +159,7 @@ def test_a_prompt_from_a_cache_was_not_measured(engine: Any) -> None:
 
 
 def test_a_cache_that_the_api_does_not_tell_of_shows_in_the_times() -> None:
-    assert "probe.cached" in ids(probed(Fake("ollama", cached=0.999, start_s=0.02), (512, 2048)))
+    assert "probe.cached" in ids(probed(Fake("ollama", cached=0.999, start_s=0.2), (512, 2048)))
 
 
 def test_a_cache_of_a_part_counts_only_what_was_computed() -> None:

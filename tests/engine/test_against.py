@@ -28,7 +28,7 @@ def llm() -> LLM:
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(against, "N_TOKENS", 4)
-    monkeypatch.setattr(against, "PROMPTS", {k: v[:900] for k, v in against.PROMPTS.items() if k != "many languages"})
+    monkeypatch.setattr(against, "PROMPTS", {k: v[:300] for k, v in against.PROMPTS.items() if k != "many languages"})
 
 
 def honest(ids: list[int], shift: float = 0.0) -> list[tuple[int, dict[int, float]]]:

@@ -5,10 +5,6 @@ A program of its own: the interpreter must be chosen before triton is imported. 
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"
-
 import json
 from dataclasses import replace
 

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
 import transformers
+from programs import program
 from torch import Tensor
 from transformers.masking_utils import (
     bidirectional_mask_function,
@@ -149,13 +145,7 @@ def test_half_precision_runs() -> None:
 
 def test_our_kernels_give_the_same_in_a_model() -> None:
     """KV heads as sequences, padded queries left out, sinks by head: the launches of a GPU, in triton's interpreter."""
-    here = Path(__file__)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parents[1])))}
-    done = subprocess.run(
-        [sys.executable, str(here.with_name("interpreted.py"))], capture_output=True, text=True, env=env, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    results = program("integrations.interpreted", interpret=True)
 
     assert [r["launches"] for r in results] == [12, 8]  # layers * forward passes
     for r in results:

@@ -1,18 +1,13 @@
 """One attention case: a cache in every layout and KV type, written by `cache.storage`, read by the kernel, held to its reference.
 
-Run as a program it prints one JSON line a case read from standard input: on a CPU the kernels run in triton's interpreter,
-which must be chosen before they are imported.
+Run as a program it prints one JSON line a case read from standard input: on a GPU, or by triton's interpreter.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from dataclasses import asdict, dataclass
-
-if __name__ == "__main__" and not os.path.exists("/dev/nvidia0"):
-    os.environ["TRITON_INTERPRET"] = "1"
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -125,19 +120,6 @@ def run(case: Case, device: str = "cpu") -> dict[str, float | bool]:
         "correlation": float(torch.corrcoef(torch.stack((a, b)))[0, 1]),
         "finite": bool(torch.isfinite(a).all()),
     }
-
-
-def run_all(cases: list[Case]) -> list[dict[str, float | bool]]:
-    """Every case in one process with the interpreter."""
-    import subprocess
-    from pathlib import Path
-
-    here = Path(__file__)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parents[1])))}
-    text = "\n".join(json.dumps(asdict(c)) for c in cases)
-    done = subprocess.run([sys.executable, str(here)], input=text, capture_output=True, text=True, env=env, timeout=900)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 if __name__ == "__main__":

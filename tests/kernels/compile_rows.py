@@ -1,8 +1,11 @@
-"""Compiles every row of the table for its cards; a JSON line each. A program of its own: it stands in for the driver."""
+"""Compiles every row of the table for its cards; a JSON line each. A program of its own: it stands in for the driver.
+
+    python -m kernels.compile_rows        each configuration once: its cards and quantised types take turns, as CI has time for
+    python -m kernels.compile_rows all    for each of its cards and types
+"""
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
 
@@ -16,6 +19,7 @@ from headwise.kernels.turn import Turn
 
 CARDS = {"ampere": (80, 86, 89), "hopper": (90,), "rdna3": ("gfx1100",)}
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, "gfx1100": 64 * 1024}
+LEAST = SHARED | {80: SHARED[86]}  # a row is one for all cards of its architecture
 BLOCKS = {"q8_0": (torch.int8, 1), "q4_0": (torch.uint8, 2)}
 
 
@@ -48,7 +52,7 @@ def compile_one(
     r = compiled.reports[0]
     return {
         "card": capability, "phase": phase, "head_dim": D, "one": one, "turned": turned, "kv": kv, "config": str(config),
-        "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": SHARED[capability],
+        "registers": r.registers, "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": LEAST[capability],
         "wmma": "v_wmma" in r.ptx,
     }  # fmt: skip
 
@@ -57,18 +61,16 @@ def config(row: Row, kv: str, turned: bool) -> Config:
     return row.floats if kv == "bf16" else row.turned or row.blocks if turned else row.blocks
 
 
-def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object]]:
-    """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss: every `parts`-th of them."""
+def hopper(capability: int = 90) -> list[dict[str, object]]:
+    """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss."""
     import headwise.kernels.attend_hopper as prefill
     import headwise.kernels.decode_hopper as decode
     import headwise.kernels.decode_packed as packed
     from headwise.attention.own_kernels import packed_takes
 
-    out, turn = [], itertools.count()
+    out = []
 
     def compiled(module: object, name: str, launch: object, label: str) -> None:
-        if next(turn) % parts != part:
-            return
         original = getattr(module, name)
         stand_in = Compiled(original, capability)
         setattr(module, name, stand_in)
@@ -119,22 +121,22 @@ def hopper(part: int, parts: int, capability: int = 90) -> list[dict[str, object
     return out
 
 
-def main(part: int, parts: int) -> None:
+def main(every: bool) -> None:
     kernel = portable._attend
+    rows = [(arch, *row) for arch, rows in TABLE.items() for row in rows.items()]
     jobs = [
         (card, phase, D, one, kv, config(row, kv, turned), turned)
-        for arch, rows in TABLE.items()
-        for i, ((phase, D, one), row) in enumerate(rows.items())
+        for i, (arch, (phase, D, one), row) in enumerate(rows)
+        for turned in ((False, True) if one else (False,))
         for j, card in enumerate(CARDS[arch])
         for k, kv in enumerate(("bf16", "fp8", "q8_0", "q4_0"))
-        if kv == "bf16" or arch != "ampere" or k - 1 == (i + j) % 3  # each row's quantised types: one on each of the three cards
-        for turned in ((False, True) if one else (False,))
+        if every or ((i + bool(k)) % len(CARDS[arch]) == j and k in (0, 1 + (i + turned) % 3))
     ]
-    for found in hopper(part, parts):
+    for found in hopper():
         print(json.dumps(found | {"shared_limit": SHARED[90]}), flush=True)
-    for job in jobs[part::parts]:
+    for job in jobs:
         print(json.dumps(compile_one(kernel, *job)), flush=True)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(sys.argv[1:] == ["all"])

@@ -225,4 +225,4 @@ def main(device: str) -> dict[str, dict[str, float]]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps(main(sys.argv[1] if len(sys.argv) > 1 else "cpu"), indent=0))
+    print(json.dumps(main(sys.argv[1] if len(sys.argv) > 1 else "cpu")))

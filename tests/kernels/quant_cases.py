@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-from typing import Any
-
-if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import torch
 from torch import Tensor
@@ -113,28 +108,6 @@ def rows(case: dict[str, object]) -> dict[str, object]:
     bits = torch.int32 if dtype == torch.float32 else torch.int16
     return {"differ": int((room[1:-1][known].view(bits) != want.view(bits)).sum()), "values": want.numel(),
             "nan": int(room[1:-1][~known].isnan().sum()), "beside": int((room[[0, -1]] != 7).sum())}  # fmt: skip
-
-
-def run_all(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Every case in one process with the interpreter."""
-    import subprocess
-    from pathlib import Path
-
-    here = Path(__file__)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(here.parents[2]), str(here.parents[1])))}
-    text = "\n".join(map(json.dumps, cases))
-    done = subprocess.run([sys.executable, str(here)], input=text, capture_output=True, text=True, env=env, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def run_in_halves(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """`run_all` in two processes at once; results in the order of `cases`."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        halves = [*pool.map(run_all, (cases[::2], cases[1::2]))]
-    return [halves[i % 2][i // 2] for i in range(len(cases))]
 
 
 if __name__ == "__main__":

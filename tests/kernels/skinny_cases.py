@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import torch
 

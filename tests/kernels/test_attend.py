@@ -8,11 +8,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
-from kernels.cases import Case, run_all
+from kernels.cases import Case
+from programs import program
 
 BOUND = {"f32": 1e-5, "f16": 2e-3}
 CHOICES: dict[str, list[object]] = {
@@ -103,12 +104,7 @@ EDGES = [
 @pytest.fixture(scope="module")
 def results() -> dict[Case, dict[str, float | bool]]:
     cases = [*PAIRS, *EDGES, *ALONE]
-    half = len(cases) // 2
-    from concurrent.futures import ThreadPoolExecutor
-
-    with ThreadPoolExecutor(2) as pool:
-        found = [*itertools.chain(*pool.map(run_all, (cases[:half], cases[half:])))]
-    return dict(zip(cases, found, strict=True))
+    return dict(zip(cases, program("kernels.cases", interpret=True, given=map(asdict, cases)), strict=True))
 
 
 @pytest.mark.parametrize("case", PAIRS, ids=lambda c: f"{c.seed}")

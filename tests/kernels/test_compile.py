@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
-from kernels.programs import programs
+from programs import program
 
 
 @pytest.fixture(scope="module")
 def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for out in programs("compile_rows", parts=2) for line in out.splitlines()]
+    return program("kernels.compile_rows")
 
 
 def test_every_row_fits_its_cards_shared_memory(rows: list[dict[str, Any]]) -> None:
     """A launch that asks for more fails on the user's card, at the first long prompt."""
-    assert len(rows) > 100
+    assert {r.get("card", 90) for r in rows} == {80, 86, 89, 90, "gfx1100"}
     assert not [r for r in rows if r["shared_bytes"] > r["shared_limit"]]
 
 
@@ -34,5 +33,5 @@ def test_the_hopper_kernels_use_the_asynchronous_matrix_unit(rows: list[dict[str
 def test_every_row_of_an_amd_card_uses_its_matrix_unit(rows: list[dict[str, Any]]) -> None:
     """Compiled only: no AMD card was at hand, so this is all that is known of them."""
     amd = [r for r in rows if r.get("card") == "gfx1100"]
-    assert len(amd) == 16
+    assert len(amd) == 8
     assert all(r["wmma"] for r in amd)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from kernels.programs import programs
+from programs import program
 
 from headwise.kernels.draw import draw
 from headwise.planner.workspace import draw_words, logit_rows
@@ -15,7 +14,7 @@ from headwise.planner.workspace import draw_words, logit_rows
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, Any]:
-    return json.loads(programs("draw_cases", interpret=True)[0])
+    return program("kernels.draw_cases", interpret=True)[0]
 
 
 def test_kernels_draw_what_operators_draw(results: dict[str, Any]) -> None:
@@ -58,7 +57,7 @@ def test_room_to_draw_is_small_beside_the_logits() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in programs("compile_draw")[0].splitlines()]
+    return program("kernels.compile_draw")
 
 
 def test_every_kernel_fits_its_cards(compiled: list[dict[str, Any]]) -> None:

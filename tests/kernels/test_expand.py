@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from kernels.programs import programs
-from kernels.quant_cases import BLOCK, run_in_halves
+from kernels.quant_cases import BLOCK
+from programs import program
 
 TYPES = tuple(BLOCK)
 DTYPES = ("f32", "bf16", "f16")
@@ -36,7 +35,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    return run_in_halves(CASES)
+    return program("kernels.quant_cases", interpret=True, given=CASES)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_a_matrix_is_no_stack() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for out in programs("compile_expand") for line in out.splitlines()]
+    return program("kernels.compile_expand")
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from kernels.programs import programs
+from programs import program
 
 from headwise.kernels.fp8 import TOLERANCE, Config, config_for, one_row, product
 from headwise.kernels.fp8_rows import expand, quantise
@@ -19,7 +18,7 @@ E4M3 = torch.float8_e4m3fn
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    return json.loads(programs("fp8_cases", interpret=True)[0])
+    return program("kernels.fp8_cases", interpret=True)[0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -87,7 +86,7 @@ def test_misuse_is_refused_before_a_launch() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for out in programs("compile_fp8") for line in out.splitlines()]
+    return program("kernels.compile_fp8")
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

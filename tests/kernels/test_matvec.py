@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
 import torch
-from kernels.programs import programs
-from kernels.quant_cases import BLOCK, BLOCK_BYTES, random_blocks, run_all, run_in_halves
+from kernels.quant_cases import BLOCK, BLOCK_BYTES, random_blocks
+from programs import program
 
 TYPES = tuple(BLOCK)
 LIMIT = {"f32": 2e-5, "f16": 1e-3}  # of the matrix unit
@@ -46,7 +45,7 @@ CASES = cases()
 
 @pytest.fixture(scope="module")
 def results() -> list[dict[str, Any]]:
-    return run_in_halves(CASES)
+    return program("kernels.quant_cases", interpret=True, given=CASES)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +97,8 @@ def test_a_part_of_a_matrix_is_the_matrix_of_those_rows(name: str) -> None:
 
 def test_an_activation_is_as_fine_as_its_planes() -> None:
     """Two planes that do not meet lose eight bits without a sound; and the sums must be those of the integers."""
-    results: list[dict[str, Any]] = run_all(
-        [{"quantise": planes, "dtype": dtype} for planes in (1, 2) for dtype in ("f32", "bf16")]
+    results: list[dict[str, Any]] = program(
+        "kernels.quant_cases", interpret=True, given=[{"quantise": n, "dtype": dtype} for n in (1, 2) for dtype in ("f32", "bf16")]
     )
 
     for result, limit in zip(results, (1 / 127, 1 / 127, 1 / 32512, 1 / 32512), strict=True):
@@ -157,7 +156,7 @@ def test_quantise_refuses_what_it_cannot_group() -> None:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for out in programs("compile_matvec", parts=2) for line in out.splitlines()]
+    return program("kernels.compile_matvec")
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

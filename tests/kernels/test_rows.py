@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
-from kernels.programs import programs
 from kernels.row_cases import HEADS
+from programs import program
 
 from headwise.kernels.floats import product
 from headwise.kernels.heads import heads
@@ -20,7 +18,7 @@ STORED = {"f16": 1e-3, "fp8": 2e-3, "q8_0": 1e-3, "q4_0": 3e-3}  # a value at th
 
 @pytest.fixture(scope="module")
 def results() -> dict[str, dict[str, float]]:
-    return json.loads(programs("row_cases", interpret=True)[0])
+    return program("kernels.row_cases", interpret=True)[0]
 
 
 @pytest.mark.parametrize("dtype", ["f32", "f16"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import struct
 from collections.abc import Callable
@@ -10,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.programs import programs
 from kernels.quant_cases import BLOCK
+from programs import program
 
 TYPES = tuple(BLOCK)
 
@@ -89,14 +88,14 @@ def test_instructions_make_floats_of_stored_integers(name: str, bf16: bool) -> N
 
 def test_activations_are_arranged_as_words_of_weights_are_taken_apart() -> None:
     """Products would be of the wrong pairs; and rows or groups that are padded must be zeros, since they are multiplied too."""
-    found = json.loads(programs("skinny_cases", interpret=True)[0])
+    found = program("kernels.skinny_cases", interpret=True)[0]
     assert len(found) == 20
     assert all(found.values()), found
 
 
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
-    return [json.loads(line) for out in programs("compile_skinny", parts=2) for line in out.splitlines()]
+    return program("kernels.compile_skinny")
 
 
 def test_no_launch_spills_or_wants_more_shared_memory_than_its_card_has(compiled: list[dict[str, Any]]) -> None:

@@ -1,6 +1,6 @@
 """Sequences that share a step against each of them alone. A program of its own: it must start with TRITON_INTERPRET=1.
 
-    python -m model.batch_case FOLDER FAMILY MODE     prints a JSON object: step -> relative error of its logits
+    python -m model.batch_case FOLDER FAMILY MODE ...     prints a JSON object for each pair: step -> relative error of its logits
 
 MODE is `kernels` (ours, in the interpreter, f16) or `operators` (PyTorch's, fp32), with V alone `kernels-v` or `operators-v`.
 Pages are scattered on purpose.
@@ -19,6 +19,7 @@ import torch
 import transformers
 from torch import Tensor
 
+import headwise.kernels.heads as heads_kernel
 from headwise import LLM
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.attention.choose import choose_layers
@@ -122,4 +123,6 @@ def main(folder: Path, family: str, mode: str) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])))
+    heads_kernel.FEW = 0  # of 64: the interpreter pays for each program
+    for family, mode in zip(sys.argv[2::2], sys.argv[3::2], strict=True):
+        print(json.dumps(main(Path(sys.argv[1]) / f"{family} {mode}", family, mode)), flush=True)

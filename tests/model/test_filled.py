@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from checkpoints import load
+from programs import program
 from torch import Tensor
 
 from headwise.cache.storage import Place
@@ -24,12 +21,7 @@ def test_filling_is_neither_seen_nor_stored_and_what_is_recorded_holds_nothing_o
     family: str, stages: int, tmp_path: Path
 ) -> None:
     """Queries as many as the first chunk had, its last row for this one's, keys beyond the end of a ring, the pages or the pool."""
-    root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-    command = [sys.executable, "-m", "model.filled_case", str(tmp_path), family, str(stages)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = program("model.filled_case", tmp_path, family, stages, interpret=True)[0]
 
     assert found.pop("stages") == stages
     for i in range(stages):

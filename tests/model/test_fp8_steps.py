@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fp8_files
 import pytest
 from model.batch_case import save
+from programs import program
 
 
 @pytest.mark.parametrize(
@@ -25,12 +22,7 @@ def test_steps_on_e4m3_are_those_on_its_values(family: str, form: str, matrices:
     """A prompt of more rows than the kernel for few takes, its end, and single tokens; members of a group, a K=V layer, experts."""
     made = save(family, tmp_path / "made")
     path = made if form == "make" else fp8_files.save(made, tmp_path, form)
-    root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-    command = [sys.executable, "-m", "model.fp8_case", str(path), *(["make"] if form == "make" else [])]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = program("model.fp8_case", path, *(["make"] if form == "make" else []), interpret=True)[0]
 
     assert found.pop("matrices") == matrices
     assert found.pop("planned") == found.pop("allocated")

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from gguf_files import write_gguf
+from programs import program
 
 from headwise.kernels.tiled import LAYOUTS
 from headwise.planner.residence import PLANE_TYPES, ROWS_TOGETHER
@@ -20,12 +17,7 @@ def test_a_loaded_file_multiplies_as_its_values_do(family: str, quant: str, tmp_
     """Rows that were stored in pairs (llama), members of a group, rows of the last tile."""
     path = tmp_path / "m.gguf"
     write_gguf(family, path, quant=quant)
-    root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-    command = [sys.executable, "-m", "model.planes_case", str(path)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout)
+    found = program("model.planes_case", path, interpret=True)[0]
 
     assert found.pop("planes") > 4
     assert found.pop("counters") == 0

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+from programs import program
 
 
 @pytest.fixture(scope="module")
 def differences() -> dict[str, float]:
-    root = Path(__file__).parents[2]
-    env = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join((str(root), str(root / "tests")))}
-    done = subprocess.run([sys.executable, "-m", "model.experts_case"], env=env, capture_output=True, text=True, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+    return program("model.experts_case", interpret=True)[0]
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 12])
