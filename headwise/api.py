@@ -14,7 +14,8 @@ from headwise.attention.measured import mix_figures
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, Plan, Room, Target, Workload, fewest, server_rooms
+from headwise.planner.ceiling import step_sizes
+from headwise.planner.memory import CPU_MARGIN_BYTES, Plan, Room, Target, Workload, fewest, rooms
 from headwise.planner.memory import plan as plan_memory
 from headwise.planner.quantise import MADE, made_at_load, weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
@@ -77,28 +78,23 @@ def work_on(
     kinds: Collection[DeviceKind],
     *,
     context: int,
-    slots: int,
-    chunk: int,
+    rooms: Sequence[Room],
     kv: Mapping[Kind, str | None],
     dtype: str | None,
-    pool: int | None = None,
-    rooms: Sequence[Room] = (),
     forced: Mapping[Kind, str] | None = None,
 ) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
     """What is asked of devices of these kinds together, and what each kind would run every layer on.
 
     Args:
         kv: default the activations' type; dtype: default what all of the devices multiply.
-        rooms: in place of slots and pool, see `Workload`.
+        rooms: the first that fits will be taken.
     Raises:
         UsageError, BackendError: see `choose_layers`.
     """
     dtype = activation_type(dtype, kinds)
     formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
     choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
-    work = Workload(
-        context=context, slots=slots, pool=pool, rooms=tuple(rooms), chunk=chunk, kv=formats, dtype=dtype, cpu=CPU in kinds
-    )
+    work = Workload(context=context, rooms=tuple(rooms), kv=formats, dtype=dtype, cpu=CPU in kinds)
     if choices:
         work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
     return work, choices
@@ -123,7 +119,7 @@ def plan(
     kv_layout: str | None = None,
     slots: int | None = 1,
     pool: int | None = None,
-    ubatch: int = DEFAULT_CHUNK,
+    ubatch: int | None = None,
     weights: str | None = None,
     gpus: Sequence[str] = (),
     device: str | None = None,
@@ -136,8 +132,9 @@ def plan(
     Args:
         source: as `read_model` takes.
         context: tokens of one sequence; default 32,768 or the model's maximum.
-        slots: sequences at once; None: what `serve` takes by default, see `planner.memory.server_rooms`.
+        slots: sequences at once; None: what `serve` takes by default, see `planner.memory.rooms`.
         pool: tokens that the global layers hold of all sequences, default a context of each.
+        ubatch: most tokens of one prefill step; default by the cards' speed and room, see `planner.ceiling.step_sizes`.
         kv, kv_global, kv_sliding: f32, f16, bf16, fp8, q8_0 or q4_0; default the activations' type.
         kv_layout: of layers with one tensor for K and V: "v+rotated" (default) or "v", see `spec.kv`.
         weights: count a weight type other than the file's (catalogue models: default bf16), e.g. "q4_k_m".
@@ -161,10 +158,7 @@ def plan(
             spec,
             {kind for i in some if (kind := kinds[i])},
             context=context,
-            slots=1 if slots is None else slots,
-            pool=pool,
-            rooms=server_rooms(context, pool) if slots is None else (),
-            chunk=ubatch,
+            rooms=rooms(context, slots, pool, [ubatch] if ubatch is not None else step_sizes(spec, [targets[i].gpu for i in some])),
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
         )

@@ -269,7 +269,7 @@ def _plan_rival(args: argparse.Namespace, source: Any) -> int:
         kv=args.kv_global or args.kv,
         kv_sliding=args.kv_sliding,
         slots=1 if args.slots is None else args.slots,
-        ubatch=args.ubatch if args.ubatch != 512 else None,
+        ubatch=args.ubatch,
         weights=args.weights,
         gpus=args.gpu,
         swa_full=args.swa_full,
@@ -397,6 +397,7 @@ def _write(name: str, text: str) -> None:
 
 
 def _serve(args: argparse.Namespace) -> int:
+    from headwise.planner.memory import DEFAULT_CHUNK
     from headwise.server.serve import Options, serve
     from headwise.spec.read import open_model
 
@@ -414,7 +415,8 @@ def _serve(args: argparse.Namespace) -> int:
         "device": _device(args),
         "weights": args.weights,
         "dtype": args.dtype,
-        "chunk": args.ubatch,
+        # what is computed in whole steps from a prompt's first token on is all that --deterministic finds again
+        "chunk": DEFAULT_CHUNK if args.ubatch is None and args.deterministic else args.ubatch,
         "backend": args.backend,
         "allow_fallback": args.allow_fallback,
         "ignore_keys": args.ignore_key,

@@ -42,7 +42,7 @@ def test_a_flag_goes_before_the_environment_that_before_a_file_that_before_the_d
     assert (found["port"], found["context"], found["slots"], found["kv"], found["max_body"]) == (4, 3, 22, "f16", 32)
     assert found["ubatch"] == 64
     assert resolved("plan", [], env, work)["slots"] == 2  # a table is for its verb only
-    assert resolved("plan", [], env, work)["ubatch"] == 512
+    assert resolved("plan", [], env, work)["ubatch"] is None
     sources = {s.option.name: s.source for s in settings("serve", env, work)}
     assert (sources["context"], sources["max_body"]) == ("HEADWISE_CONTEXT", "default")
     assert sources["slots"] == f"{work / 'headwise.toml'} [serve]"

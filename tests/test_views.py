@@ -162,5 +162,5 @@ def test_a_plan_says_what_serve_takes_and_what_it_keeps(capsys: pytest.CaptureFi
     assert "`headwise serve` with 4 slots" in text
     assert "4 slots by default: agents make parallel calls" in text
     assert by_default["total_bytes"] == said["total_bytes"]
-    assert by_default["kept_bytes"] == said["kept_bytes"] == 5 * said["kv"]["sliding_bytes"] // 4
+    assert by_default["kept_bytes"] == said["kept_bytes"] == 5 * 50 * (1024 + 512 + 8) * 16 * (256 + 256) * 2
     assert said["serve"] is None

@@ -11,6 +11,7 @@ import torch
 
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.errors import UsageError
+from headwise.hardware.gpus import known_gpu
 from headwise.hardware.names import device_name
 from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Target
@@ -115,12 +116,13 @@ def card_of(seat: Seat, *, sharing: int = 1) -> Card:
     """
     if seat.device.type == "cpu":
         total, free = (n // sharing for n in cpu_memory())
-        name, margin = "cpu", CPU_MARGIN_BYTES // sharing
+        name, margin, gpu = "cpu", CPU_MARGIN_BYTES // sharing, None
     else:
         free, total = torch.cuda.mem_get_info(seat.device)
-        name, margin = f"{torch.cuda.get_device_name(seat.device)} ({seat.device})", GPU_MARGIN_BYTES
+        seen = torch.cuda.get_device_name(seat.device)
+        name, margin, gpu = f"{seen} ({seat.device})", GPU_MARGIN_BYTES, known_gpu(seen, total)
     total = min(total, seat.limit_bytes or total)
-    target = Target(name=name, gpu=None, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
+    target = Target(name=name, gpu=gpu, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
     return Card(target, device_kind(seat.device), seat)
 
 

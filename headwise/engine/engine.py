@@ -24,7 +24,8 @@ from headwise.engine.sample import Arriving, Sampler
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
-from headwise.planner.memory import CPU_MARGIN_BYTES
+from headwise.planner.memory import BACK_TOKENS, CPU_MARGIN_BYTES
+from headwise.planner.workspace import ring_slots
 from headwise.spec.kv import DRAFT_TOKENS
 
 if TYPE_CHECKING:
@@ -104,12 +105,13 @@ class Engine:
         self._flight: _Flight | None = None
         self._landed_at = 0.0  # the last step, while there are requests: steps with drafts and without are timed alike
         self.stop = llm.end_ids
-        w, rings = llm.plan.workload, self.runner.rings
+        w = llm.plan.workload
+        copies = ring_slots(llm.spec, n_tokens=w.context, chunk=min(w.chunk, BACK_TOKENS))
         self.prefixes = Prefixes(
-            self.runner.caches, rings, slots=w.slots, pages=pages_for(w.pool_tokens), n_kept=_copies(llm) if keep else 0,
-            chunk=self.runner.chunk if deterministic else None,
+            self.runner.caches, self.runner.rings, copies, slots=w.slots, pages=pages_for(w.pool_tokens),
+            n_kept=_copies(llm) if keep else 0, chunk=self.runner.chunk if deterministic else None,
         )  # fmt: skip
-        self.keep_after = max(0, keep_after(rings) - DRAFT_TOKENS)
+        self.keep_after = max(0, keep_after(copies) - DRAFT_TOKENS)
         self.waiting: list[_Waiting] = []
         self.running: list[_Running] = []  # oldest first
         self._served: dict[str, int] = {}
@@ -404,4 +406,4 @@ def _copies(llm: LLM) -> int:
     """Copies of rings: as planned, or as many as the host has room for."""
     if not any(slots < llm.plan.workload.context for slots in llm.runner.rings.values()):
         return llm.plan.n_copies  # of pages alone
-    return max(0, min(llm.plan.n_copies, (cpu_memory()[1] - CPU_MARGIN_BYTES) // llm.plan.ring_bytes))
+    return max(0, min(llm.plan.n_copies, (cpu_memory()[1] - CPU_MARGIN_BYTES) // llm.plan.copy_bytes))

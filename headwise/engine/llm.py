@@ -25,8 +25,11 @@ from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, T
 from headwise.engine.runner import Runner
 from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
+from headwise.hardware.gpus import Gpu
 from headwise.model.arena import TORCH
-from headwise.planner.memory import DEFAULT_CHUNK, Plan, Room, Workload, fewest, plan
+from headwise.planner.ceiling import step_sizes
+from headwise.planner.memory import Plan, Room, Workload, fewest, plan
+from headwise.planner.memory import rooms as rooms_of
 from headwise.planner.quantise import made_at_load
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
@@ -155,11 +158,11 @@ class LLM:
             "cuda", the default where there is one, is one card where the model fits, else as few as hold it.
         weights: "fp8" makes the layers' matrices and experts of a checkpoint in floats e4m3 while it is loaded, on a GPU.
         dtype: of the activations: "f32" (default on CPU), "bf16" (default on CUDA) or "f16".
-        chunk: most tokens of one prefill step.
+        chunk: most tokens of one prefill step; default by the cards' speed and room, see `planner.ceiling.step_sizes`.
         backend: of every layer, "X", or by kind, "sliding=X,global=Y" or a mapping; default the first row that refuses nothing.
-        slots: sequences at once; `generate`, `stream` and `logits` use the first.
+        slots: sequences at once, of which `generate`, `stream` and `logits` use the first; None: as many as `serve` takes.
         pool: tokens that the global layers hold of all sequences together; default `context` of each.
-        rooms: in place of both, the first that fits; see `planner.memory.server_rooms`.
+        rooms: in place of slots, pool and chunk, the first that fits; see `planner.memory.rooms`.
         deterministic: no row takes another's prefill, since which spans it gets depends on where a sequence's pages lie.
         allow_fallback: accept layers that do not run fused.
         check: run the start-up self-check.
@@ -178,9 +181,9 @@ class LLM:
         device: str | Sequence[str] | None = None,
         weights: str | None = None,
         dtype: str | None = None,
-        chunk: int = DEFAULT_CHUNK,
+        chunk: int | None = None,
         backend: str | Mapping[str, str] | None = None,
-        slots: int = 1,
+        slots: int | None = 1,
         pool: int | None = None,
         rooms: Sequence[Room] = (),
         deterministic: bool = False,
@@ -203,22 +206,19 @@ class LLM:
         allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
-            "slots": slots,
-            "pool": pool,
-            "rooms": rooms,
-            "chunk": chunk,
             "kv": kv_by_kind(kv),
             "dtype": dtype,
             "forced": forced_backends(backend),
         }
 
-        def work_of(kinds: Collection[DeviceKind]) -> tuple[Workload, Mapping[DeviceKind, tuple[Choice, ...]]]:
-            work, by_kind = work_on(self.spec, kinds, **asked)
+        def work_of(
+            kinds: Collection[DeviceKind], gpus: Sequence[Gpu | None] = ()
+        ) -> tuple[Workload, Mapping[DeviceKind, tuple[Choice, ...]]]:
+            chunks = step_sizes(self.spec, gpus) if chunk is None else (chunk,)
+            room = rooms or rooms_of(asked["context"], slots, pool, chunks)
+            work, by_kind = work_on(self.spec, kinds, rooms=room, **asked)
             for kind, choices in by_kind.items():
                 require_fused(self.spec, choices, allow_fallback=allow_fallback, device=kind)
-            if deterministic or chunk <= RECORDED_TOKENS:
-                why = "what it gets depends on where pages lie" if deterministic else f"steps of {chunk} tokens at most (--ubatch)"
-                by_kind = {kind: tuple(c.alone(why) for c in choices) for kind, choices in by_kind.items()}
             return work, by_kind
 
         first = allowed if together else allowed[:1]
@@ -234,7 +234,8 @@ class LLM:
         self.skipped = skipped_by_reason(matched)
 
         def plan_on(cards: Sequence[Card]) -> Plan:
-            return plan(self.spec, stored, work_of({c.kind for c in cards})[0], [c.target for c in cards])
+            work, _ = work_of({c.kind for c in cards}, [c.target.gpu for c in cards])
+            return plan(self.spec, stored, work, [c.target for c in cards])
 
         cards: Sequence[Card] = [card_of(p, sharing=len(first)) for p in first]
         self.plan = plan_on(cards)
@@ -246,7 +247,12 @@ class LLM:
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
         self.devices = tuple(c.seat.device for c in used)
         _, by_kind = work_of({c.kind for c in cards})
-        self.choices = tuple(by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers)
+        choices = [by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers]
+        longest = self.plan.workload.chunk
+        if deterministic or longest <= RECORDED_TOKENS:
+            why = "what it gets depends on where pages lie" if deterministic else f"steps of {longest} tokens at most (--ubatch)"
+            choices = [c.alone(why) for c in choices]
+        self.choices = tuple(choices)
         self.kv = dict(self.plan.workload.kv)
         self.groups = group_layers(self.spec, self.choices, self.kv)
         self.checks: list[Check] = []

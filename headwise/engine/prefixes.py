@@ -9,7 +9,7 @@ conversations begin with).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import lcm
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from headwise.cache.pages import PagePool, extents, pages_for
-from headwise.cache.storage import LayerCache, Place
+from headwise.cache.storage import LayerCache, Place, slots_of
 from headwise.spec.kv import PAGE_TOKENS
 
 ALONE = Place()
@@ -50,19 +50,21 @@ class Held:
     Args:
         written: positions that went through the ring, with refused drafts and what a shorter prompt left.
         exact: tokens that were computed in whole chunks from the first on.
+        copied: positions that had gone through the ring of which a copy was put back here; it holds less than a ring.
     """
 
     tokens: list[int] = field(default_factory=list[int])
     pages: list[int] = field(default_factory=list[int])
     written: int = 0
     exact: int = 0
+    copied: int = 0
     busy: bool = False
     place: Place = ALONE
 
 
 @dataclass(slots=True, eq=False)
 class Kept:
-    """A copy of a ring after `tokens`, and a share of the whole pages that they fill.
+    """A copy of the last positions of a ring after `tokens`, in their order, and a share of the whole pages that they fill.
 
     Args:
         parting: where prompts parted; else near the start of an answer.
@@ -85,32 +87,35 @@ class Source:
     kept: Kept | None = None
 
 
-def _taken(like: Tensor, pinned: bool) -> Tensor:
+def _taken(rows: int, like: Tensor, pinned: bool) -> Tensor:
     """Host memory that is there at once: an operating system gives what is planned when it is first written, hours later."""
-    return torch.empty(like.shape, dtype=like.dtype, pin_memory=pinned).zero_()
+    return torch.empty((rows, *like.shape[1:]), dtype=like.dtype, pin_memory=pinned).zero_()
 
 
 class Prefixes:
     """The slots of the rings and the pages of the pool.
 
     Args:
+        rings: window -> slots of a ring.
+        copies: window -> positions that a copy of a ring has.
         n_kept: copies of rings.
         chunk: with it only what was computed in whole chunks from the start counts, so that every answer is that of a cold start.
     """
 
     def __init__(
-        self, caches: Mapping[int, LayerCache], rings: Mapping[int, int], *, slots: int, pages: int, n_kept: int,
-        chunk: int | None = None,
+        self, caches: Mapping[int, LayerCache], rings: Mapping[int, int], copies: Mapping[int, int], *, slots: int, pages: int,
+        n_kept: int, chunk: int | None = None,
     ) -> None:  # fmt: skip
-        self.rings, self.chunk = rings, chunk
+        self.rings, self.copies, self.chunk = rings, copies, chunk
         self.pool = PagePool(pages)
         self.slots = {slot: Held() for slot in range(slots)}  # least recently used first
-        tensors = [t for c in caches.values() if c.window is not None for t in _tensors(c)]
+        windowed = [(c.window, t) for c in caches.values() if c.window is not None for t in _tensors(c)]
+        tensors = [t for _, t in windowed]
         self._pages = [t.view(pages, -1, *t.shape[1:]) for c in caches.values() if c.window is None for t in _tensors(c)]
         self._rings = [[t.view(slots, -1, *t.shape[1:])[slot] for t in tensors] for slot in range(slots)]
         pinned = any(t.is_cuda for t in tensors)
         # least recently used first
-        self.kept = [Kept([_taken(t, pinned) for t in self._rings[0]]) for _ in range(n_kept)]
+        self.kept = [Kept([_taken(copies[window], t, pinned) for window, t in windowed]) for _ in range(n_kept)]
 
     @property
     def free(self) -> list[int]:
@@ -183,9 +188,16 @@ class Prefixes:
         kept.tokens, kept.written, kept.exact = list(held.tokens), held.written, held.exact
         kept.pages = held.pages[: len(held.tokens) // PAGE_TOKENS]
         self.pool.share(kept.pages)
-        for copy, live in zip(kept.copies, self._rings[slot], strict=True):
+        for copy, live in self._both(kept, slot):
             copy.copy_(live)
         self.kept.append(kept)
+
+    def _both(self, kept: Kept, slot: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Where the positions of a copy lie in it, and in the ring of `slot`."""
+        for copy, ring in zip(kept.copies, self._rings[slot], strict=True):
+            n = min(kept.written, copy.shape[0])
+            for at, first, count in slots_of(ALONE, ring.shape[0], kept.written - n, n):
+                yield copy[first : first + count], ring[at : at + count]
 
     def leave(self, slot: int) -> None:
         """The slot's request has ended; what it holds stays until it is needed."""
@@ -197,9 +209,8 @@ class Prefixes:
         """What a free slot saves of a prompt with its own pages: as its ring is, or with a kept one put back."""
         held = self.slots[slot]
         n = min(common(held.tokens, prompt[:-1]), held.exact if self.chunk else len(prompt))
-        found = [(Source(n, slot), held.written)]
-        found += [(Source(min(n, common(kept.tokens, prompt)), slot, kept), kept.written) for kept in self.kept]
-        return max((self._cut(s, written, self._shares(held, s.n)) for s, written in found), key=lambda s: s.n)
+        found = [Source(n, slot)] + [Source(min(n, common(kept.tokens, prompt)), slot, kept) for kept in self.kept]
+        return max((self._cut(s, s.kept or held, self._shares(held, s.n)) for s in found), key=lambda s: s.n)
 
     def _shares(self, held: Held, n: int) -> bool:
         """Whether token `n` would be written to a page that others read."""
@@ -207,24 +218,27 @@ class Prefixes:
 
     def _shared(self, prompt: Sequence[int], into: int) -> Source | None:
         """The best that another slot or a copy has of a prompt."""
-        found = [(held, Source(len(held.tokens), slot), held.written) for slot, held in self.slots.items() if slot != into]
-        found += [(kept, Source(len(kept.pages) * PAGE_TOKENS, None, kept), kept.written) for kept in self.kept]
+        found: list[tuple[Held | Kept, Source]] = []
+        found += [(held, Source(len(held.tokens), slot)) for slot, held in self.slots.items() if slot != into]
+        found += [(kept, Source(len(kept.pages) * PAGE_TOKENS, None, kept)) for kept in self.kept]
         cut = [
-            self._cut(
-                Source(min(s.n, common(x.tokens, prompt[:-1]), x.exact if self.chunk else s.n), s.slot, s.kept), written, True
-            )
-            for x, s, written in found
+            self._cut(Source(min(s.n, common(x.tokens, prompt[:-1]), x.exact if self.chunk else s.n), s.slot, s.kept), x, True)
+            for x, s in found
         ]
         return max(cut, key=lambda source: source.n, default=None)
 
-    def _cut(self, source: Source, written: int, page: bool) -> Source:
-        """As much of it as the ring still holds the window of, in whole chunks where answers must be exact.
+    def _cut(self, source: Source, ring: Held | Kept, page: bool) -> Source:
+        """As much of it as `ring` still holds the window of, in whole chunks where answers must be exact.
 
         Args:
             page: what begins in the middle of a page needs a copy of that page.
         """
         n = source.n - source.n % lcm(PAGE_TOKENS if page and not self.pool.free else 1, self.chunk or 1)
-        return Source(n if whole(n, written, self.rings) else 0, source.slot, source.kept)
+        if isinstance(ring, Kept):
+            held = whole(n, ring.written, self.copies)
+        else:
+            held = whole(n, ring.written, self.rings) and whole(n, ring.copied, self.copies)
+        return Source(n if held else 0, source.slot, source.kept)
 
     def _begin(self, slot: int, source: Source, prompt: Sequence[int]) -> None:
         """Makes `slot` hold the first tokens of `prompt`, and puts it last."""
@@ -242,20 +256,21 @@ class Prefixes:
                 tensor[mine].copy_(tensor[pages[-1]])
             self.pool.release(pages[-1:])
             pages[-1] = mine
-        written = n
+        written, copied = n, 0
         if n and source.kept is not None:
-            for copy, live in zip(source.kept.copies, self._rings[slot], strict=True):
+            for copy, live in self._both(source.kept, slot):
                 live.copy_(copy)
-            written = source.kept.written
+            written = copied = source.kept.written
             self.kept.remove(source.kept)
             self.kept.append(source.kept)
         elif n and other is not held:
             for there, live in zip(self._rings[source.slot or 0], self._rings[slot], strict=True):
                 live.copy_(there)
-            written = self.slots[source.slot or 0].written
+            written, copied = self.slots[source.slot or 0].written, self.slots[source.slot or 0].copied
         elif n:
-            written = held.written
-        self.slots[slot] = Held(list(prompt[:n]), pages, written, n if self.chunk else 0, True, Place(slot, extents(pages)))
+            written, copied = held.written, held.copied
+        exact, place = n if self.chunk else 0, Place(slot, extents(pages))
+        self.slots[slot] = Held(list(prompt[:n]), pages, written, exact, copied, True, place)
 
     def _forget(self) -> bool:
         """Frees the pages of a copy or a slot that nobody uses now, the one used longest ago; False where there is none."""

@@ -79,7 +79,7 @@ def facts(llm: Any, kept: Any) -> dict[str, Any]:
         "device": llm.where,
         "fused": all(c.fused for c in llm.choices),
         "checks": [asdict(c) for c in llm.checks],
-        "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.ring_bytes},
+        "plan": plan_json(llm.plan) | {"kept_bytes": len(kept) * llm.plan.copy_bytes},
         "measured": {
             "weights_bytes": allocated_bytes([s.weights for s in llm.runner.stages]),
             "kv_global_bytes": cache_bytes("global"),

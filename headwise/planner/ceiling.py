@@ -6,14 +6,18 @@ active weight and token, and attention over what each token sees. No engine can 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headwise.hardware.gpus import Gpu
-from headwise.planner.memory import Plan
+from headwise.planner.memory import DEFAULT_CHUNK, Plan
 from headwise.planner.residence import weight_bytes
 from headwise.spec.kv import kv_read_bytes
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
+
+STEPS = (2048, 1024, DEFAULT_CHUNK)  # of 2,048 the expansion is a sixth (31B Q4_K_M on an H200)
+STEP_S = 0.5  # of the card's matrix rate: a second of its time, or a little more
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +48,25 @@ def weight_flops(spec: ModelSpec) -> float:
     return sum(2 * t.n_elements * active_share(spec, t) for t in weight_tensors(spec) if t.role in ("matrix", "experts"))
 
 
+def step_sizes(spec: ModelSpec, gpus: Sequence[Gpu | None]) -> tuple[int, ...]:
+    """Tokens of a prefill step to choose from where nobody says how many, the most first.
+
+    A step expands every quantised matrix once, so short steps do little else: more tokens are better up to `STEP_S`, in which
+    nobody hears of progress and nobody else is answered. Of a card that is not known, and of the CPU, `DEFAULT_CHUNK`.
+    """
+    rates = [0.0 if gpu is None else 1e12 * (_rate(gpu) or 0.0) for gpu in gpus]
+    most = STEP_S * min(rates, default=0.0) / weight_flops(spec)
+    return tuple(n for n in STEPS if n <= max(most, DEFAULT_CHUNK))
+
+
+def _rate(gpu: Gpu) -> float | None:
+    return gpu.tflops.bf16 or gpu.tflops.f16 or gpu.tflops.f32
+
+
 def ceiling(plan: Plan, gpu: Gpu) -> Ceiling:
     """For one sequence whose cache holds `context` tokens."""
     spec, w = plan.spec, plan.workload
-    rate = gpu.tflops.bf16 or gpu.tflops.f16 or gpu.tflops.f32
+    rate = _rate(gpu)
     prefill = None
     if rate:
         flops = weight_flops(spec)

@@ -23,6 +23,7 @@ MIB = 2**20
 GPU_MARGIN_BYTES = 768 * MIB  # driver context, cuBLAS workspace and allocator rounding of one process on one GPU
 CPU_MARGIN_BYTES = 512 * MIB  # the Python process with PyTorch loaded
 DEFAULT_CHUNK = 512
+BACK_TOKENS = 512  # beyond its window in a copy of a ring: it serves prompts that part from it so far before its end
 MAX_TOKENS = 2**63 - 1
 SERVE_SLOTS = 4  # most that a server takes unasked: agents make parallel calls
 
@@ -43,25 +44,31 @@ class Target:
 
 
 class Room(NamedTuple):
-    """Sequences at once, and the tokens that global layers hold of them together; None: a context each."""
+    """Sequences at once, the tokens that global layers hold of them together (None: a context each), those of a prefill step."""
 
     slots: int
     pool: int | None
+    chunk: int = DEFAULT_CHUNK
 
 
-def server_rooms(context: int, pool: int | None = None) -> tuple[Room, ...]:
-    """What a server takes when nobody says how many sequences it is to serve at once: the first of these that fits.
+def rooms(context: int, slots: int | None, pool: int | None, chunks: Sequence[int]) -> tuple[Room, ...]:
+    """What may be taken: the first of these that fits.
 
     Every sequence may always have the whole context, so a user alone loses nothing. Sequences come before pages: one more costs
-    rings only, and where pages run short the youngest waits.
+    rings only, and where pages run short the youngest waits. Longer steps come last: they make rings longer.
 
     Args:
-        pool: where it is said it stays so.
+        slots: None: up to `SERVE_SLOTS`, for a server that is not told how many sequences it is to serve at once.
+        chunks: that a prefill step may have, the best first; see `ceiling.step_sizes`.
     """
-    if pool is not None:
-        return tuple(Room(n, pool) for n in range(SERVE_SLOTS, 0, -1))
     whole = -(-context // PAGE_TOKENS) * PAGE_TOKENS
-    return tuple(Room(n, None if k == n else k * whole) for n in range(SERVE_SLOTS, 0, -1) for k in range(n, 0, -1))
+    if slots is not None:
+        seats = [(slots, pool)]
+    elif pool is not None:
+        seats = [(n, pool) for n in range(SERVE_SLOTS, 0, -1)]
+    else:
+        seats = [(n, None if k == n else k * whole) for n in range(SERVE_SLOTS, 0, -1) for k in range(n, 0, -1)]
+    return tuple(Room(n, pages, chunk) for n, pages in seats for chunk in chunks)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +78,8 @@ class Workload:
     context: int  # tokens of prompt and answer of one sequence
     slots: int = 1  # sequences at once
     pool: int | None = None  # tokens that the global layers hold of all sequences together; None: `context` of each
-    rooms: tuple[Room, ...] = ()  # in place of both: the first that fits, the last if none does
     chunk: int = DEFAULT_CHUNK  # most tokens of one prefill step
+    rooms: tuple[Room, ...] = ()  # in place of these three: the first that fits, else the last; in a plan it and those after
     kv: Mapping[Kind, KVFormat]
     dtype: str  # of the activations
     cpu: bool = False
@@ -174,19 +181,21 @@ class Plan:
         return sum(s.kv_sliding_bytes for s in self.stages)
 
     @property
-    def ring_bytes(self) -> int:
-        """What one sequence has in sliding layers."""
-        return self.kv_sliding_bytes // self.workload.slots
+    def n_copies(self) -> int:
+        """Of rings, kept in host memory by a server for prompts to come: one a slot, and one for what prompts begin with."""
+        return self.workload.slots + 1
 
     @property
-    def n_copies(self) -> int:
-        """Rings that a server copies to host memory for prompts to come: one a slot, and one for what prompts begin with."""
-        return self.workload.slots + 1
+    def copy_bytes(self) -> int:
+        """Of one: the window, and as much before it as a later prompt may go back."""
+        w, back = self.workload, min(self.workload.chunk, BACK_TOKENS)
+        windowed = (x for x in self.spec.kv_layers if x.window is not None)
+        return sum(kv_bytes(x, n_tokens=w.context, chunk=back, fmt=w.kv[x.kind]) for x in windowed)
 
     @property
     def kept_bytes(self) -> int:
         """Host memory of those copies; not part of `total_bytes`: `run` makes none."""
-        return self.n_copies * self.ring_bytes
+        return self.n_copies * self.copy_bytes
 
     @property
     def compute_bytes(self) -> int:
@@ -240,7 +249,9 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
         UsageError, PlanError: a number that makes no sense, a context beyond the model's maximum, a KV type that does
             not fit a head. Not fitting is no error: `fits` says so.
     """
-    tries = [replace(w, slots=room.slots, pool=room.pool, rooms=()) for room in w.rooms] or [w]
+    tries = [
+        replace(w, slots=room.slots, pool=room.pool, chunk=room.chunk, rooms=w.rooms[i:]) for i, room in enumerate(w.rooms)
+    ] or [w]
     check_workload(spec, tries[-1])
     resident = resident_types(spec, stored, cpu=w.cpu, dtype=w.dtype)
     sizes = weight_bytes(spec, resident)
@@ -256,7 +267,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     if not targets:
         return planned(tries[-1])
     found = next((p for t in tries[:-1] if _holds_copies(p := planned(t))), None) or planned(tries[-1])
-    notes = (_room_words(found), *found.notes) if w.rooms else found.notes
+    notes = (_room_words(found), *found.notes) if len({room.slots for room in w.rooms}) > 1 else found.notes
     return replace(found, notes=notes, max_context=max_context(spec, sizes, tries[-1], resident, targets))
 
 

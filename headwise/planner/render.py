@@ -84,7 +84,7 @@ def plan_view(plan: Plan, ceilings: Sequence[Ceiling | None] = (), served: Plan 
     )
     if any(turned_pairs(layer) for layer in plan.spec.layers):
         kv += ", V alone where K = V"
-    head.append(f", KV {kv}, prefill chunk {w.chunk}", style="dim")
+    head.append(f", KV {kv}, prefill in steps of {w.chunk:,}", style="dim")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     table.add_column(justify="right")

@@ -26,7 +26,7 @@ from headwise.engine.request import Event, Finish, Prefill, Request
 from headwise.errors import HeadwiseError, PlanError, UsageError
 from headwise.hardware.names import device_name
 from headwise.hardware.probe import Device, cpu_memory, detect
-from headwise.planner.memory import CPU_MARGIN_BYTES, DEFAULT_CHUNK, GPU_MARGIN_BYTES, Plan, Room, Target, Workload, server_rooms
+from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Plan, Room, Target
 from headwise.planner.render import gib
 from headwise.server.answer import Served, served
 from headwise.server.ask import Refusal, bad
@@ -70,7 +70,7 @@ class Loaded:
 
     Args:
         n_bytes: planned, with the margin of its process.
-        rooms: how many slots and pages its engine may take, the best first; none where they are said.
+        rooms: what its engine may take, as planned, and less where it sees less memory; none: for it to say.
         keep_s: how long it stays when its last request has ended.
         uses: requests that hold it.
         turn: when its last request ended, as a count.
@@ -158,7 +158,7 @@ class Models:
     Args:
         named: given at start, the first is loaded at once and is meant where a request names none.
         settings: as `LLM` takes them, the same for all; without a context, 32,768 or the model's maximum; without slots, those of
-            `planner.memory.server_rooms` that fit beside the other models.
+            `planner.memory.rooms` that fit beside the other models.
         env: the environment, for the places of Ollama's store.
         max_tokens: of answers whose request sets no limit.
         keep_s: of models whose requests say nothing; None: for ever for those named at start, 5 minutes for others.
@@ -307,20 +307,13 @@ class Models:
                 wanted, plan = context, await self._plan(held, context)
             if plan.fits is False:
                 raise _too_large(held.name, wanted, plan)
-            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+            n_bytes, rooms = self._bytes(plan), plan.workload.rooms
         return Place(self, held, replace(model, context=context or wanted), wanted, keep_s, n_bytes, rooms)
 
     def _bytes(self, plan: Plan) -> int:
         """What a plan takes of its devices, with the margins of its process and what `engine.prefixes` copies."""
         kept = plan.kept_bytes if "cpu" in self.devices else 0
         return plan.total_bytes + kept + sum(s.target.margin_bytes for s in plan.shares)
-
-    def _rooms(self, w: Workload) -> Sequence[Room]:
-        """What an engine may take: as planned, and less where it sees less memory; nothing to choose where slots are said."""
-        if self.settings.get("slots") is not None:
-            return ()
-        rooms = server_rooms(w.context, self.settings.get("pool"))
-        return rooms[rooms.index(Room(w.slots, w.pool)) :]
 
     async def _plan(self, held: Held, context: int) -> Plan:
         """The plan of a model alone with what others, not our models, hold of the devices now; that bounds all ours from now on.
@@ -377,7 +370,7 @@ class Models:
                 kv_layout=s.get("kv_layout"),
                 slots=slots or s.get("slots"),
                 pool=s.get("pool"),
-                ubatch=s.get("chunk") or DEFAULT_CHUNK,
+                ubatch=s.get("chunk"),
                 weights=s.get("weights"),
                 gpus=() if s.get("device") in (None, "cuda") else list(self.devices),  # those named are used together
                 device="cpu" if cpu else None,
@@ -488,7 +481,7 @@ class Models:
     # --- processes ---
 
     def _start(self, held: Held, context: int, n_bytes: int, rooms: Sequence[Room]) -> Loaded:
-        settings = {**self.settings, "context": context} | ({"slots": 1, "rooms": rooms} if rooms else {})
+        settings = {**self.settings, "context": context} | ({"rooms": rooms} if rooms else {})
         engine = EngineProcess(held.loads, settings, stall_s=self.stall_s)
         engine.totals = self.totals.setdefault(held.name, engine.totals)
         keep_s = self.keep_s if self.keep_s is not None else math.inf if held in self.named else KEEP_S
@@ -551,10 +544,10 @@ class Models:
     async def start(self) -> None:
         """Begins to load the first model; whether it fits, its engine says."""
         n_bytes, context = 0, await asyncio.to_thread(self.context, self.first)
-        rooms = () if self.settings.get("slots") is not None else server_rooms(context, self.settings.get("pool"))
+        rooms: Sequence[Room] = ()
         with contextlib.suppress(Refusal):
             plan = await self._plan(self.first, context)
-            n_bytes, rooms = self._bytes(plan), self._rooms(plan.workload)
+            n_bytes, rooms = self._bytes(plan), plan.workload.rooms
         self._first = self._start(self.first, context, n_bytes, rooms).engine
         self._started.set()
 

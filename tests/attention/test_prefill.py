@@ -37,7 +37,7 @@ from headwise.engine.batch import Run, Steps
 from headwise.engine.stage import attend_functions
 from headwise.errors import BackendError, UsageError
 from headwise.model.arena import Arena
-from headwise.planner.memory import Workload, plan
+from headwise.planner.memory import Room, Workload, plan
 from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS, KVFormat
@@ -169,7 +169,7 @@ def test_a_card_is_explained_with_what_is_installed_here(capsys: pytest.CaptureF
     """And planned so: the bytes are the same, as neither row needs room for a result."""
     assert explained(capsys) == {None, "flash-attn-4"}
     spec, kind = catalogue.spec("gemma-3-12b"), DeviceKind("cuda", (9, 0))
-    asked = {"context": 8192, "slots": 1, "chunk": 512, "kv": {"global": None, "sliding": None}, "dtype": None}
+    asked = {"context": 8192, "rooms": [Room(1, None)], "kv": {"global": None, "sliding": None}, "dtype": None}
     both, ours = (api.work_on(spec, [kind], **asked, forced=forced)[0] for forced in ({}, {"global": "headwise-hopper"}))  # type: ignore[arg-type]
     assert both == ours
     assert both.fused
@@ -343,14 +343,15 @@ def test_a_deterministic_server_runs_one_row_a_layer(monkeypatch: pytest.MonkeyP
         return tuple(replace(c, prefill=THEIRS) for c in plain(spec, **rest))  # type: ignore[arg-type]
 
     monkeypatch.setattr(api, "choose_layers", ahead)
-    long: dict[str, Any] = {"chunk": 1025}
+    monkeypatch.setattr("headwise.engine.llm.RECORDED_TOKENS", 64)
+    long: dict[str, Any] = {"chunk": 65}
     assert all(c.prefill for c in load("gemma3", load=False, **long).choices)
     alone = load("gemma3", load=False, deterministic=True, **long).choices
     assert not any(c.prefill for c in alone)
     assert "not flash-attn-4: what it gets depends on where pages lie" in str(alone[0])
-    short = load("gemma3", load=False, chunk=512).choices
+    short = load("gemma3", load=False, chunk=64).choices
     assert not any(c.prefill for c in short)
-    assert "not flash-attn-4: steps of 512 tokens at most (--ubatch)" in str(short[0])
+    assert "not flash-attn-4: steps of 64 tokens at most (--ubatch)" in str(short[0])
 
 
 def test_a_deterministic_server_s_model_is_loaded_so(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ LAYERS = {x.kind: x for x in catalogue.spec("gemma-4-e2b").kv_layers}
 class Caches:
     """One global and one sliding layer whose stored value at a position is the hash of the tokens up to it."""
 
-    def __init__(self, slots: int, pages: int, window: int, n_kept: int, chunk: int | None = None) -> None:
+    def __init__(self, slots: int, pages: int, window: int, n_kept: int, chunk: int | None = None, back: int = CHUNK) -> None:
         from dataclasses import replace
 
         cpu, f32 = torch.device("cpu"), KV_FORMATS["f32"]
@@ -34,7 +34,8 @@ class Caches:
             1: LayerCache(whole_, f32, n_tokens=CONTEXT, chunk=CHUNK, device=cpu, pool_tokens=pages * PAGE_TOKENS),
         }
         self.rings = {window: self.caches[0].n_slots}
-        self.prefixes = Prefixes(self.caches, self.rings, slots=slots, pages=pages, n_kept=n_kept, chunk=chunk)
+        self.copies = {window: min(window + back + 8, self.caches[0].n_slots)}
+        self.prefixes = Prefixes(self.caches, self.rings, self.copies, slots=slots, pages=pages, n_kept=n_kept, chunk=chunk)
 
     def write(self, slot: int, tokens: list[int]) -> None:
         """As a step would: keys first, then the books."""
@@ -59,11 +60,12 @@ class Caches:
 
 
 @pytest.mark.parametrize("chunk", [None, CHUNK])
+@pytest.mark.parametrize("back", [5, CHUNK])
 @pytest.mark.parametrize(("slots", "pages"), [(3, 30), (3, 13), (1, 10)])
-def test_random_conversations_find_what_they_left(slots: int, pages: int, chunk: int | None) -> None:
+def test_random_conversations_find_what_they_left(slots: int, pages: int, back: int, chunk: int | None) -> None:
     """A wrong prefix hit is the worst of errors: fluent, fast and about another conversation."""
     draw, hits = random.Random(slots * 100 + pages), 0
-    c = Caches(slots, pages, window=48, n_kept=slots + 1, chunk=chunk)
+    c = Caches(slots, pages, window=48, n_kept=slots + 1, chunk=chunk, back=back)
     system = [draw.randrange(9) for _ in range(150)]
     talks = [system + [draw.randrange(100) for _ in range(40)] for _ in range(5)]
     running: list[tuple[int, list[int], int | None]] = []
@@ -96,7 +98,7 @@ def test_random_conversations_find_what_they_left(slots: int, pages: int, chunk:
             assert c.prefixes.grow(slot, n + 1)
             c.write(slot, [draw.randrange(100)])
             n += 1
-            if i == keep_after(c.rings) and chunk is None:
+            if i == keep_after(c.copies) and chunk is None:
                 c.prefixes.keep(slot)
         c.check(slot)
         talks[draw.randrange(len(talks))] = list(c.prefixes.slots[slot].tokens)
@@ -148,6 +150,6 @@ def test_a_host_with_room_for_some_copies_makes_some(monkeypatch: pytest.MonkeyP
     """With room for four of five there was none, and every agent's turn was its first."""
     ring = 1 << 30
     monkeypatch.setattr(engine, "cpu_memory", lambda: (1 << 40, engine.CPU_MARGIN_BYTES + int(free_rings * ring)))
-    plan = SimpleNamespace(workload=SimpleNamespace(context=4096), ring_bytes=ring, n_copies=5)
+    plan = SimpleNamespace(workload=SimpleNamespace(context=4096), copy_bytes=ring, n_copies=5)
 
     assert engine._copies(SimpleNamespace(plan=plan, runner=SimpleNamespace(rings={256: 776}))) == copies  # type: ignore[arg-type]

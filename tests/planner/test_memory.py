@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from headwise import api
 from headwise.errors import HeadwiseError, PlanError, UsageError
 from headwise.hardware.gpus import find_gpu
-from headwise.planner.ceiling import ceiling
-from headwise.planner.memory import SERVE_SLOTS, Plan, Room, Target, Workload, plan, server_rooms
+from headwise.planner.ceiling import ceiling, step_sizes
+from headwise.planner.memory import SERVE_SLOTS, Plan, Room, Target, Workload, plan, rooms
 from headwise.planner.quantise import weight_types
 from headwise.planner.rank import rank
 from headwise.planner.workspace import arena_bytes, offsets, workspace
@@ -177,7 +177,7 @@ def test_ranking_leaves_out_what_does_not_fit_and_prefers_better_weights() -> No
 
 
 def served(context: int, gib: float, **more: object) -> Plan:
-    return plan(G31, Q4, workload(context, rooms=server_rooms(context), **more), [card(gib)])
+    return plan(G31, Q4, workload(context, rooms=rooms(context, None, None, [512]), **more), [card(gib)])
 
 
 @given(gib=st.integers(190, 420).map(lambda n: n / 10), context=st.integers(1, 100_000))
@@ -186,11 +186,11 @@ def test_a_server_takes_the_most_that_fits_and_a_user_alone_loses_nothing(gib: f
     """More slots at the cost of the context would refuse prompts that were answered."""
     alone = plan(G31, Q4, workload(context), [card(gib)])
     p = served(context, gib)
-    w, at = p.workload, server_rooms(context).index(Room(p.workload.slots, p.workload.pool))
+    w, at = p.workload, rooms(context, None, None, [512]).index(Room(p.workload.slots, p.workload.pool))
 
     assert (p.fits, p.max_context) == (alone.fits, alone.max_context)
     assert w.pool_tokens >= context == w.context
-    for better in server_rooms(context)[:at]:
+    for better in rooms(context, None, None, [512])[:at]:
         assert not plan(G31, Q4, workload(context, slots=better.slots, pool=better.pool), [card(gib)]).fits
 
 
@@ -206,11 +206,34 @@ def test_slots_come_before_pages_and_the_reason_says_what_is_shared() -> None:
     assert "do not fit beside 32,768 tokens" in served(32_768, 22).notes[0]
 
 
+def test_a_step_is_what_the_card_computes_in_half_a_second() -> None:
+    """31B: 58.6 billion operations a token; 989, 165 and 71 TFLOP/s make 8,400, 1,400 and 600 tokens in half a second."""
+    for gpu, wanted in (("h200", (2048, 1024, 512)), ("rtx4090", (1024, 512)), ("rtx3090", (512,))):
+        assert step_sizes(G31, [find_gpu(gpu)]) == wanted
+    assert step_sizes(G31, [find_gpu("h200"), find_gpu("rtx3090")]) == (512,)
+    assert step_sizes(G31, [None]) == step_sizes(G31, []) == (512,)  # a card that the table lacks, the CPU
+
+
+@given(gib=st.integers(190, 420).map(lambda n: n / 10), context=st.integers(1, 100_000))
+@settings(max_examples=25, deadline=None)
+def test_longer_steps_cost_no_slot_no_page_and_no_context(gib: float, context: int) -> None:
+    """Their rings are twice as long: 1.3 GB a sequence of 31B."""
+    short = served(context, gib)
+    p = plan(G31, Q4, workload(context, rooms=rooms(context, None, None, [2048, 1024, 512])), [card(gib)])
+
+    assert (p.fits, p.max_context) == (short.fits, short.max_context)
+    assert (p.workload.slots, p.workload.pool) == (short.workload.slots, short.workload.pool)
+    assert p.kept_bytes == short.kept_bytes  # copies are as long as a later prompt goes back
+    for longer in (2048, 1024):
+        better = workload(context, slots=p.workload.slots, pool=p.workload.pool, chunk=longer)
+        assert p.workload.chunk >= min(longer, context) or not plan(G31, Q4, better, [card(gib)]).fits
+
+
 def test_a_pool_that_is_said_stays_so() -> None:
-    p = plan(G31, Q4, workload(8192, rooms=server_rooms(8192, 20_000)), [card(23)])
+    p = plan(G31, Q4, workload(8192, rooms=rooms(8192, None, 20_000, [512])), [card(23)])
 
     assert (p.workload.slots, p.workload.pool) == (3, 20_000)
-    assert SERVE_SLOTS == len(server_rooms(8192, 20_000)) == 4
+    assert SERVE_SLOTS == len(rooms(8192, None, 20_000, [512])) == 4
 
 
 def test_on_a_cpu_copies_of_rings_fit_beside_the_slots() -> None:
@@ -221,7 +244,7 @@ def test_on_a_cpu_copies_of_rings_fit_beside_the_slots() -> None:
 
     def taken(n_bytes: int) -> Plan:
         target = Target(name="cpu", gpu=None, total_bytes=n_bytes, margin_bytes=0)
-        return plan(spec, stored, workload(8192, cpu=True, rooms=server_rooms(8192)), [target])
+        return plan(spec, stored, workload(8192, cpu=True, rooms=rooms(8192, None, None, [512])), [target])
 
     assert taken(four.total_bytes + four.kept_bytes).workload.slots == 4
     assert taken(four.total_bytes + four.kept_bytes - 1).workload.pool_tokens < four.workload.pool_tokens

@@ -438,7 +438,7 @@ def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -
     """Planned for the first card alone, such a model is refused although its engine would take both."""
     monkeypatch.setattr(models_module.metadata, "version", lambda _: "2.13.0+cu130")
     monkeypatch.setattr(models_module, "detect", lambda: [_card(), _card()])
-    models = Models([held(None, open_model(None, env={}))], {"slots": 1}, {}, memory=lambda *_: (room, GIB // 4))
+    models = Models([held(None, open_model(None, env={}))], {"slots": 1, "chunk": 512}, {}, memory=lambda *_: (room, GIB // 4))
     room = 24 * GIB
     small = asyncio.run(models._plan(models.first, 2048))
     assert (small.fits, len(small.shares), models._capacity) == (True, 1, 2 * (room - GIB // 4))
@@ -467,8 +467,8 @@ def test_slots_that_nobody_asked_for_take_no_room_of_named_models(tmp_path: Path
     assert most.workload.slots == SERVE_SLOTS
     assert asyncio.run(alone._plan(models.first, 32_768)).workload == most.workload
     assert roomy._bytes(beside) + roomy._bytes(one) <= room < roomy._bytes(most) + roomy._bytes(one)
-    assert roomy._rooms(beside.workload)[0] == (beside.workload.slots, beside.workload.pool)
-    assert len(roomy._rooms(one.workload)) == 1
+    assert beside.workload.rooms[0] == (beside.workload.slots, beside.workload.pool, 512)
+    assert len(one.workload.rooms) == 1
 
 
 # --- names ---
