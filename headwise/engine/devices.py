@@ -11,7 +11,7 @@ import torch
 
 from headwise.attention.capability import CPU, DeviceKind
 from headwise.errors import UsageError
-from headwise.hardware.gpus import known_gpu
+from headwise.hardware.gpus import Gpu, known_gpu
 from headwise.hardware.names import device_name
 from headwise.hardware.probe import cpu_memory
 from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Target
@@ -25,11 +25,12 @@ class Seat(NamedTuple):
 
 
 class Card(NamedTuple):
-    """A seat, and what the planner and the backends are told of it."""
+    """A seat, and what the planner and the backends are told of it; `gpu`: its row of the table, where it has one."""
 
     target: Target
     kind: DeviceKind
     seat: Seat
+    gpu: Gpu | None = None
 
 
 def seats(asked: str | Sequence[str] | None) -> tuple[list[Seat], bool]:
@@ -122,8 +123,8 @@ def card_of(seat: Seat, *, sharing: int = 1) -> Card:
         seen = torch.cuda.get_device_name(seat.device)
         name, margin, gpu = f"{seen} ({seat.device})", GPU_MARGIN_BYTES, known_gpu(seen, total)
     total = min(total, seat.limit_bytes or total)
-    target = Target(name=name, gpu=gpu, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
-    return Card(target, device_kind(seat.device), seat)
+    target = Target(name=name, gpu=None, total_bytes=total, others_bytes=max(0, total - free), margin_bytes=margin)
+    return Card(target, device_kind(seat.device), seat, gpu)
 
 
 def keep_limit(seat: Seat) -> None:

@@ -234,7 +234,7 @@ class LLM:
         self.skipped = skipped_by_reason(matched)
 
         def plan_on(cards: Sequence[Card]) -> Plan:
-            work, _ = work_of({c.kind for c in cards}, [c.target.gpu for c in cards])
+            work, _ = work_of({c.kind for c in cards}, [c.gpu for c in cards])
             return plan(self.spec, stored, work, [c.target for c in cards])
 
         cards: Sequence[Card] = [card_of(p, sharing=len(first)) for p in first]

@@ -8,8 +8,10 @@ import torch
 from checkpoints import load
 
 from headwise import LLM
+from headwise.engine import llm as llm_module
 from headwise.engine.measure import allocated_bytes
 from headwise.errors import BackendError, HeadwiseError, PlanError, SpecError, UsageError
+from headwise.hardware.gpus import find_gpu
 from headwise.spec.kv import KV_FORMATS
 
 IDS = list(range(3, 60))
@@ -211,3 +213,21 @@ def test_the_embedded_model_knows_python() -> None:
 
     assert llm.tokenizer.decode(ids) == text
     assert nats / 0.6931 / len(text.encode()) < 1.0
+
+
+def test_a_known_card_takes_longer_steps_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner was told of the card and the engine was not: another plan than was shown."""
+    usual = llm_module.card_of
+    monkeypatch.setattr(llm_module, "card_of", lambda seat, **rest: usual(seat, **rest)._replace(gpu=find_gpu("h200")))
+    long = LLM(device="cpu", context=3000, check=False)
+    monkeypatch.undo()
+    short = LLM(device="cpu", context=3000, check=False)
+    ids = [2, *(i * 7919 % 6000 for i in range(2500))]
+
+    assert (long.plan.workload.chunk, short.plan.workload.chunk) == (2048, 512)
+    last = []
+    for llm in (long, short):
+        for start in range(0, len(ids), llm.plan.workload.chunk):
+            x = llm.runner.step(ids[start : start + llm.plan.workload.chunk])
+        last.append(llm.runner.logits(x[-1:])[0].clone())
+    assert torch.allclose(*last, atol=1e-3)
