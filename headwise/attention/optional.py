@@ -65,7 +65,14 @@ def _cute(module: str = "") -> Any:
 def _flash_attn_4(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    out, lse = _cute().flash_attn_func(
+    return by_flash_attn_4(_cute().flash_attn_func, q, k, v, scale, window, softcap)
+
+
+def by_flash_attn_4(
+    call: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Args: call: `flash_attn_func` of flash-attn-4 or of a branch of it."""
+    out, lse = call(
         q[None], k[None], v[None], softmax_scale=scale, causal=window is None,
         window_size=(None, None) if window is None else (window - 1, 0), softcap=softcap or 0.0, return_lse=True,
     )  # fmt: skip

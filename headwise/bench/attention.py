@@ -24,7 +24,7 @@ from torch import Tensor
 
 from headwise.attention.capability import BACKENDS, PACKAGES, DeviceKind, here, need_for
 from headwise.attention.choose import choose_layers, forced_backends
-from headwise.attention.optional import CALLS
+from headwise.attention.optional import CALLS, by_flash_attn_4
 from headwise.attention.reference import turned
 from headwise.cache.storage import LayerCache, Scratch, Span, alone
 from headwise.engine.stage import attend_functions
@@ -238,9 +238,10 @@ def operators(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: 
 def libraries(
     q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: float, kind: DeviceKind
 ) -> Iterator[tuple[str, Attend]]:
-    """Those installed, by the limits of their rows in the table of backends; FFPA, which is no backend, by its documentation.
+    """Those installed, by the limits of their rows in the table of backends; those that are no backend by their documentation.
 
-    Source: ffpa-attn 0.2.4 ffpa_attn_func: head_dim over 256, causal, no window; its CuTe kernels of SM90 up to 512.
+    Source: ffpa-attn 0.2.4 ffpa_attn_func: head_dim over 256, causal, no window; its CuTe kernels of SM90 up to 512. vLLM 0.26.0
+    vllm_flash_attn/cute/interface.py: its branch of flash-attn-4, on SM90 head_dim 8 to 512.
     """
     need = need_for(layer_of(replace(shape, one=False)), kv=KV_FORMATS["bf16"], dtype="bf16", device=kind)
     for backend in BACKENDS:
@@ -258,6 +259,14 @@ def libraries(
                 return out[0].transpose(0, 1)
 
             yield f"ffpa-attn {how}", run
+    if here("vllm") and kind.capability == (9, 0):
+
+        def branch() -> Tensor:
+            from vllm.vllm_flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
+
+            return by_flash_attn_4(flash_attn_func, q_THD, k_SGD, v_SGD, scale, shape.window, None)[0]
+
+        yield "vLLM's flash-attn-4", branch
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Attend:
@@ -385,7 +394,7 @@ def bench(*, as_json: bool, say: Callable[[str], None]) -> dict[str, Any]:
     head = {
         "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
         "matrix_tflops": ceiling[0], "read_tb_s": ceiling[1],
-        "libraries": {name: metadata.version(name) for name in (*PACKAGES, "ffpa-attn") if here(name)},
+        "libraries": {name: metadata.version(name) for name in (*PACKAGES, "ffpa-attn", "vllm") if here(name)},
     }  # fmt: skip
     say(f"{head['gpu']}: bf16 products {ceiling[0]:.0f} TFLOP/s, reads {ceiling[1]:.2f} TB/s")
     rows: list[dict[str, Any]] = []

@@ -58,6 +58,34 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(bench.CALLS, name, call)
 
 
+def flash_attn_func(
+    q: Tensor, k: Tensor, v: Tensor, softmax_scale: float | None = None, causal: bool = False,
+    window_size: tuple[int | None, int | None] = (None, None), softcap: float = 0.0, return_lse: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(1, tokens, heads, head_dim); vLLM's branch, as its interface.py has it: a window goes without `causal`."""
+    left, right = window_size
+    assert causal or right == 0
+    shape = replace(CAUSAL, head_dim=q.shape[-1], window=None if left is None else left + 1, length=q.shape[1])
+    return formula(q[0], k[0], v[0], shape, softmax_scale or 1.0).float()[None], q.new_zeros(1)
+
+
+@pytest.mark.parametrize("shape", [SLIDING, CAUSAL, LARGE], ids=lambda s: f"{s.head_dim} {s.window}")
+def test_the_branch_in_vllm_is_timed_where_it_is_installed(shape: Shape, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its head_dim of 512 is the rival that the row of flash-attn-4 refuses."""
+    cute = ModuleType("vllm.vllm_flash_attn.cute")
+    cute.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    for module in (ModuleType("vllm"), ModuleType("vllm.vllm_flash_attn"), cute):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(bench, "here", lambda package: package == "vllm")
+    q, k, v = tensors(shape)
+    want = formula(q[-16:], k, v, shape, 0.1)
+
+    calls, errors, refused = taken(libraries(q, k, v, shape, 0.1, replace(HOPPER, packages=frozenset())), want)
+    assert (list(calls), refused) == (["vLLM's flash-attn-4"], {})
+    assert max(errors.values()) < 1e-5 and not refused
+    assert not [*libraries(q, k, v, shape, 0.1, DeviceKind("cuda", (8, 0)))]
+
+
 @pytest.mark.parametrize(
     ("shape", "kind", "names"),
     [
