@@ -84,10 +84,19 @@ def device_kind(device: torch.device) -> DeviceKind:
     )
 
 
+def skinny_refusal(kind: DeviceKind, dtype: str) -> str | None:
+    """Why `kernels.skinny` does not run there: it is Gluon's, whose API changes between versions of triton; None: it does."""
+    if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0):
+        return "needs an NVIDIA card of compute capability 8.0 or newer"
+    if kind.triton != (3, 6):
+        seen = "no triton" if kind.triton is None else f"triton {kind.triton[0]}.{kind.triton[1]}"
+        return f"needs triton 3.6, which PyTorch 2.11 comes with, and there is {seen}: pip install 'torch==2.11.*'"
+    return None if dtype in ("bf16", "f16") else f"takes bf16 and f16, not {dtype}"
+
+
 def skinny_rows(device: torch.device, dtype: str) -> int:
-    """The most rows that `kernels.skinny` multiplies there: NVIDIA from compute capability 8.0 on, Gluon as triton 3.6 has it."""
-    kind = device_kind(device)
-    if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0) or kind.triton != (3, 6) or dtype not in ("bf16", "f16"):
+    """The most rows that `kernels.skinny` multiplies there."""
+    if skinny_refusal(device_kind(device), dtype):
         return 0
     from headwise.kernels.skinny import most_rows
     from headwise.kernels.split import card

@@ -36,6 +36,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headwise.kernels.attend import LOG2E, merge
+from headwise.kernels.newer import thread_barrier
 from headwise.kernels.stored import Sequences, Slots, Stored, cos_sin
 from headwise.kernels.turn import Turn
 
@@ -250,7 +251,7 @@ def finish(
 ):  # fmt: skip
     """With MERGE 1, the last program of a group merges the shares of all."""
     if MERGE == 1:
-        gl.thread_barrier()
+        thread_barrier()
         done = gl.atomic_add(count_ptr + seq * G + g, 1, sem="acq_rel")
         if done == n_splits - 1:
             ml: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])

@@ -29,6 +29,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headwise.kernels.arrange import STEP, Arranged, ArrangedPairs
+from headwise.kernels.newer import thread_barrier
 from headwise.kernels.split import Card, room, splits_for
 from headwise.kernels.stored import overlap
 from headwise.kernels.tiled import EIGHT, LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
@@ -425,7 +426,7 @@ def _skinny(
     for s in range(begin, end):
         at = (s - begin) % STAGES
         async_copy.wait_group(STAGES - 2)
-        gl.thread_barrier()
+        thread_barrier()
         to = (s - begin + STAGES - 1) % STAGES
         if s + STAGES - 1 < end:
             _copy_planes(low, high, head, s + STAGES - 1, groups, eights, lows.index(to), highs.index(to), heads.index(to),
@@ -461,7 +462,7 @@ def _skinny(
                 b = gl.convert_layout(b, b_layout, assert_trivial=True)
                 acc = mma_v2(a, b, acc)
     async_copy.wait_group(0)
-    gl.thread_barrier()
+    thread_barrier()
 
     ol: gl.constexpr = gl.BlockedLayout([4, 1], [32, 1], [1, WARPS], [0, 1])
     y = gl.convert_layout(acc, ol) * (2.0**40 if BF16 else 1.0)
@@ -476,7 +477,7 @@ def _skinny(
     else:
         mine = t * N + n
         gl.store(part + split * T * N + mine, y, mask=ok)
-        gl.thread_barrier()
+        thread_barrier()
         if gl.atomic_add(done + gl.program_id(0), 1, sem="acq_rel") == splits - 1:
             y = gl.zeros([ROWS, TP], gl.float32, ol)
             for k in range(splits):

@@ -8,7 +8,9 @@ import torch
 from checkpoints import load
 
 from headwise import LLM
+from headwise.attention.capability import DeviceKind
 from headwise.engine import llm as llm_module
+from headwise.engine.devices import skinny_refusal
 from headwise.engine.measure import allocated_bytes
 from headwise.errors import BackendError, HeadwiseError, PlanError, SpecError, UsageError
 from headwise.hardware.gpus import find_gpu
@@ -213,6 +215,23 @@ def test_the_embedded_model_knows_python() -> None:
 
     assert llm.tokenizer.decode(ids) == text
     assert nats / 0.6931 / len(text.encode()) < 1.0
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "why"),
+    [
+        (DeviceKind("cuda", (9, 0), "H200"), "bf16", None),
+        (DeviceKind("cuda", (8, 6), "RTX 3090"), "f16", None),
+        (DeviceKind("cuda", (9, 0), "H200", triton=(3, 7)), "bf16", "there is triton 3.7: pip install 'torch==2.11.*'"),
+        (DeviceKind("cuda", (9, 0), "H200", triton=None), "bf16", "there is no triton"),
+        (DeviceKind("cuda", (9, 0), "H200"), "f32", "takes bf16 and f16, not f32"),
+        (DeviceKind("cuda", (7, 5), "RTX 2080"), "f16", "compute capability 8.0"),
+        (DeviceKind("rocm", (11, 0), "RX 7900"), "f16", "NVIDIA"),
+    ],
+)
+def test_slower_products_are_said_with_the_cure(kind: DeviceKind, dtype: str, why: str | None) -> None:
+    """pip's newest PyTorch brings another triton: everything ran, and nothing told why so slowly."""
+    assert (found := skinny_refusal(kind, dtype)) == why or (why is not None and why in (found or ""))
 
 
 def test_a_known_card_takes_longer_steps_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
