@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from importlib import metadata
 from typing import NamedTuple
@@ -89,9 +89,21 @@ def skinny_refusal(kind: DeviceKind, dtype: str) -> str | None:
     if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0):
         return "needs an NVIDIA card of compute capability 8.0 or newer"
     if kind.triton != (3, 6):
-        seen = "no triton" if kind.triton is None else f"triton {kind.triton[0]}.{kind.triton[1]}"
-        return f"needs triton 3.6, which PyTorch 2.11 comes with, and there is {seen}: pip install 'torch==2.11.*'"
+        return _other_triton(kind)
     return None if dtype in ("bf16", "f16") else f"takes bf16 and f16, not {dtype}"
+
+
+def _other_triton(kind: DeviceKind) -> str:
+    seen = "no triton" if kind.triton is None else f"triton {kind.triton[0]}.{kind.triton[1]}"
+    return f"needs triton 3.6, which PyTorch 2.11 comes with, and there is {seen}: pip install 'torch==2.11.*'"
+
+
+def slower(kind: DeviceKind, dtype: str, *, quantised: bool) -> Iterator[str]:
+    """What is said at a start where kernels that fit the card do not run; of attention's only the version of triton."""
+    if kind.api == "cuda" and kind.capability == (9, 0) and kind.triton != (3, 6):
+        yield f"attention on {kind.label} is not headwise-hopper's: it {_other_triton(kind)}"
+    if quantised and (why := skinny_refusal(kind, dtype)):
+        yield f"few rows meet quantised weights in slow kernels on {kind.label}: the fast one {why}"
 
 
 def skinny_rows(device: torch.device, dtype: str) -> int:

@@ -18,7 +18,7 @@ from headwise.api import kv_by_kind, work_on
 from headwise.attention.capability import DeviceKind
 from headwise.attention.choose import Choice, LayerGroup, forced_backends, group_layers, require_fused
 from headwise.attention.verify import Check, check_all, default_cache_file
-from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, seats, skinny_refusal
+from headwise.engine.devices import Card, card_of, device_kind, keep_limit, on_device, seats, slower
 from headwise.engine.draft import Costs
 from headwise.engine.engine import Engine
 from headwise.engine.request import Event, Finish, Prefill, Request, Sampling, Token
@@ -245,10 +245,9 @@ class LLM:
             cards = [every[i] for i in some]
         require_fit(self.plan)
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
-        if self.plan.workload.fused and planed(self.spec, self.plan.resident):
-            why = {c.kind: skinny_refusal(c.kind, self.plan.workload.dtype) for c in used}
-            slow = (f"few rows meet quantised weights in slow kernels on {k.label}: the fast one {w}" for k, w in why.items() if w)
-            self.plan = replace(self.plan, notes=(*self.plan.notes, *slow))
+        quantised = self.plan.workload.fused and bool(planed(self.spec, self.plan.resident))
+        said = (x for kind in {c.kind for c in used} for x in slower(kind, self.plan.workload.dtype, quantised=quantised))
+        self.plan = replace(self.plan, notes=(*self.plan.notes, *said))
         self.devices = tuple(c.seat.device for c in used)
         _, by_kind = work_of({c.kind for c in cards})
         choices = [by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers]
