@@ -237,6 +237,7 @@ def serve_json(p: Plan) -> dict[str, object]:
     """What `serve` takes by default, of its plan."""
     return {
         "slots": p.workload.slots,
+        "ubatch": p.workload.chunk,
         "pool_tokens": p.workload.pool_tokens,
         "kv_bytes": p.kv_bytes,
         "total_bytes": p.total_bytes,

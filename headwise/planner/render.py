@@ -113,7 +113,7 @@ def _served_view(p: Plan) -> Text:
     """What `serve` takes, and the copies of rings beside the plan."""
     w = p.workload
     head = f"\n`headwise serve` with {w.slots} slot{'s' * (w.slots > 1)}"
-    pages = f": {gib(p.total_bytes)}, pages for {w.pool_tokens:,} tokens in all"
+    pages = f": {gib(p.total_bytes)}, pages for {w.pool_tokens:,} tokens in all, steps of {w.chunk:,}"
     copies = f"; beside it {gib(p.kept_bytes)} of host memory for copies of rings, from which the next turn goes on"
     return Text.assemble((head, "bold"), pages, copies if p.kept_bytes else "")
 
