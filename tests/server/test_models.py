@@ -422,10 +422,17 @@ def test_a_first_model_that_nobody_uses_goes_after_it_was_loaded_and_not_before(
 def test_models_may_lie_where_the_engine_would_put_them(
     monkeypatch: pytest.MonkeyPatch, asked: Any, visible: str, found: dict[str, int | None]
 ) -> None:
-    monkeypatch.setattr(models_module.metadata, "version", lambda _: "2.13.0+cu130")
+    _with_cuda(monkeypatch)
     monkeypatch.setattr(models_module, "detect", lambda: [_card(), _card()])
 
     assert Models([held(None, open_model(None, env={}))], {"device": asked}, {"CUDA_VISIBLE_DEVICES": visible}).devices == found
+
+
+def _with_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if this PyTorch were CUDA's, and no other package another: what is installed is remembered for all tests to come."""
+    version = models_module.metadata.version
+    told = {"torch": "2.13.0+cu130"}
+    monkeypatch.setattr(models_module.metadata, "version", lambda name: told.get(name) or version(name))
 
 
 def _card() -> Device:
@@ -436,7 +443,7 @@ def _card() -> Device:
 
 def test_several_cards_hold_what_one_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """Planned for the first card alone, such a model is refused although its engine would take both."""
-    monkeypatch.setattr(models_module.metadata, "version", lambda _: "2.13.0+cu130")
+    _with_cuda(monkeypatch)
     monkeypatch.setattr(models_module, "detect", lambda: [_card(), _card()])
     models = Models([held(None, open_model(None, env={}))], {"slots": 1, "chunk": 512}, {}, memory=lambda *_: (room, GIB // 4))
     room = 24 * GIB
