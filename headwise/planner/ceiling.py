@@ -16,7 +16,7 @@ from headwise.spec.kv import kv_read_bytes
 from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
 
-STEPS = (2048, 1024, DEFAULT_CHUNK)  # of 2,048 the expansion is a sixth (31B Q4_K_M on an H200)
+STEPS = (2048, 1024, DEFAULT_CHUNK)  # of 512 a third goes into expanding Q4_K (one H200, docs/planning.md)
 STEP_S = 0.5  # of the card's matrix rate: a second of its time, or a little more
 
 

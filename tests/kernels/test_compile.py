@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import pytest
 from programs import program
+
+from headwise.kernels.configs import TABLE
 
 
 @pytest.fixture(scope="module")
@@ -16,6 +19,11 @@ def rows() -> list[dict[str, Any]]:
 def test_every_row_fits_its_cards_shared_memory(rows: list[dict[str, Any]]) -> None:
     """A launch that asks for more fails on the user's card, at the first long prompt."""
     assert {r.get("card", 90) for r in rows} == {80, 86, 89, 90, "gfx1100"}
+    found = Counter((r["phase"], r["head_dim"], r["one"], r["turned"], r["kv"] == "bf16") for r in rows if "phase" in r)
+    one, every = sum(one for table in TABLE.values() for _, _, one in table), sum(map(len, TABLE.values()))
+    assert found.total() == 2 * (every + one)  # of floats and of a quantised type; one tensor with and without the turn
+    every_row = {row for table in TABLE.values() for row in table}
+    assert set(found) == {(*row, turned, floats) for row in every_row for turned in {False, row[2]} for floats in (False, True)}
     assert not [r for r in rows if r["shared_bytes"] > r["shared_limit"]]
 
 
