@@ -15,8 +15,9 @@ from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, find_gpu
 from headwise.hardware.probe import cpu_memory, detect
 from headwise.planner.ceiling import step_sizes
-from headwise.planner.memory import CPU_MARGIN_BYTES, Plan, Room, Target, Workload, fewest, rooms
+from headwise.planner.memory import CPU_MARGIN_BYTES, Plan, Room, Target, Workload, fewest
 from headwise.planner.memory import plan as plan_memory
+from headwise.planner.memory import rooms as rooms_of
 from headwise.planner.quantise import MADE, made_at_load, weight_types
 from headwise.planner.rivals import RivalPlan, rival_plan
 from headwise.spec.kv import KVFormat, kv_format, laid_out
@@ -78,23 +79,31 @@ def work_on(
     kinds: Collection[DeviceKind],
     *,
     context: int,
-    rooms: Sequence[Room],
+    slots: int | None,
+    chunk: int | None,
     kv: Mapping[Kind, str | None],
     dtype: str | None,
+    pool: int | None = None,
+    rooms: Sequence[Room] = (),
+    gpus: Sequence[Gpu | None] = (),
     forced: Mapping[Kind, str] | None = None,
 ) -> tuple[Workload, dict[DeviceKind, tuple[Choice, ...]]]:
     """What is asked of devices of these kinds together, and what each kind would run every layer on.
 
     Args:
         kv: default the activations' type; dtype: default what all of the devices multiply.
-        rooms: the first that fits will be taken.
+        slots: None: as many as `serve` takes; chunk: None: what suits `gpus`, see `planner.ceiling.step_sizes`.
+        rooms: in place of slots, pool and chunk, see `Workload`.
     Raises:
         UsageError, BackendError: see `choose_layers`.
     """
     dtype = activation_type(dtype, kinds)
     formats = kv_formats(None, kv["global"], kv["sliding"], dtype)
     choices = {kind: choose_layers(spec, kv=formats, dtype=dtype, device=kind, forced=forced) for kind in kinds}
-    work = Workload(context=context, rooms=tuple(rooms), kv=formats, dtype=dtype, cpu=CPU in kinds)
+    rooms = rooms or rooms_of(context, slots, pool, step_sizes(spec, gpus) if chunk is None else (chunk,))
+    work = Workload(
+        context=context, rooms=tuple(rooms), by_default=slots is None, kv=formats, dtype=dtype, cpu=CPU in kinds
+    )
     if choices:
         work = replace(work, reads=frozenset(c.backend.reads for of_kind in choices.values() for c in of_kind))
     return work, choices
@@ -158,7 +167,10 @@ def plan(
             spec,
             {kind for i in some if (kind := kinds[i])},
             context=context,
-            rooms=rooms(context, slots, pool, [ubatch] if ubatch is not None else step_sizes(spec, [targets[i].gpu for i in some])),
+            slots=slots,
+            pool=pool,
+            chunk=ubatch,
+            gpus=[targets[i].gpu for i in some],
             kv={"global": kv_global or kv, "sliding": kv_sliding or kv},
             dtype=dtype,
         )

@@ -18,6 +18,7 @@ from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
 PACKAGES = ("flash-attn", "flash-attn-4", "flashinfer-python")  # distributions that rows ask for
+GLUON = (3, 6)  # of triton, PyTorch 2.11's: the version whose Gluon our kernels were run with; its API changes between versions
 ALL_KV = ("f32", "f16", "bf16", "fp8", "q8_0", "q4_0")
 
 
@@ -43,7 +44,7 @@ class DeviceKind:
     api: Api
     capability: tuple[int, int] | None = None  # CUDA compute capability
     label: str = "the CPU"
-    triton: tuple[int, int] | None = (3, 6)  # the version installed there; PyTorch 2.11's where nothing is known
+    triton: tuple[int, int] | None = GLUON  # the version installed there; PyTorch 2.11's where nothing is known
     packages: frozenset[str] = field(default_factory=installed)  # here
 
     @classmethod
@@ -174,7 +175,7 @@ BACKENDS: Sequence[Capability] = (
         floats_as_activations=True,
         min_capability=(9, 0),
         max_capability=(9, 0),
-        triton=(3, 6),
+        triton=GLUON,
         source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
         "prefill is attend.py's, and so are more than 16 rows of 512 and rows of less than 128 bytes, and of V alone all but "
         "decode over floats; Gluon's API changes between versions of triton",

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import torch
 
-from headwise.attention.capability import CPU, DeviceKind
+from headwise.attention.capability import CPU, GLUON, DeviceKind
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, known_gpu
 from headwise.hardware.names import device_name
@@ -88,7 +88,7 @@ def skinny_refusal(kind: DeviceKind, dtype: str) -> str | None:
     """Why `kernels.skinny` does not run there: it is Gluon's, whose API changes between versions of triton; None: it does."""
     if kind.api != "cuda" or (kind.capability or (0, 0)) < (8, 0):
         return "needs an NVIDIA card of compute capability 8.0 or newer"
-    if kind.triton != (3, 6):
+    if kind.triton != GLUON:
         return _other_triton(kind)
     return None if dtype in ("bf16", "f16") else f"takes bf16 and f16, not {dtype}"
 
@@ -100,7 +100,7 @@ def _other_triton(kind: DeviceKind) -> str:
 
 def slower(kind: DeviceKind, dtype: str, *, quantised: bool) -> Iterator[str]:
     """What is said at a start where kernels that fit the card do not run; of attention's only the version of triton."""
-    if kind.api == "cuda" and kind.capability == (9, 0) and kind.triton != (3, 6):
+    if kind.api == "cuda" and kind.capability == (9, 0) and kind.triton != GLUON:
         yield f"attention on {kind.label} is not headwise-hopper's: it {_other_triton(kind)}"
     if quantised and (why := skinny_refusal(kind, dtype)):
         yield f"few rows meet quantised weights in slow kernels on {kind.label}: the fast one {why}"

@@ -24,7 +24,7 @@ from headwise.engine.sample import Arriving, Sampler
 from headwise.engine.schedule import Load, next_waiting, schedule
 from headwise.errors import HeadwiseError, PlanError
 from headwise.hardware.probe import cpu_memory
-from headwise.planner.memory import BACK_TOKENS, CPU_MARGIN_BYTES
+from headwise.planner.memory import CPU_MARGIN_BYTES
 from headwise.planner.workspace import ring_slots
 from headwise.spec.kv import DRAFT_TOKENS
 
@@ -106,7 +106,7 @@ class Engine:
         self._landed_at = 0.0  # the last step, while there are requests: steps with drafts and without are timed alike
         self.stop = llm.end_ids
         w = llm.plan.workload
-        copies = ring_slots(llm.spec, n_tokens=w.context, chunk=min(w.chunk, BACK_TOKENS))
+        copies = ring_slots(llm.spec, n_tokens=w.context, chunk=w.back_tokens)
         self.prefixes = Prefixes(
             self.runner.caches, self.runner.rings, copies, slots=w.slots, pages=pages_for(w.pool_tokens),
             n_kept=_copies(llm) if keep else 0, chunk=self.runner.chunk if deterministic else None,

@@ -27,9 +27,7 @@ from headwise.engine.stage import attend_functions, build_stages
 from headwise.errors import HeadwiseError, PlanError, SpecError, UsageError
 from headwise.hardware.gpus import Gpu
 from headwise.model.arena import TORCH
-from headwise.planner.ceiling import step_sizes
 from headwise.planner.memory import Plan, Room, Workload, fewest, plan
-from headwise.planner.memory import rooms as rooms_of
 from headwise.planner.quantise import made_at_load
 from headwise.planner.render import gib
 from headwise.planner.residence import groups, planed
@@ -206,6 +204,10 @@ class LLM:
         allowed, together = seats(device)
         asked: dict[str, Any] = {
             "context": min(DEFAULT_CONTEXT, self.spec.max_context) if context is None else context,
+            "slots": slots,
+            "pool": pool,
+            "rooms": rooms,
+            "chunk": chunk,
             "kv": kv_by_kind(kv),
             "dtype": dtype,
             "forced": forced_backends(backend),
@@ -214,9 +216,7 @@ class LLM:
         def work_of(
             kinds: Collection[DeviceKind], gpus: Sequence[Gpu | None] = ()
         ) -> tuple[Workload, Mapping[DeviceKind, tuple[Choice, ...]]]:
-            chunks = step_sizes(self.spec, gpus) if chunk is None else (chunk,)
-            room = rooms or rooms_of(asked["context"], slots, pool, chunks)
-            work, by_kind = work_on(self.spec, kinds, rooms=room, **asked)
+            work, by_kind = work_on(self.spec, kinds, gpus=gpus, **asked)
             for kind, choices in by_kind.items():
                 require_fused(self.spec, choices, allow_fallback=allow_fallback, device=kind)
             return work, by_kind
@@ -246,7 +246,8 @@ class LLM:
         require_fit(self.plan)
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
         quantised = self.plan.workload.fused and bool(planed(self.spec, self.plan.resident))
-        said = (x for kind in {c.kind for c in used} for x in slower(kind, self.plan.workload.dtype, quantised=quantised))
+        kinds = dict.fromkeys(c.kind for c in used)
+        said = (words for kind in kinds for words in slower(kind, self.plan.workload.dtype, quantised=quantised))
         self.plan = replace(self.plan, notes=(*self.plan.notes, *said))
         self.devices = tuple(c.seat.device for c in used)
         _, by_kind = work_of({c.kind for c in cards})

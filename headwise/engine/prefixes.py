@@ -263,12 +263,11 @@ class Prefixes:
             written = copied = source.kept.written
             self.kept.remove(source.kept)
             self.kept.append(source.kept)
-        elif n and other is not held:
-            for there, live in zip(self._rings[source.slot or 0], self._rings[slot], strict=True):
-                live.copy_(there)
-            written, copied = self.slots[source.slot or 0].written, self.slots[source.slot or 0].copied
-        elif n:
-            written, copied = held.written, held.copied
+        elif n and isinstance(other, Held):
+            if other is not held:
+                for there, live in zip(self._rings[source.slot or 0], self._rings[slot], strict=True):
+                    live.copy_(there)
+            written, copied = other.written, other.copied
         exact, place = n if self.chunk else 0, Place(slot, extents(pages))
         self.slots[slot] = Held(list(prompt[:n]), pages, written, exact, copied, True, place)
 

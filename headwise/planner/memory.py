@@ -80,6 +80,7 @@ class Workload:
     pool: int | None = None  # tokens that the global layers hold of all sequences together; None: `context` of each
     chunk: int = DEFAULT_CHUNK  # most tokens of one prefill step
     rooms: tuple[Room, ...] = ()  # in place of these three: the first that fits, else the last; in a plan it and those after
+    by_default: bool = False  # nobody said how many slots: the plan says why it has so many
     kv: Mapping[Kind, KVFormat]
     dtype: str  # of the activations
     cpu: bool = False
@@ -95,6 +96,11 @@ class Workload:
         """Tokens of whole pages in the global layers, of all sequences together."""
         each = -(-self.context // PAGE_TOKENS) * PAGE_TOKENS
         return self.slots * each if self.pool is None else -(-self.pool // PAGE_TOKENS) * PAGE_TOKENS
+
+    @property
+    def back_tokens(self) -> int:
+        """In place of the step's in a copy of a ring."""
+        return min(self.chunk, BACK_TOKENS)
 
     def layer_bytes(self, layer: LayerSpec) -> int:
         """Bytes that `layer` holds: a ring for each sequence, or pages for all; what `cache.storage` allocates."""
@@ -188,9 +194,8 @@ class Plan:
     @property
     def copy_bytes(self) -> int:
         """Of one: the window, and as much before it as a later prompt may go back."""
-        w, back = self.workload, min(self.workload.chunk, BACK_TOKENS)
-        windowed = (x for x in self.spec.kv_layers if x.window is not None)
-        return sum(kv_bytes(x, n_tokens=w.context, chunk=back, fmt=w.kv[x.kind]) for x in windowed)
+        w, windowed = self.workload, (x for x in self.spec.kv_layers if x.window is not None)
+        return sum(kv_bytes(x, n_tokens=w.context, chunk=w.back_tokens, fmt=w.kv[x.kind]) for x in windowed)
 
     @property
     def kept_bytes(self) -> int:
@@ -267,7 +272,7 @@ def plan(spec: ModelSpec, stored: Mapping[str, str], w: Workload, targets: Seque
     if not targets:
         return planned(tries[-1])
     found = next((p for t in tries[:-1] if _holds_copies(p := planned(t))), None) or planned(tries[-1])
-    notes = (_room_words(found), *found.notes) if len({room.slots for room in w.rooms}) > 1 else found.notes
+    notes = (_room_words(found), *found.notes) if w.by_default else found.notes
     return replace(found, notes=notes, max_context=max_context(spec, sizes, tries[-1], resident, targets))
 
 

@@ -37,7 +37,7 @@ from headwise.engine.batch import Run, Steps
 from headwise.engine.stage import attend_functions
 from headwise.errors import BackendError, UsageError
 from headwise.model.arena import Arena
-from headwise.planner.memory import Room, Workload, plan
+from headwise.planner.memory import Workload, plan
 from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.kv import KV_FORMATS, KVFormat
@@ -169,7 +169,7 @@ def test_a_card_is_explained_with_what_is_installed_here(capsys: pytest.CaptureF
     """And planned so: the bytes are the same, as neither row needs room for a result."""
     assert explained(capsys) == {None, "flash-attn-4"}
     spec, kind = catalogue.spec("gemma-3-12b"), DeviceKind("cuda", (9, 0))
-    asked = {"context": 8192, "rooms": [Room(1, None)], "kv": {"global": None, "sliding": None}, "dtype": None}
+    asked = {"context": 8192, "slots": 1, "chunk": 512, "kv": {"global": None, "sliding": None}, "dtype": None}
     both, ours = (api.work_on(spec, [kind], **asked, forced=forced)[0] for forced in ({}, {"global": "headwise-hopper"}))  # type: ignore[arg-type]
     assert both == ours
     assert both.fused

@@ -177,7 +177,7 @@ def test_ranking_leaves_out_what_does_not_fit_and_prefers_better_weights() -> No
 
 
 def served(context: int, gib: float, **more: object) -> Plan:
-    return plan(G31, Q4, workload(context, rooms=rooms(context, None, None, [512]), **more), [card(gib)])
+    return plan(G31, Q4, workload(context, rooms=rooms(context, None, None, [512]), by_default=True, **more), [card(gib)])
 
 
 @given(gib=st.integers(190, 420).map(lambda n: n / 10), context=st.integers(1, 100_000))
@@ -249,3 +249,12 @@ def test_on_a_cpu_copies_of_rings_fit_beside_the_slots() -> None:
     assert taken(four.total_bytes + four.kept_bytes).workload.slots == 4
     assert taken(four.total_bytes + four.kept_bytes - 1).workload.pool_tokens < four.workload.pool_tokens
     assert four.kept_bytes == 5 * four.kv_sliding_bytes // 4
+
+
+def test_what_a_server_hands_on_keeps_its_reason() -> None:
+    """Its engine goes on from the rooms that are left: with one slot left it said no more why there is one."""
+    first = served(32_768, 22)
+    again = plan(G31, Q4, first.workload, [card(22)])
+
+    assert again.notes == first.notes and "do not fit beside 32,768 tokens" in first.notes[0]
+    assert plan(G31, Q4, workload(32_768, rooms=rooms(32_768, 1, None, [2048, 512])), [card(48)]).notes == ()
