@@ -1,9 +1,10 @@
 """How fast attention is on this card, beside what the card can do and what PyTorch has for the same shape.
 
-Every candidate is compared with the formula in fp64 before it is timed. Prefill: PyTorch's operators and the attention libraries
-that are installed beside ours, in turn, one launch each round, median of the rounds; a rival that fails or is wrong is reported,
-not timed. Decode: launches over caches in rotation, so that the second-level cache is cold, replayed as one graph.
-Ceilings are measured in the same run: the best matrix product of several sizes, and reading a gibibyte.
+Every candidate is compared with the formula in fp64 before it is timed: ours, PyTorch's operators and the attention libraries that
+are installed; a rival that fails or is wrong is reported, not timed. They are timed in turn, median of the rounds, each behind as
+many untimed launches of its own as keep the card busy for SOAK_MS. Prefill: one launch. Decode: launches over caches in rotation,
+so that the second-level cache is cold, replayed as one graph; rivals have a tensor each for K and V, and no more keys than a
+window. Ceilings are measured in the same way: the best matrix product of several sizes, and reading a gibibyte.
 Operations are useful ones only: 4 * heads * head_dim for each query and each key it sees.
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import metadata
@@ -36,6 +37,7 @@ from headwise.spec.layers import KVLayout, LayerSpec, MlpSpec, ModelSpec
 from headwise.spec.rope import proportional_rope
 
 ROUNDS = 15
+SOAK_MS = 40.0  # at its power limit a card clocks by what ran before: who follows a slow rival would find it rested
 ERROR = 1e-2  # relative, bf16
 CHECKED = 16  # last queries of a prefill that are held to the formula
 
@@ -70,8 +72,10 @@ SHAPES = (
 )  # fmt: skip
 
 
-Attend = Callable[[], Tensor]
-"""One launch; its result, (T, H, D)."""
+Attend = Callable[[int], Tensor]
+"""One launch over the cache of that number; its result, (T, H, D)."""
+Keys = Sequence[tuple[Tensor, Tensor]]
+"""K and V of each cache, (S, G, D)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,12 +167,13 @@ class Ours:
         done = torch.zeros(shape.kv_heads, dtype=torch.int32, device=device)
         self.scratch = Scratch(None, None, torch.empty(partial_values(layer), device=device), done, chunk)
 
-    def __call__(self, i: int = 0) -> None:
+    def __call__(self, i: int = 0) -> Tensor:
         self.attend(self.q, self.caches[i], self.span, scale=self.layer.scale, scratch=self.scratch, out_THD=self.out)
+        return self.out
 
-    def held(self) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first cache as floats, in order of position (the last ones it holds); keys of V alone in fp64."""
-        cache, n = self.caches[0], self.shape.length
+    def held(self, i: int = 0) -> tuple[Tensor, Tensor]:
+        """Keys and values of a cache as floats, in order of position (the last ones it holds); keys of V alone in fp64."""
+        cache, n = self.caches[i], self.shape.length
         out = []
         for values in (cache.k, cache.v or cache.k):
             room = None
@@ -197,26 +202,29 @@ def formula(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Tens
     return out
 
 
-def rivals(ours: Ours) -> tuple[Tensor, Iterator[tuple[str, Attend]]]:
-    """The formula's last results over two tensors of the same keys, and who computes them: those that take the shape."""
-    shape, scale = ours.shape, ours.layer.scale
-    k, v = ours.held()
-    q = ours.q
-    if shape.one:  # K as the model computes it has head_dim values: the same work, other numbers
-        q, k = q[..., : shape.head_dim].contiguous(), k[..., : shape.head_dim].contiguous()
-    v = v.contiguous()
-    want = formula(q[-CHECKED:], k, v, shape, scale)
-    return want, chain(operators(q, k, v, shape, scale), libraries(q, k, v, shape, scale, ours.kind))
+def each(kv: Iterable[tuple[Tensor, Tensor]], make: Callable[[Tensor], Tensor]) -> Keys:
+    return [(make(k), make(v)) for k, v in kv]
 
 
-def operators(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: float) -> Iterator[tuple[str, Attend]]:
+def rivals(ours: Ours) -> Iterator[tuple[str, Attend]]:
+    """Those that take the shape, over two tensors of the same keys. K as the model computes it has head_dim values: the same work
+    as one tensor's, other numbers."""
+    shape, q = ours.shape, ours.q[..., : ours.shape.head_dim].contiguous()
+    seen = shape.length
+    if shape.decode and shape.window is not None:
+        seen, shape = shape.window, replace(shape, length=shape.window, window=None)
+    kv = each((ours.held(i) for i in range(len(ours.caches))), lambda x: x[-seen:, :, : shape.head_dim].contiguous())
+    return chain(operators(q, kv, shape, ours.layer.scale), libraries(q, kv, shape, ours.layer.scale, ours.kind))
+
+
+def operators(q_THD: Tensor, kv: Keys, shape: Shape, scale: float) -> Iterator[tuple[str, Attend]]:
     """PyTorch's."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     q = q_THD.transpose(0, 1)[None]
-    k, v = (x.transpose(0, 1)[None].contiguous() for x in (k_SGD, v_SGD))
-    if shape.head_dim <= 256:  # out of shared memory at 512
-        yield "FlexAttention", flex(q, k, v, shape, scale)
+    heads = each(kv, lambda x: x.transpose(0, 1)[None].contiguous())
+    if shape.head_dim <= 256 or shape.decode:  # a prefill at 512 is out of shared memory
+        yield "FlexAttention", flex(q, heads, shape, scale)
     if shape.window is not None:  # the others know none
         return
     group = shape.heads // shape.kv_heads
@@ -225,77 +233,96 @@ def operators(q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: 
         ("torch cuDNN", SDPBackend.CUDNN_ATTENTION, False),
         ("torch efficient", SDPBackend.EFFICIENT_ATTENTION, True),
     ):
-        keys, values = (x.repeat_interleave(group, 1) if expand else x for x in (k, v))
+        held = each(heads, lambda x: x.repeat_interleave(group, 1)) if expand else heads
 
-        def run(keys: Tensor = keys, values: Tensor = values, backend: Any = backend, gqa: bool = not expand) -> Tensor:
+        def run(i: int, held: Keys = held, backend: Any = backend, gqa: bool = not expand) -> Tensor:
             with sdpa_kernel(backend):
-                out = torch.nn.functional.scaled_dot_product_attention(q, keys, values, is_causal=True, scale=scale, enable_gqa=gqa)
+                k, v = held[i]
+                causal = not shape.decode  # one query sees all keys
+                out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=gqa)
             return out[0].transpose(0, 1)
 
         yield name, run
 
 
-def libraries(
-    q_THD: Tensor, k_SGD: Tensor, v_SGD: Tensor, shape: Shape, scale: float, kind: DeviceKind
-) -> Iterator[tuple[str, Attend]]:
+def libraries(q: Tensor, kv: Keys, shape: Shape, scale: float, kind: DeviceKind) -> Iterator[tuple[str, Attend]]:
     """Those installed, by the limits of their rows in the table of backends; those that are no backend by their documentation.
 
     Source: ffpa-attn 0.2.4 ffpa_attn_func: head_dim over 256, causal, no window; its CuTe kernels of SM90 up to 512. vLLM 0.26.0
-    vllm_flash_attn/cute/interface.py: its branch of flash-attn-4, on SM90 head_dim 8 to 512.
+    vllm_flash_attn/cute/interface.py: its branch of flash-attn-4, on SM90 head_dim 8 to 512. FlashInfer 0.7.2 flashinfer/decode.py
+    single_decode_with_kv_cache; any head_dim that it can compile, at 512 too.
     """
     need = need_for(layer_of(replace(shape, one=False)), kv=KV_FORMATS["bf16"], dtype="bf16", device=kind)
     for backend in BACKENDS:
-        if backend.package and backend.refusal(need) is None:
-            call = partial(CALLS[backend.name], q_THD, k_SGD, v_SGD, scale, shape.window, None)
-            yield backend.name, lambda call=call: call()[0]
+        if backend.package and backend.refusal(need) is None and (backend.name, shape.decode) != ("flashinfer", True):
+            yield backend.name, lambda i, call=CALLS[backend.name]: call(q, *kv[i], scale, shape.window, None)[0]
+    if here("flashinfer-python"):
+        if shape.decode:
+            from flashinfer import single_decode_with_kv_cache  # type: ignore[import-not-found]
+
+            for name, dense in (("flashinfer", False), ("flashinfer tensor cores", True)):
+                yield name, lambda i, t=dense: single_decode_with_kv_cache(q[0], *kv[i], sm_scale=scale, use_tensor_cores=t)[None]
+        elif shape.head_dim > 256:  # beyond its row: it compiles more than its wheel holds
+            yield "flashinfer", lambda i: CALLS["flashinfer"](q, *kv[i], scale, shape.window, None)[0]
     if here("ffpa-attn") and 256 < shape.head_dim <= 512 and shape.window is None:
-        q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SGD, v_SGD))
         for how in ("triton", "cutedsl"):
 
-            def run(how: str = how) -> Tensor:
+            def run(i: int, how: str = how) -> Tensor:
                 from ffpa_attn import ffpa_attn_func  # type: ignore[import-not-found]
 
-                out = ffpa_attn_func(q, k, v, is_causal=True, scale=scale, enable_gqa=True, forward_backend=how)
+                theirs = (x.transpose(0, 1)[None] for x in (q, *kv[i]))
+                out = ffpa_attn_func(*theirs, is_causal=not shape.decode, scale=scale, enable_gqa=True, forward_backend=how)
                 return out[0].transpose(0, 1)
 
             yield f"ffpa-attn {how}", run
     if here("vllm") and kind.capability == (9, 0):
 
-        def branch() -> Tensor:
+        def branch(i: int) -> Tensor:
             from vllm.vllm_flash_attn.cute import flash_attn_func  # type: ignore[import-not-found]
 
-            return by_flash_attn_4(flash_attn_func, q_THD, k_SGD, v_SGD, scale, shape.window, None)[0]
+            call = partial(flash_attn_func, num_splits=0) if shape.decode else flash_attn_func  # as many as it thinks right
+            return by_flash_attn_4(call, q, *kv[i], scale, shape.window, None)[0]
 
         yield "vLLM's flash-attn-4", branch
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, shape: Shape, scale: float) -> Attend:
+def flex(q: Tensor, heads: Keys, shape: Shape, scale: float) -> Attend:
     """FlexAttention, compiled, with the blocks that its mask leaves empty skipped."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    n, window = q.shape[2], shape.window or shape.length
-    mask = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, n, n, device=str(q.device))
+    n, window, mask = shape.length, shape.window or shape.length, None
+    if not shape.decode:
+        mask = create_block_mask(lambda b, h, i, j: (j <= i) & (j > i - window), None, None, n, n, device=str(q.device))
     compiled = torch.compile(flex_attention)
-    return lambda: compiled(q, k, v, block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
+    return lambda i: compiled(q, *heads[i], block_mask=mask, scale=scale, enable_gqa=True)[0].transpose(0, 1)
 
 
 def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def in_turn(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each call, one launch each round, measured by device events."""
+def timed(call: Callable[[], Any]) -> float:
+    """Microseconds of a call, by device events."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) * 1e3
+
+
+def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Microseconds of each call, one timed launch each round, behind untimed ones of the same call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
+    before: dict[str, int] = {}
+    for name, call in calls.items():
         call()
+        before[name] = round(1e3 * SOAK_MS / timed(call))
     for _ in range(rounds):
         for name, call in calls.items():
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            call()
-            end.record()
-            end.synchronize()
-            times[name].append(start.elapsed_time(end) * 1e3)
+            for _ in range(before[name]):
+                call()
+            times[name].append(timed(call))
     return times
 
 
@@ -311,18 +338,23 @@ def ceilings(device: torch.device) -> tuple[float, float]:
     return best, 2**30 / us / 1e6
 
 
-def graph_times(ours: Ours, rounds: int) -> list[float]:
-    """Microseconds of one decode launch, caches in rotation, replayed as one graph."""
-    ours()
-    torch.cuda.synchronize()
-    repeats = max(1, 24 // len(ours.caches))
+def recorded(call: Callable[[int], Any], n: int) -> tuple[Callable[[], None], int]:
+    """One graph of launches over `n` caches in rotation, and how many they are: fewer of one that takes long."""
+    call(0)
+    us = timed(lambda: call(0))
+    repeats = max(1, round(min(24.0, 1e3 * SOAK_MS / us) / n))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
-            for i in range(len(ours.caches)):
-                ours(i)
-    n = repeats * len(ours.caches)
-    return [t / n for t in in_turn({"": graph.replay}, rounds)[""]]
+            for i in range(n):
+                call(i)
+    return graph.replay, repeats * n
+
+
+def graph_times(ours: Ours, rounds: int) -> list[float]:
+    """Microseconds of one decode launch, caches in rotation, replayed as one graph."""
+    replay, launches = recorded(ours, len(ours.caches))
+    return [t / launches for t in in_turn({"": replay}, rounds)[""]]
 
 
 def cache_bytes(shape: Shape) -> int:
@@ -332,6 +364,10 @@ def cache_bytes(shape: Shape) -> int:
     return keys * shape.kv_heads * (fmt.row_bytes(k_values(layer)) + fmt.row_bytes(v_values(layer)))
 
 
+def words_of(failure: Exception) -> str:
+    return (str(failure).strip() or type(failure).__name__).splitlines()[0]
+
+
 def taken(theirs: Iterable[tuple[str, Attend]], want: Tensor) -> tuple[dict[str, Attend], dict[str, float], dict[str, str]]:
     """The rivals whose last results are those wanted, each one's error, and why the others are not among them."""
     calls: dict[str, Attend] = {}
@@ -339,9 +375,9 @@ def taken(theirs: Iterable[tuple[str, Attend]], want: Tensor) -> tuple[dict[str,
     refused: dict[str, str] = {}
     for name, call in theirs:
         try:
-            error = relative(call()[-len(want) :], want)
+            error = relative(call(0)[-len(want) :], want)
         except Exception as failure:  # whatever another library raises is its row
-            refused[name] = (str(failure).strip() or type(failure).__name__).splitlines()[0]
+            refused[name] = words_of(failure)
             continue
         if error < ERROR:
             calls[name], errors[name] = call, error
@@ -353,31 +389,40 @@ def taken(theirs: Iterable[tuple[str, Attend]], want: Tensor) -> tuple[dict[str,
 def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) -> tuple[list[Row], list[Refused]]:
     n_caches = max(3, -(-(2**28) // cache_bytes(shape))) if shape.decode else 1
     ours = Ours(shape, device, n_caches, prefill=False)  # whoever is ahead of it is timed beside it
-    ours()
-    torch.cuda.synchronize()
-    k, v = ours.held()
     n = min(CHECKED, ours.q.shape[0])
-    want = formula(ours.q[-n:], k, v, shape, ours.layer.scale)
-    error = relative(ours.out[-n:], want)
+    want = formula(ours.q[-n:], *ours.held(), shape, ours.layer.scale)
+    error = relative(ours()[-n:], want)
     if not error < ERROR:
         raise RuntimeError(f"{ours.name} is wrong at {shape}: relative error {error:.1e}; nothing is timed")
-    if shape.decode:
-        us = graph_times(ours, ROUNDS)
-        middle = statistics.median(us)
-        tb_s = cache_bytes(shape) / middle / 1e6
-        return [Row(shape=shape, who=ours.name, us=middle, low_us=min(us), high_us=max(us), tflops=None, tb_s=tb_s,
-                    fraction=tb_s / ceiling[1], error=error)], []  # fmt: skip
-    want, theirs = rivals(ours)
-    others, errors, refused = taken(theirs, want)
-    calls: dict[str, Callable[[], Any]] = {ours.name: ours, **others}
-    errors[ours.name] = error
+    calls: dict[str, Attend] = {ours.name: ours}
+    errors, refused = {ours.name: error}, dict[str, str]()
+    two = replace(shape, one=False)
+    if shape.kv == "bf16":  # nobody else reads blocks
+        if shape.one:
+            k, v = (x[..., : shape.head_dim] for x in ours.held())
+            want = formula(ours.q[-n:, :, : shape.head_dim], k, v, shape, ours.layer.scale)
+        others, theirs, refused = taken(rivals(ours), want)
+        calls, errors = calls | others, errors | theirs
+    launches: dict[str, Callable[[], Any]] = {name: partial(call, 0) for name, call in calls.items()}
+    many = dict.fromkeys(calls, 1)
+    for name, call in calls.items() if shape.decode else ():
+        try:
+            launches[name], many[name] = recorded(call, n_caches)
+        except Exception as failure:
+            if name == ours.name:
+                raise
+            del launches[name]
+            refused[name] = f"not recorded in a graph: {words_of(failure)}"
     work = 4 * shape.heads * shape.head_dim * pairs(shape.length, shape.window)
     out = []
-    for name, us in in_turn(calls, ROUNDS).items():
-        middle = statistics.median(us)
-        tflops = work / middle / 1e6
-        out.append(Row(shape=shape, who=name, us=middle, low_us=min(us), high_us=max(us), tflops=tflops, tb_s=None,
-                       fraction=tflops / ceiling[0], error=errors[name]))  # fmt: skip
+    for name, us in in_turn(launches, ROUNDS).items():
+        low, middle, high = (t / many[name] for t in (min(us), statistics.median(us), max(us)))
+        read = cache_bytes(shape if name == ours.name else two)
+        rate = (read if shape.decode else work) / middle / 1e6
+        out.append(Row(
+            shape=shape, who=name, us=middle, low_us=low, high_us=high, tflops=None if shape.decode else rate,
+            tb_s=rate if shape.decode else None, fraction=rate / ceiling[shape.decode], error=errors[name],
+        ))  # fmt: skip
     return out, [Refused(shape=shape, who=who, why=why) for who, why in refused.items()]
 
 

@@ -80,10 +80,10 @@ def test_the_branch_in_vllm_is_timed_where_it_is_installed(shape: Shape, monkeyp
     q, k, v = tensors(shape)
     want = formula(q[-16:], k, v, shape, 0.1)
 
-    calls, errors, refused = taken(libraries(q, k, v, shape, 0.1, replace(HOPPER, packages=frozenset())), want)
+    calls, errors, refused = taken(libraries(q, [(k, v)], shape, 0.1, replace(HOPPER, packages=frozenset())), want)
     assert (list(calls), refused) == (["vLLM's flash-attn-4"], {})
     assert max(errors.values()) < 1e-5 and not refused
-    assert not [*libraries(q, k, v, shape, 0.1, DeviceKind("cuda", (8, 0)))]
+    assert not [*libraries(q, [(k, v)], shape, 0.1, DeviceKind("cuda", (8, 0)))]
 
 
 @pytest.mark.parametrize(
@@ -101,21 +101,45 @@ def test_a_library_is_asked_for_what_it_declares(shape: Shape, kind: DeviceKind,
     q, k, v = tensors(shape)
     want = formula(q[-16:], k, v, shape, 0.1)
 
-    calls, errors, refused = taken(libraries(q, k, v, shape, 0.1, kind), want)
+    calls, errors, refused = taken(libraries(q, [(k, v)], shape, 0.1, kind), want)
 
     assert list(calls) == names
     assert all(error < 1e-5 for error in errors.values())
     assert not refused
 
 
+def single_decode_with_kv_cache(q: Tensor, k: Tensor, v: Tensor, *, sm_scale: float, use_tensor_cores: bool) -> Tensor:
+    """FlashInfer's: (heads, head_dim) over (tokens, heads, head_dim)."""
+    return formula(q[None], k, v, replace(LARGE, length=len(k)), sm_scale).float()[0]
+
+
+def test_a_decode_is_of_one_query_over_the_cache_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rival that reads the same cache at each launch finds it in the second-level cache; a mask from the start sees one key."""
+    module = ModuleType("flashinfer")
+    module.single_decode_with_kv_cache = single_decode_with_kv_cache  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(bench, "here", lambda package: package in ("flashinfer-python", "ffpa-attn"))
+    shape = replace(LARGE, decode=True)
+    caches = [tensors(shape)[1:], tuple(x.flip(0) * 1.5 for x in tensors(shape)[1:])]
+    q = tensors(shape)[0][:1]
+    theirs = dict(libraries(q, caches, shape, 0.1, HOPPER))  # type: ignore[arg-type]
+    operators = bench.operators(q, caches, shape, 0.1)  # type: ignore[arg-type]
+    theirs |= {name: call for name, call in operators if name == "torch flash"}
+
+    assert list(theirs) == ["flashinfer", "flashinfer tensor cores", "ffpa-attn triton", "ffpa-attn cutedsl", "torch flash"]
+    for i, kv in enumerate(caches):
+        want = formula(q, *kv, shape, 0.1)
+        assert all(bench.relative(call(i), want) < 1e-5 for call in theirs.values())
+
+
 def test_a_rival_that_is_wrong_or_fails_is_reported_and_the_others_go_on() -> None:
     """A wrong answer that is timed, or a library's error that ends the bench."""
     want = torch.ones(16, 2, 4, dtype=torch.float64)
 
-    def fails() -> Tensor:
+    def fails(i: int) -> Tensor:
         raise AssertionError("head_dim 512\nnot here")
 
-    theirs = [("fails", fails), ("wrong", lambda: torch.ones(20, 2, 4) * 1.1), ("right", lambda: torch.ones(20, 2, 4))]
+    theirs = [("fails", fails), ("wrong", lambda i: torch.ones(20, 2, 4) * 1.1), ("right", lambda i: torch.ones(20, 2, 4))]
     calls, errors, refused = taken(theirs, want)
 
     assert list(calls) == ["right"]
@@ -131,7 +155,7 @@ def test_queries_that_see_all_keys_are_not_the_causal_ones() -> None:
         *(x.transpose(0, 1)[None] for x in (q, k, v)), scale=0.1, enable_gqa=True
     )
 
-    assert not taken([("full", lambda: full[0].transpose(0, 1))], want)[0]
+    assert not taken([("full", lambda i: full[0].transpose(0, 1))], want)[0]
 
 
 def test_a_refusal_is_a_row_of_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
