@@ -1,12 +1,14 @@
 """How fast are routed experts on this card, and which launch is the fastest?
 
     PYTHONPATH=. python benchmarks/experts.py OUT.json [SECONDS]
-    PYTHONPATH=. python benchmarks/experts.py OUT.json fp8|fp8-sweep
+    PYTHONPATH=. python benchmarks/experts.py OUT.json arranged|fp8|fp8-sweep
 
 Gemma 4 26B-A4B's shape (128 experts of width 704, hidden size 2816, eight a token), bf16 and q4_k with q5_0: every candidate is
 first compared with fp64 (few tokens) or with a product per expert in fp32 (many), then timed as a CUDA graph over several layers'
 weights in rotation, so that the second-level cache is cold. Experts are chosen at random; bytes and operations are of those chosen.
 What is not begun after SECONDS (110) is left out.
+
+With "arranged": q4_k and q5_0 over arranged rows of 1 to 1,024 tokens, and expanded.
 
 With "fp8": e4m3 under both forms of scales beside bf16, of that shape and of Qwen3-30B-A3B's, by the launches that `run` takes; of
 many tokens also expanded to bf16 first. Each is held to a product per expert in fp32 over the same values before it is timed; a
@@ -36,12 +38,12 @@ from headwise.kernels import experts as X
 from headwise.kernels import fp8_rows
 from headwise.kernels import router as R
 from headwise.kernels import skinny as S
-from headwise.kernels.arrange import arrange_pairs
+from headwise.kernels.arrange import ArrangedPairs, arrange_pairs
 from headwise.kernels.expand import expand
 from headwise.kernels.matvec import quantise
 from headwise.kernels.tiled import Planes
 from headwise.model.experts import ALONE_ROWS, TILES
-from headwise.planner.workspace import PAIR_TILE, arranged_values, order_values
+from headwise.planner.workspace import arranged_values, order_values
 from headwise.weights.blocks import dequantise, expand_fp8, to_fp8
 from headwise.weights.retile import empty, retile
 
@@ -51,7 +53,8 @@ LAYERS = 3  # in rotation
 dtype = torch.bfloat16
 ALONE = [(4, 1024, 4), (2, 1024, 4), (4, 1024, 8), (8, 1024, 8), (2, 1024, 2), (4, 512, 2), (2, 2048, 4), (8, 1024, 4)]
 INTEGERS = [(32, 1, 4), (64, 2, 4), (16, 1, 4), (64, 1, 4), (16, 1, 2), (32, 2, 2), (8, 1, 1), (8, 1, 2), (16, 1, 1)]
-ARRANGED = [S.OF_EXPERTS, S.Config(128, 4, registers=128), S.Config(64, 4, registers=128), S.Config(32, 2, registers=128)]
+ARRANGED = [*S.OF_EXPERTS.values(), S.Config(64, 2, registers=255)]
+PAIR_TOKENS = (1, 4, 8, 16, 32, 64, 96, 128, 160, 200, 256, 384, 512, 768, 1024, 1536)
 # pairs of a tile: rows, values of K, warps and stages of a launch, gated and not
 GROUPED = {
     16: [((32, 128, 4, 3), (64, 128, 4, 3)), ((64, 64, 4, 4), (64, 64, 4, 5)), ((32, 64, 4, 5), (128, 64, 4, 4))],
@@ -271,6 +274,20 @@ def warm_fp8(job: tuple[str, int, int, int, Any]) -> None:
         print(job, type(failure).__name__, str(failure)[:150], flush=True)
 
 
+def save(out: str, rows: list[dict[str, Any]]) -> None:
+    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": about.commit(), "rows": rows}
+    Path(out).write_text(json.dumps(found | {"date": time.strftime("%Y-%m-%d")}, indent=1))
+
+
+def reporter(rows: list[dict[str, Any]]) -> Callable[..., None]:
+    def report(what: str, T: int, how: str, us: float, wrong: float, **more: float) -> None:
+        rows.append({"what": what, "tokens": T, "how": how, "us": us, "error": wrong} | more)
+        rates = "  ".join(f"{k} {v:.2f}" for k, v in more.items())
+        print(f"{what:<22} T {T:<5} {how:<44} {us:>9.1f} us  error {wrong:.1e}  {rates}", flush=True)
+
+    return report
+
+
 def fp8(out: str, sweep: bool) -> None:
     began = time.perf_counter()
     tokens = {tile_of(T): T for T in FP8_TOKENS}.values()  # one of each kind of launch
@@ -286,10 +303,7 @@ def fp8(out: str, sweep: bool) -> None:
             dense = [values(layers[0].both, layers[0].scales), values(layers[0].down, layers[0].of_down)]
             for T in FP8_TOKENS:
                 rows += timed(shape, form, T, layers, dense, sweep)
-                Path(out).write_text(json.dumps({
-                    "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": about.commit(),
-                    "date": time.strftime("%Y-%m-%d"), "rows": rows,
-                }, indent=1))  # fmt: skip
+                save(out, rows)
     print(f"{time.perf_counter() - began:.0f} s")
 
 
@@ -341,6 +355,89 @@ def timed(shape: str, form: str, T: int, layers: list[Kept], dense: list[Tensor]
     return rows
 
 
+def warm_arranged(job: tuple[S.Config, int]) -> None:
+    """As `warm`."""
+    c, n = job
+    try:
+        ids = torch.zeros(4, K, device="cuda", dtype=torch.int32)
+        order, values = sorted_by_expert(R.Chosen(ids, room(4, K)), 2, n), room(2**21)
+        assert order is not None
+        for name, rows, columns, by_pair in (("q4_k", 2 * W, D, False), ("q5_0", D, W, True)):
+            rows_of = ArrangedPairs(values, (4 * K, columns), order)
+            S.skinny_experts(rows_of, empty(name, (2, rows, columns), "cuda"), room(4 * K, rows), by_pair=by_pair, config=c)
+    except Exception as failure:
+        print(job, type(failure).__name__, str(failure)[:150], flush=True)
+
+
+def arranged(out: str) -> None:
+    """Quantised experts: the products over arranged rows by tiles and launches; all four launches; and with experts expanded."""
+    began = time.perf_counter()
+    with ProcessPoolExecutor(10, mp_context=get_context("spawn")) as pool:
+        list(pool.map(warm_arranged, [(c, n) for n in S.OF_EXPERTS for c in ARRANGED]))
+    print(f"compiled in {time.perf_counter() - began:.0f} s", flush=True)
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = []
+    stacks = [(planes_of("q4_k", 2 * W, D), planes_of("q5_0", D, W)) for _ in range(LAYERS)]
+    expanded = room(E * 2 * W, D), room(E * D, W)
+    for T in PAIR_TOKENS:
+        arranged_tokens(T, stacks, expanded, reporter(rows))
+        save(out, rows)
+
+
+def arranged_tokens(T: int, stacks: Sequence[Any], expanded: tuple[Tensor, Tensor], report: Callable[..., None]) -> None:
+    x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in stacks]
+    both, gated, y, into = room(T * K, 2 * W), room(T * K, W), room(T * K, D), room(T, D)
+    used = statistics.mean(int(k.ids_TK.unique().numel()) for k in chosens)
+    want = plain(x, chosens[0], stacks[0][0][1], stacks[0][1][1])
+
+    def take(what: str, how: str, steps: list[list[Callable[[], object]]], *, apart: bool = True) -> None:
+        y.fill_(float("nan"))
+        for call in steps[0]:
+            call()
+        wrong = error(X.combine(y, chosens[0], into), want)
+        if not wrong < X.TOLERANCE[dtype]:
+            raise RuntimeError(f"{what}, {T} tokens, {how}: relative error {wrong:.1e}; nothing is timed")
+        sizes = {"gate and up": 2 * W * D * 4.5 / 8, "down": W * D * 5.5 / 8}
+        for i, (name, size) in enumerate(sizes.items()) if apart else ():
+            us = microseconds([s[1 + 2 * i] for s in steps] * 4)
+            report(f"{what}, {name}", T, how, us, wrong, tb_s=used * size / us / 1e6)
+        us = microseconds([call for s in steps for call in s] * 4) * len(steps[0])
+        report(f"{what} all", T, how, us, wrong, tb_s=used * sum(sizes.values()) / us / 1e6)
+
+    for n in (tile for tile in S.OF_EXPERTS if tile <= max(8, 4 * T * K // E)):
+        orders = [sorted_by_expert(k, E, n) for k in chosens]
+        rooms = [room(min(T * K, T * K // n + E) * arranged_values(n, width)) for width in (D, W)]
+        for c in ARRANGED:
+            steps = []
+            for s, o in zip(stacks, orders, strict=True):
+                assert o is not None
+                first, second = arrange_pairs(x, o, E, rooms[0]), ArrangedPairs(rooms[1], (T * K, W), o)
+                steps.append([
+                    partial(arrange_pairs, x, o, E, rooms[0]),
+                    partial(S.skinny_experts, first, s[0][0], both, by_pair=False, config=c),
+                    partial(arrange_pairs, both, o, E, rooms[1], GATE),
+                    partial(S.skinny_experts, second, s[1][0], y, by_pair=True, config=c),
+                ])  # fmt: skip
+            try:
+                take("arranged", f"{n} pairs, {c.rows} x {c.warps}, {c.registers}", steps)
+            except OutOfResources as failure:
+                print(T, n, c, failure, flush=True)
+    if T >= 64:
+        tile = next((rows for most, rows in TILES if most >= T * K // E), 128)
+        orders = [sorted_by_expert(k, E, tile) for k in chosens]
+        halves, deep = expanded[0].view(E, 2 * W, D), expanded[1].view(E, D, W)
+        steps = [
+            [
+                partial(expand, s[0][0].tall(), 0, E * 2 * W, expanded[0]),
+                partial(X.grouped, x, o, (halves[:, :W], halves[:, W:]), gated, K, GATE),
+                partial(expand, s[1][0].tall(), 0, E * D, expanded[1]),
+                partial(X.grouped, gated, o, (deep,), y, K),
+            ]
+            for s, o in zip(stacks, orders, strict=True)
+        ]
+        take("expanded", f"{tile} pairs", steps, apart=False)
+
+
 def main(out: str, seconds: float) -> None:
     began = time.perf_counter()
     jobs = [("alone", c, 0) for c in ALONE] + [("integers", c, 0) for c in INTEGERS]
@@ -351,14 +448,7 @@ def main(out: str, seconds: float) -> None:
     torch.manual_seed(0)
     rows: list[dict[str, Any]] = []
 
-    def report(what: str, T: int, how: str, us: float, wrong: float, **more: float) -> None:
-        rows.append({"what": what, "tokens": T, "how": how, "us": us, "error": wrong} | more)
-        print(
-            f"{what:<22} T {T:<5} {how:<44} {us:>9.1f} us  error {wrong:.1e}  "
-            + "  ".join(f"{k} {v:.2f}" for k, v in more.items()),
-            flush=True,
-        )
-
+    report = reporter(rows)
     layers = [Stack() for _ in range(LAYERS)]
     router, norm, scale = torch.randn(E, D, device="cuda"), torch.rand(D, device="cuda") + 0.5, torch.rand(E, device="cuda") + 0.5
     choice = R.Choice(False, None, scale, norm, 1e-6, D**-0.5)
@@ -464,57 +554,19 @@ def main(out: str, seconds: float) -> None:
                     report(f"integers, {name}", T, f"{c}{' sorted' if listed else ''}", us, wrong, tb_s=T * K * size / us / 1e6)
         report("quantise", T, "", microseconds([partial(quantise, x, words, planes=X.PLANES)] * 20), 0.0)
         report("gate_integers", T, "", microseconds([partial(X.gate_integers, both, chosens[0].ids_TK, GATE, more)] * 20), 0.0)
-    for T in (1, 2, 4, 8, 16, 32, 64):
-        x, chosens = torch.randn(T, D, device="cuda", dtype=dtype), [chosen_of(T) for _ in stacks]
-        orders = [
-            R.order(k.ids_TK, E, PAIR_TILE, torch.zeros(order_values(T, E, K), dtype=torch.int32, device="cuda")) for k in chosens
-        ]
-        both, y, into = room(T * K, 2 * W), room(T * K, D), room(T, D)
-        tile = room(min(T * K, T * K // PAIR_TILE + E) * arranged_values(PAIR_TILE, D))
-        more = torch.empty_like(tile)
-        used = statistics.mean(int(k.ids_TK.unique().numel()) for k in chosens)
-        for c in ARRANGED:
-            first = [
-                partial(S.skinny_experts, arrange_pairs(x, o, E, torch.empty_like(tile)), s[0][0], both, by_pair=False, config=c)
-                for s, o in zip(stacks, orders, strict=True)
-            ]
-            first[0]()
-            gated = arrange_pairs(both, orders[0], E, more, GATE)
-            second = [
-                partial(S.skinny_experts, gated._replace(order=o), s[1][0], y, by_pair=True, config=c)
-                for s, o in zip(stacks, orders, strict=True)
-            ]
-            second[0]()
-            wrong = error(X.combine(y, chosens[0], into), plain(x, chosens[0], stacks[0][0][1], stacks[0][1][1]))
-            for name, calls, size in (("gate and up", first, 2 * W * D * 4.5 / 8), ("down", second, W * D * 5.5 / 8)):
-                us = microseconds(calls * 6)
-                report(f"arranged, {name}", T, f"{c.rows} x {c.warps}", us, wrong, tb_s=used * size / us / 1e6)
-        us = microseconds([partial(arrange_pairs, x, orders[0], E, tile)] * 20)
-        report("arrange_pairs", T, "", us, 0.0)
-        report("arrange_pairs, gated", T, "", microseconds([partial(arrange_pairs, both, orders[0], E, tile, GATE)] * 20), 0.0)
     for n in (16, 64):
         tile = room(n * 2 * W * D)
         whole = stacks[0][0][0].tall()
         us = microseconds([partial(expand, whole, 0, n * 2 * W, tile.view(-1, D))] * 4)
         report(f"expand {n} experts", 0, "q4_k", us, 0.0, tb_s=n * 2 * W * D * (2 + 4.5 / 8) / us / 1e6)
-    commit = about.commit()
-    with open(out, "w") as file:
-        json.dump(
-            {
-                "gpu": torch.cuda.get_device_name(),
-                "torch": torch.__version__,
-                "commit": commit,
-                "date": time.strftime("%Y-%m-%d"),
-                "rows": rows,
-            },
-            file,
-            indent=1,
-        )
+    save(out, rows)
     print(f"{time.perf_counter() - began:.0f} s")
 
 
 if __name__ == "__main__":
-    if sys.argv[2:] in (["fp8"], ["fp8-sweep"]):
+    if sys.argv[2:] == ["arranged"]:
+        arranged(sys.argv[1])
+    elif sys.argv[2:] in (["fp8"], ["fp8-sweep"]):
         fp8(sys.argv[1], sys.argv[2] == "fp8-sweep")
     else:
         main(sys.argv[1], float(sys.argv[2]) if len(sys.argv) > 2 else 110.0)

@@ -20,10 +20,11 @@ from torch import Tensor
 from headwise.kernels.gates import ACTIVATIONS, Gate, gated
 from headwise.kernels.router import Order
 from headwise.kernels.stored import in_turn, overlap
-from headwise.planner.workspace import PAIR_TILE, SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
+from headwise.planner.workspace import SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
 
 STEP = SKINNY_STEP // 32  # groups that `skinny` takes at a time
 TYPES = (torch.bfloat16, torch.float16)
+TILES = (8, 16, 32)  # pairs of a tile
 
 
 class Arranged(NamedTuple):
@@ -89,60 +90,61 @@ class ArrangedPairs(NamedTuple):
     order: Order
 
 
-@triton.jit(do_not_specialize=["n_experts", "per_row", "K", "x_stride"])
+@triton.jit(do_not_specialize=["n_experts", "per_row"])
 def _arrange_pairs(
     x, bias_a, bias_b, pairs, starts, first, experts, out, n_experts, per_row, K, x_stride,
-    ACT: tl.constexpr, BIAS: tl.constexpr, TP: tl.constexpr, STEP: tl.constexpr, G: tl.constexpr, PDL: tl.constexpr,
+    ACT: tl.constexpr, BIAS: tl.constexpr, TP: tl.constexpr, STEP: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     in_turn(PDL)
     tile = tl.program_id(1)
     if tile < tl.load(first + n_experts):
         expert = tl.load(experts + tile)
-        r = tl.arange(0, TP * G)[:, None]
-        t, group, e = r // G, tl.program_id(0) * G + r % G, tl.arange(0, 32)[None, :]
+        t, k = tl.arange(0, TP)[:, None], (tl.program_id(0) * (32 * STEP) + tl.arange(0, 32 * STEP))[None, :]
         at = tl.load(starts + expert) + (tile - tl.load(first + expert)) * TP + t
-        k = group * 32 + e
-        ok = (at < tl.load(starts + expert + 1)) & (k < K)
+        ok = at < tl.load(starts + expert + 1)
         row = at if ACT >= 0 else tl.load(pairs + at, mask=ok, other=0) // per_row
         p = x + row.to(tl.int64) * x_stride + k
-        v = tl.load(p, mask=ok, other=0.0)
+        v = tl.load(p, mask=ok & (k < K), other=0.0)
         if ACT >= 0:
-            a, u = v.to(tl.float32), tl.load(p + K, mask=ok, other=0.0).to(tl.float32)
+            a, u = v.to(tl.float32), tl.load(p + K, mask=ok & (k < K), other=0.0).to(tl.float32)
             if BIAS:
                 a += tl.load(bias_a + expert * K + k, mask=k < K, other=0.0)
                 u += tl.load(bias_b + expert * K + k, mask=k < K, other=0.0)
-            v = tl.where(ok, gated(a, u, ACT), 0.0).to(out.dtype.element_ty)
-        steps = tl.cdiv(K, 32 * STEP) * STEP
-        tl.store(out + tile * (steps * 32 * TP) + arranged_at(group, e, t, TP), v, mask=group < steps)
+            v = tl.where(ok & (k < K), gated(a, u, ACT), 0.0).to(out.dtype.element_ty)
+        # row, fours of groups, group, half, byte // 2, byte % 2, word; they leave in the order of `arranged_at`
+        v = tl.permute(tl.reshape(v, (TP, STEP // 4, 4, 2, 2, 2, 4)), (1, 6, 0, 2, 3, 5, 4))
+        begin = (tile * tl.num_programs(0) + tl.program_id(0)).to(tl.int64) * (32 * STEP * TP)
+        tl.store(out + begin + tl.arange(0, 32 * STEP * TP), tl.reshape(v, (32 * STEP * TP,)))
 
 
 def arrange_pairs(x: Tensor, order: Order, n_experts: int, room: Tensor, gate: Gate | None = None) -> ArrangedPairs:
     """The rows of each pair's token, of `x` (T, K); or with `gate` act(x[:, :K]) * x[:, K:] of rows in the order of `order`.
 
     Raises:
-        ValueError: no whole groups of 32, tiles of other than 8 pairs, or too little room.
+        ValueError: no whole groups of 32, tiles of other than 8, 16 or 32 pairs, or too little room.
     """
     P, K = order.pairs_P.shape[0], x.shape[1] // (1 if gate is None else 2)
-    tiles, values = order.tiles(n_experts), arranged_values(order.tile_rows, K)
-    if K % 32 or order.tile_rows != PAIR_TILE or P % x.shape[0] or (gate is not None and x.shape[0] != P):
-        raise ValueError(f"arrange_pairs: {tuple(x.shape)} for {P} pairs in tiles of {order.tile_rows}: {PAIR_TILE}, K whole 32s")
+    rows = order.tile_rows
+    tiles, values = order.tiles(n_experts), arranged_values(rows, K)
+    if K % 32 or rows not in TILES or P % x.shape[0] or (gate is not None and x.shape[0] != P):
+        raise ValueError(f"arrange_pairs: {tuple(x.shape)} for {P} pairs in tiles of {rows}, not of {TILES}, K whole 32s")
     if room.dtype != x.dtype or room.dtype not in TYPES or room.numel() < tiles * values or x.stride(1) != 1:
         raise ValueError(f"arrange_pairs: {room.numel()} {room.dtype}, not {tiles} tiles of {values} of {x.dtype}, {x.stride()}")
     out = room.flatten()[: tiles * values]
     some = gate is not None and gate.gate_bias_EW is not None
     biases = (gate.gate_bias_EW, gate.up_bias_EW) if gate is not None and some else (x, x)
-    _arrange_pairs[(triton.cdiv(values // (32 * PAIR_TILE), 8), tiles)](
+    _arrange_pairs[(values // (32 * STEP * rows), tiles)](
         x, *biases, *order[:4], out, n_experts, P // x.shape[0], K, x.stride(0),
-        ACT=-1 if gate is None else ACTIVATIONS[gate.activation].value, BIAS=some, TP=PAIR_TILE, STEP=STEP, G=8, num_warps=4,
+        ACT=-1 if gate is None else ACTIVATIONS[gate.activation].value, BIAS=some, TP=rows, STEP=STEP, num_warps=4,
         **overlap(x),
     )  # fmt: skip
     return ArrangedPairs(out, (P, K), order)
 
 
-def reference(x_TK: Tensor) -> Tensor:
-    """The same, flat, by PyTorch."""
-    T, K = x_TK.shape
-    x = x_TK.new_zeros(padded(T), -(-K // (32 * STEP)) * 32 * STEP)
+def reference(x_TK: Tensor, rows: int | None = None) -> Tensor:
+    """The same, flat, by PyTorch; of a tile of `rows`."""
+    (T, K), rows = x_TK.shape, rows or padded(x_TK.shape[0])
+    x = x_TK.new_zeros(rows, -(-K // (32 * STEP)) * 32 * STEP)
     x[:T, :K] = x_TK
-    x = x.view(padded(T), -1, 4, 2, 2, 2, 4)  # row, four groups, group, half, byte // 2, byte % 2, word
+    x = x.view(rows, -1, 4, 2, 2, 2, 4)  # row, four groups, group, half, byte // 2, byte % 2, word
     return x.permute(1, 6, 0, 2, 3, 5, 4).flatten()

@@ -7,7 +7,7 @@ what it reads of the planes is one operand of `mma.sync`, and its scale is worke
 the other operand is read (`kernels.arrange`). Both cross shared memory as they are stored, copied a step ahead. K is shared out
 between programs where rows are few; each leaves a partial sum and the last to finish adds them up, in the order of K.
 
-Of a stack of experts a program takes a tile of up to 8 pairs (token, choice) of one expert, which it finds by `router.Order`.
+Of a stack of experts a program takes a tile of 8, 16 or 32 pairs (token, choice) of one expert, which it finds by `router.Order`.
 
 Shapes    x in bf16 or f16, to 64 rows; W in planes (`tiled.Planes`), a matrix or a stack; out_TN in the type of x.
 Accuracy  Weights become x's type: scale and minimum rounded, then one multiply-add; sums in fp32.
@@ -48,7 +48,8 @@ class Config(NamedTuple):
     registers: int = 128  # most a thread
 
 
-OF_EXPERTS = Config(64, 2, registers=168)  # of an expert's few pairs
+# By the pairs of a tile; fastest on an H200, benchmarks/experts.py OUT.json arranged.
+OF_EXPERTS = {8: Config(64, 2, registers=168), 16: Config(128, 4, registers=128), 32: Config(128, 4, registers=168)}
 
 
 @gluon.constexpr_function
@@ -562,7 +563,7 @@ def skinny_experts(x: ArrangedPairs, w: Planes, out_PN: Tensor, *, by_pair: bool
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
-    (P, K), N, order, c = x.shape, w.rows, x.order, config or OF_EXPERTS
+    (P, K), N, order, c = x.shape, w.rows, x.order, config or OF_EXPERTS[x.order.tile_rows]
     if w.low.dim() != 3 or w.K != K or tuple(out_PN.shape) != (P, N) or out_PN.stride(1) != 1 or N % EIGHT:
         raise ValueError(f"skinny_experts: ({P}, {K}) by a stack {tuple(w.low.shape)} of ({N}, {w.K}) into {tuple(out_PN.shape)}")
     if out_PN.dtype != x.values.dtype:

@@ -1,7 +1,7 @@
 """Routed experts on our kernels: the chosen ones read from the device, nothing synchronised, so that a step can be recorded.
 
 One token: each pair (token, choice) by itself; more: pairs sorted by expert, a grouped product. Both read floats and e4m3. Other
-quantised experts meet 5 to 64 tokens on the tensor cores where those kernels run, others up to 160 as integers, and are
+quantised experts meet 5 to 1,024 tokens on the tensor cores where those kernels run, others up to 160 as integers, and are
 expanded before more, as many at a time as the tile holds. `model.mlp` has the plain form.
 
 Legend: T tokens, D hidden size, W width, E experts, K experts per token, P = T * K pairs.
@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from headwise.model.arena import Arena
-from headwise.planner.workspace import EXPERT_ROWS, PAIR_TILE, SKINNY_ROWS
+from headwise.planner.workspace import EXPERT_ROWS, pair_rows, pair_tile
 from headwise.spec.layers import MoeSpec
 from headwise.weights.blocks import BlockTensor, Fp8Tensor
 
@@ -60,8 +60,8 @@ def routed(
         for _, stacks, scales in _parts(w["experts_down"], arena):
             X.pairs(gated, chosen.ids_TK, stacks, y, scales=scales)
         return _sum(X, w, y, chosen, out, beside, arena)
-    arranged = not whole and arena.room.skinny_rows > 0 and INTEGER_ROWS < T <= SKINNY_ROWS
-    tile_rows = PAIR_TILE if arranged else next((rows for most, rows in TILES if most >= T * K // E), 128)
+    arranged = not whole and arena.room.skinny_rows > 0 and INTEGER_ROWS < T <= pair_rows(E, K)
+    tile_rows = pair_tile(T * K, E) if arranged else next((rows for most, rows in TILES if most >= T * K // E), 128)
     order = R.order(chosen.ids_TK, E, tile_rows, arena.take("expert.order", arena.size("expert.order"))) if T > 1 else None
     if arranged:
         _arranged(w, h, order, gate, y, arena)

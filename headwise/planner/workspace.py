@@ -27,8 +27,9 @@ QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are sh
 EXPERT_ROWS = 160  # most tokens whose pairs meet quantised experts as integers, each pair by itself
 RECORDED_TOKENS = 1024  # of a prompt's chunk that is recorded; the kernels of more take longer than the host needs to launch them
 ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
-PAIR_TILE = 8  # pairs of a tile whose rows are arranged
-ORDER_TILE, ORDER_BLOCK = PAIR_TILE, 128  # pairs of the smallest tile, and of a program that sorts
+PAIR_ROWS, PAIRS_EACH = 1024, 64  # most tokens, and pairs an expert, that meet quantised experts arranged, in tiles of one expert
+PAIR_TILES = ((7, 8), (20, 16))  # up to so many pairs an expert, a tile has so many; else 32
+ORDER_TILE, ORDER_BLOCK = 8, 128  # pairs of the smallest tile, and of a program that sorts
 DRAW_VALUES, DRAW_GROUP, DRAW_BLOCK = 2**16, 64, 4096  # that 16 bits have; logits of which one bounds top-k, and of a program
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
@@ -59,10 +60,22 @@ def arranged_values(T: int, K: int) -> int:
     return padded(T) * -(-K // SKINNY_STEP) * SKINNY_STEP
 
 
+def pair_rows(n_experts: int, n_active: int) -> int:
+    """Most tokens whose pairs are arranged; with more, experts are expanded."""
+    return min(PAIR_ROWS, max(SKINNY_ROWS, PAIRS_EACH * n_experts // n_active))
+
+
+def pair_tile(n_pairs: int, n_experts: int) -> int:
+    """Pairs of a tile whose rows are arranged: of most experts one tile has them all, or two."""
+    return next((tile for most, tile in PAIR_TILES if n_pairs <= most * n_experts), 32)
+
+
 def arranged_pair_values(n_tokens: int, moe: MoeSpec, hidden: int) -> int:
     """The most values of the rows of all pairs of a step, arranged by tiles of an expert."""
-    P = n_tokens * moe.n_active
-    return min(P, P // PAIR_TILE + moe.n_experts) * arranged_values(PAIR_TILE, max(hidden, moe.width))
+    E = moe.n_experts
+    P = min(n_tokens, pair_rows(E, moe.n_active)) * moe.n_active
+    tile = pair_tile(P, E)
+    return min(P, P // tile + E) * arranged_values(tile, max(hidden, moe.width))
 
 
 def scaled_bytes(T: int, K: int) -> int:
@@ -233,11 +246,11 @@ def workspace(
         add("router.done", "always", ROUTER_ROWS, kind="i32")
         add("router.ids", "mlp", C, active, kind="i32")
         add("expert.order", "mlp", max(order_values(C, m.n_experts, m.n_active) for m in moes), kind="i32")
-        few = min(C, EXPERT_ROWS)
-        add("expert.gated", "mlp", max(C, 2 * few), max(m.n_active * m.width for m in moes))
+        both = 2 * min(C, max(pair_rows(m.n_experts, m.n_active) for m in moes)) if plane_experts else 0  # gate beside up
+        add("expert.gated", "mlp", max(C, both), max(m.n_active * m.width for m in moes))
         add("expert.pairs", "mlp", C, active, D)
         if plane_experts:
-            values = few * max(D, *(m.n_active * m.width for m in moes))
+            values = min(C, EXPERT_ROWS) * max(D, *(m.n_active * m.width for m in moes))
             add("expert.words", "mlp", values // 32 * QUANT_GROUP_WORDS, kind="i32")
     if last:
         add("logits", "head", logit_rows(slots, C), spec.vocab_size)
@@ -251,7 +264,7 @@ def workspace(
     if block_weights or plane_values:
         expert = max((2 * m.width * D for m in moes), default=0) if plane_experts else 0  # gate and up
         arranged = arranged_values(SKINNY_ROWS, widest) if plane_values else 0
-        of_pairs = (arranged_pair_values(min(C, SKINNY_ROWS), m, D) for m in moes if expert)
+        of_pairs = (arranged_pair_values(C, m, D) for m in moes if expert)
         scaled = -(-scaled_bytes(C, widest) // ITEM_BYTES[dtype]) if scaled_rows else 0
         tile = max(min(PLANE_TILE_VALUES, plane_values), expert, arranged, scaled, *of_pairs)
         add("weight.tile", "always", max(tile, DEQUANT_TILE_VALUES if block_weights else 0))

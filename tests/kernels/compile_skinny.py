@@ -13,7 +13,7 @@ import headwise.kernels.router as R
 import headwise.kernels.skinny as S
 from headwise.kernels.split import H200, Card
 from headwise.kernels.tiled import LAYOUTS
-from headwise.planner.workspace import PAIR_TILE, arranged_values, padded
+from headwise.planner.workspace import arranged_values, padded
 from headwise.weights.retile import empty
 
 N = 5376
@@ -43,20 +43,22 @@ def compile_one(type_name: str, T: int, capability: int, dtype: torch.dtype) -> 
     }  # fmt: skip
 
 
-def experts(type_name: str, capability: int) -> dict[str, object]:
+def experts(type_name: str, capability: int, tile: int) -> dict[str, object]:
+    c = S.OF_EXPERTS[tile]
     K, E = 2816 if LAYOUTS[type_name].block == 256 else 704, 128
     stand_in, kernels = Compiled(S._skinny, capability), (A._arrange_pairs, S._skinny)
     A._arrange_pairs, S._skinny = Compiled(A._arrange_pairs, capability), stand_in
-    order = R.Order(*(torch.zeros(n, dtype=torch.int32) for n in (32, E + 1, E + 1, 32 + E)), PAIR_TILE)
-    x = A.arrange_pairs(torch.empty(4, K, dtype=torch.bfloat16), order, E, torch.empty(2**20, dtype=torch.bfloat16))
+    order = R.Order(*(torch.zeros(n, dtype=torch.int32) for n in (32, E + 1, E + 1, 32 + E)), tile)
+    x = A.arrange_pairs(torch.empty(4, K, dtype=torch.bfloat16), order, E, torch.empty(2**23, dtype=torch.bfloat16))
     S.skinny_experts(x, empty(type_name, (E, N, K), "cpu"), torch.empty(32, N, dtype=torch.bfloat16), by_pair=True)
     A._arrange_pairs, S._skinny = kernels
     r = stand_in.reports[0]
     return {
         "type": type_name, "T": "experts", "card": capability, "registers": r.registers, "spill_bytes": r.spill_bytes,
-        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, PAIR_TILE, S.OF_EXPERTS),
+        "shared_bytes": r.shared_bytes, "said_bytes": S.shared_bytes(type_name, tile, c),
         "shared_limit": SHARED[capability], "products": r.ptx.count("mma.sync.aligned.m16n8k16"),
-        "wanted": 16 * (S.OF_EXPERTS.rows // (16 * S.OF_EXPERTS.warps)), "copies": r.ptx.count("cp.async.cg.shared.global"),
+        "copies": r.ptx.count("cp.async.cg.shared.global"),
+        "wanted": 16 * (c.rows // (16 * c.warps)) * tile // 8,
     }  # fmt: skip
 
 
@@ -69,5 +71,5 @@ if __name__ == "__main__":
     ]
     for job in jobs:
         print(json.dumps(compile_one(*job)), flush=True)
-    for name, card in (("q4_k", 90), ("q5_0", 86), ("q8_0", 90), ("q6_k", 80)):
-        print(json.dumps(experts(name, card)), flush=True)
+    for case in (("q4_k", 90, 8), ("q5_0", 86, 32), ("q8_0", 90, 16), ("q6_k", 80, 32), ("q4_k", 89, 16), ("q6_k", 90, 8)):
+        print(json.dumps(experts(*case)), flush=True)

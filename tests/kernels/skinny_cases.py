@@ -10,14 +10,14 @@ from headwise.kernels import arrange as A
 from headwise.kernels import router as R
 from headwise.kernels.gates import Gate
 from headwise.kernels.rows import gate
-from headwise.planner.workspace import PAIR_TILE, arranged_values, order_values
+from headwise.planner.workspace import arranged_values, order_values
 
 
-def pairs(T: int, K: int, E: int, of_each: int, bias: bool) -> dict[str, bool]:
+def pairs(T: int, K: int, E: int, of_each: int, bias: bool, tile_rows: int) -> dict[str, bool]:
     """Rows of each tile are those of its expert's pairs, in their order; what is left of a tile is 0."""
     ids = torch.stack([torch.randperm(E)[:of_each] for _ in range(T)]).int()
-    order = R.order(ids, E, PAIR_TILE, torch.zeros(order_values(T, E, of_each), dtype=torch.int32))
-    P, n = T * of_each, arranged_values(PAIR_TILE, K)
+    order = R.order(ids, E, tile_rows, torch.zeros(order_values(T, E, of_each), dtype=torch.int32))
+    P, n = T * of_each, arranged_values(tile_rows, K)
     x, both = torch.randn(T, K, dtype=torch.float16), torch.randn(P, 2 * K, dtype=torch.float16)
     gate = Gate("silu", torch.randn(E, K), torch.randn(E, K)) if bias else Gate("gelu_tanh")
     rooms = [torch.full((order.tiles(E) * n + 5,), 7.0, dtype=torch.float16) for _ in range(2)]
@@ -25,18 +25,19 @@ def pairs(T: int, K: int, E: int, of_each: int, bias: bool) -> dict[str, bool]:
     tile, right, close, sorted_at = 0, True, True, 0
     for e in range(E):
         mine = (ids.flatten() == e).nonzero()[:, 0]
-        for part in mine.split(PAIR_TILE) if len(mine) else ():
+        for part in mine.split(tile_rows) if len(mine) else ():
             rows = both[sorted_at : sorted_at + len(part)].float()
             a, u = rows[:, :K], rows[:, K:]
             if gate.gate_bias_EW is not None and gate.up_bias_EW is not None:
                 a, u = a + gate.gate_bias_EW[e], u + gate.up_bias_EW[e]
             want = (torch.nn.functional.silu(a) if bias else torch.nn.functional.gelu(a, approximate="tanh")) * u
             here = slice(tile * n, tile * n + n)
-            right &= torch.equal(plain.values[here], A.reference(x[part // of_each]))
-            close &= torch.allclose(gated.values[here].float(), A.reference(want.half()).float(), rtol=2e-3, atol=1e-4)
+            right &= torch.equal(plain.values[here], A.reference(x[part // of_each], tile_rows))
+            close &= torch.allclose(gated.values[here].float(), A.reference(want.half(), tile_rows).float(), rtol=2e-3, atol=1e-4)
             tile, sorted_at = tile + 1, sorted_at + len(part)
     untouched = all(bool((room[tile * n :] == 7.0).all()) for room in rooms)
-    return {f"pairs {T}x{K}": right and untouched, f"gated pairs {T}x{K}": close and untouched}
+    what = f"pairs {T}x{K} by {tile_rows}"
+    return {what: right and untouched, f"gated {what}": close and untouched}
 
 
 if __name__ == "__main__":
@@ -54,6 +55,7 @@ if __name__ == "__main__":
         assert isinstance(want, torch.Tensor)
         assert isinstance(out, A.Arranged)
         found[f"gated {T}x{K}"] = torch.equal(out.values, A.reference(want)) and bool((room[-5:] == 7.0).all())
-    for T, K, E, of_each, bias in ((3, 96, 5, 2, False), (20, 320, 4, 3, True), (1, 32, 6, 4, False), (64, 64, 3, 2, True)):
-        found |= pairs(T, K, E, of_each, bias)
+    for case in ((3, 96, 5, 2, False, 8), (20, 320, 4, 3, True, 16), (1, 32, 6, 4, False, 8), (64, 64, 3, 2, True, 8),
+                 (64, 64, 3, 2, False, 32), (70, 96, 2, 1, True, 32)):  # fmt: skip
+        found |= pairs(*case)
     print(json.dumps(found))
