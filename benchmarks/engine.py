@@ -1,7 +1,8 @@
 """Whole-token speed beside transformers on the same card, in one run: `python benchmarks/engine.py OUT.json [MODEL ...]`.
 
 headwise's rows are `headwise bench engine`'s, in bf16, some also in fp8 or q4_k_m; transformers (sdpa) builds the same random
-shape in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`.
+shape in bf16 on the card and runs the same lengths, its cache growing as it does in `generate`. Rows of `dummy` weights have what
+vLLM's `--load-format dummy` draws (`benchmarks/vllm_engine.py`): a product of zeros takes less power, and the card clocks higher.
 """
 
 from __future__ import annotations
@@ -11,19 +12,33 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import about
 import torch
 import transformers
+from torch import Tensor
 
 from headwise.bench.engine import bench, line
 from headwise.spec import catalogue
+from headwise.weights.blocks import Weight
 
 LENGTHS = (512, 4096, 31744)
 DECODED = 12
-QUANTISED = {"gemma-4-31b": ("fp8", "q4_k_m"), "gemma-4-26b-a4b": ("q4_k_m",)}  # also measured; transformers runs neither here
+QUANTISED = {"gemma-4-31b": ("fp8", "q4_k_m"), "gemma-4-26b-a4b": ("q4_k_m",)}  # also measured; transformers runs neither
+
+
+def dummies(weights: Mapping[str, Weight]) -> None:
+    """Every float within 1e-3 of 0. Norms have such weights too, and `layer_scalar` multiplies the stream by one of them after each
+    of Gemma 4's layers: from the eleventh or so on its products multiply zeros.
+
+    Source: vLLM 0.26.0 model_executor/model_loader/weight_utils.py initialize_dummy_weights.
+    """
+    for w in weights.values():
+        if isinstance(w, Tensor):
+            w.uniform_(-1e-3, 1e-3)
 
 
 def built(name: str) -> Any:
@@ -85,9 +100,12 @@ def main(out: str, models: list[str]) -> None:
         return found
 
     for name in models:
+        say = partial(print, flush=True)
         for weights in ("bf16", *QUANTISED.get(name, ())):
-            say = partial(print, flush=True)
             result = kept(bench([name], lengths=LENGTHS, weights=weights, ubatch=4096, as_json=False, say=say))
+        if name in QUANTISED:
+            found = bench([name], lengths=LENGTHS, ubatch=4096, as_json=False, say=say, redraw=dummies)
+            result = kept(found | {"rows": [row | {"weights": "bf16 dummy"} for row in found["rows"]]})
         try:
             result = kept(result | {"rows": theirs(name, LENGTHS)})
         except torch.OutOfMemoryError as error:

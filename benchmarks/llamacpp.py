@@ -10,6 +10,7 @@ Source    llama.cpp 0.5.0 include/llama.h; keys and tensors of the file: tests/g
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
@@ -105,13 +106,28 @@ class LlamaCpp:
         lib = self.lib
         lib.llama_memory_clear(lib.llama_get_memory(self.context), False)
         for start in range(0, len(ids), self.ubatch):
-            part = ids[start : start + self.ubatch]
-            status = lib.llama_decode(self.context, Batch(len(part), (c_int32 * len(part))(*part)))
-            if status:
-                raise RuntimeError(f"llama_decode returned {status} at token {start:,}")
-        lib.llama_synchronize(self.context)
-        found = lib.llama_get_logits_ith(self.context, -1)
-        return torch.from_numpy(np.ctypeslib.as_array(found, (self.vocabulary,)).copy())
+            self._step(ids[start : start + self.ubatch])
+        return torch.from_numpy(self._logits().copy())
+
+    def decode(self, n: int) -> float:
+        """Seconds of a token, the median of `n` greedy ones behind the prompt."""
+        took = []
+        token = int(self._logits().argmax())
+        for _ in range(n):
+            start = time.perf_counter()
+            self._step([token])
+            token = int(self._logits().argmax())
+            took.append(time.perf_counter() - start)
+        return statistics.median(took)
+
+    def _step(self, ids: Sequence[int]) -> None:
+        status = self.lib.llama_decode(self.context, Batch(len(ids), (c_int32 * len(ids))(*ids)))
+        if status:
+            raise RuntimeError(f"llama_decode returned {status} for {len(ids):,} tokens")
+
+    def _logits(self) -> np.ndarray:
+        self.lib.llama_synchronize(self.context)
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.context, -1), (self.vocabulary,))
 
     def close(self) -> None:
         self.lib.llama_free(self.context)

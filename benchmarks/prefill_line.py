@@ -5,8 +5,8 @@
 Random weights of the model's true shape, made on the card: headwise in bf16 and q4_k_m with chunks of 4,096, transformers (sdpa)
 in bf16, llama.cpp in q4_k_m with flash attention and micro-batches of 4,096 from the library in DIR (benchmarks/llamacpp.py).
 First the answers: headwise's first layers against fp32, llama.cpp's logits of those layers against headwise's. Of each length the
-fastest of three prompts after one unmeasured, above 16K of two. A line ends where a prompt would take over a minute, the memory is
-spent, or the run's time is.
+fastest of three prompts after one unmeasured, above 16K of two; and decode behind 512 and 31,744 tokens. A line ends where a prompt
+would take over a minute, the memory is spent, or the run's time is.
 
 Beside each row of headwise what arithmetic says: products and attention at the measured rate of products, and in q4_k_m the
 expansion of each matrix once a chunk at the measured bandwidth. `off` is the measured time over that of half the length, divided
@@ -31,7 +31,7 @@ import transformers
 from engine import built
 
 from headwise.bench.attention import ceilings
-from headwise.bench.engine import allowed, bound, check, first_layers, runner_for
+from headwise.bench.engine import DECODED, allowed, bound, check, first_layers, measure, runner_for
 from headwise.engine.devices import device_kind
 from headwise.errors import HeadwiseError, UsageError
 from headwise.planner.memory import Plan
@@ -44,6 +44,7 @@ from headwise.spec.tensors import weight_tensors
 
 LENGTHS = tuple(512 << i for i in range(9))
 CHUNK = 4096
+DECODED_BEHIND = (512, 31744)
 WARM = 16384  # the longest prompt that is run once unmeasured
 LONGEST_S, THEIRS_S, SPENT_S = 60.0, 260.0, 440.0  # one prompt; until transformers ends; the whole run
 AGREES = 0.1  # relative, of logits: llama.cpp rounds activations to 8 bits
@@ -55,7 +56,7 @@ class Line:
 
     def __init__(self, out: Path, head: Mapping[str, Any]) -> None:
         self.out, self.began = out, time.perf_counter()
-        self.result: dict[str, Any] = {**head, "rows": [], "stopped": []}
+        self.result: dict[str, Any] = {**head, "rows": [], "stopped": [], "decode": []}
 
     def stop(self, who: str, weights: str, tokens: int, why: object) -> None:
         self.result["stopped"].append({"who": who, "weights": weights, "tokens": tokens, "why": str(why).splitlines()[0]})
@@ -64,6 +65,12 @@ class Line:
 
     def write(self) -> None:
         self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+    def decoded(self, who: str, weights: str, tokens: int, seconds: float) -> None:
+        """A token behind so many others, greedy, one at a time through the host."""
+        self.result["decode"].append({"who": who, "weights": weights, "tokens": tokens, "decode_tok_s": 1 / seconds})
+        print(f"{who} {weights} behind {tokens:,} tokens: {1 / seconds:.1f} tok/s", flush=True)
+        self.write()
 
     def measure(
         self, who: str, weights: str, vocabulary: int, prefill: Callable[[list[int]], object],
@@ -131,6 +138,8 @@ def ours(line: Line, spec: ModelSpec, weights: str, device: torch.device, ceilin
         return int(runner.logits(runner.prefill(ids))[0].argmax())
 
     line.measure("headwise", weights, spec.vocab_size, prefill, lambda n: reckoned(p, n, ceiling))
+    for tokens in DECODED_BEHIND:
+        line.decoded("headwise", weights, tokens, measure(runner, torch.randint(3, spec.vocab_size, (tokens,)).tolist(), 1)[1])
     return p
 
 
@@ -174,6 +183,9 @@ def llama_cpp(line: Line, spec: ModelSpec, p: Plan, folder: Path, device: torch.
         print(f"{file.stat().st_size / 1e9:.1f} GB written in {seconds:.0f} s", flush=True)
         freed()
         engine = llamacpp.LlamaCpp(folder, file, context=max(LENGTHS) + 256, ubatch=CHUNK)
+    for tokens in DECODED_BEHIND:
+        engine.prefill(torch.randint(3, spec.vocab_size, (tokens,)).tolist())
+        line.decoded("llama.cpp", "q4_k_m", tokens, engine.decode(DECODED))
     line.measure("llama.cpp", "q4_k_m", spec.vocab_size, lambda ids: engine.prefill(ids))
     engine.close()
 

@@ -266,9 +266,12 @@ def allowed(p: Plan, length: int, ceiling: tuple[float, float]) -> tuple[float, 
 def bench(
     models: Sequence[str], *, lengths: Sequence[int], weights: str = "bf16", kv: str = "bf16", ubatch: int = 2048,
     rounds: int = 3, as_json: bool, say: Callable[[str], None], specs: Mapping[str, ModelSpec] | None = None,
+    redraw: Callable[[Mapping[str, Weight]], None] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The table, row by row as it is measured.
 
+    Args:
+        redraw: gives the weights other numbers, after the check and before anything is timed.
     Raises:
         UsageError: no NVIDIA card is here, or a model does not fit it.
     """
@@ -297,6 +300,9 @@ def bench(
         stored = weight_types(spec, weights)
         runner, choices, p = runner_for(spec, context=max(lengths) + DECODED + 8, chunk=ubatch, kv=formats, dtype="bf16",
                                         stored=stored, kind=kind, device=device)  # fmt: skip
+        if redraw is not None:
+            for stage in runner.stages:
+                redraw(stage.weights)
         for length in lengths:
             ids = torch.randint(3, spec.vocab_size, (length,)).tolist()
             prefill_s, decode_s = measure(runner, ids, rounds)
