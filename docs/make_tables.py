@@ -44,13 +44,15 @@ def converter() -> str:
     return table("| model | converted, headwise | converted, llama.cpp | our file, llama.cpp | why not equal |", rows)
 
 
-def attention() -> str:
-    found = newest("attention_h200")
+def attention(result: str = "attention_h200", keys: int | None = None) -> str:
+    """Rows of so many keys, default all."""
+    found = newest(result)
     above = f"{taken(found)}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     if found.get("libraries"):
         above += f" {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}."
+    above += f" {found['cut']}" if "cut" in found else ""
     rows = []
-    for row in found["rows"] + found.get("refused", []):
+    for row in [r for r in found["rows"] + found.get("refused", []) if keys in (None, r["shape"]["length"])]:
         s = row["shape"]
         store = "one tensor" if s["one"] else "two tensors"
         what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
@@ -189,18 +191,20 @@ def probe() -> str:
     return table("| tokens | first token | prefill tok/s | decode tok/s | verdict |", rows, above)
 
 
-def engine(result: str = "engine_h200", models: Sequence[str] = ()) -> str:
-    """Rows of `models`, default all."""
-    found = newest(result)
+def engine(*models: str) -> str:
+    """Rows of `models`, with vLLM's where it ran."""
+    found, vllm = newest("engine_h200"), newest("vllm_engine_h200")
     above = (
-        f"{taken(found, 'torch', 'transformers')}; "
+        f"{taken(found, 'torch', 'transformers')}, vllm {vllm['vllm']}; "
         f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     )
     rows = []
-    for row in [r for r in found["rows"] if r["model"] in models or not models]:
+    theirs = [r for r in vllm["rows"] if r["streams"] == 1]
+    for row in [r for r in found["rows"] + theirs if r["model"] in models]:
         of = ["", ""] if "prefill_of_card" not in row else [f"{row[f'{what}_of_card']:.0%}" for what in ("prefill", "decode")]
-        prefill, decode = f"{row['prefill_tok_s']:,.0f}", f"{row['decode_tok_s']:.1f}"
-        rows.append((row["model"], row["weights"], row["who"], f"{row['tokens']:,}", prefill, of[0], decode, of[1]))
+        prefill, decode = (row[f"{what}_tok_s"] for what in ("prefill", "decode"))  # None: not measured at that length
+        cells = ("" if prefill is None else f"{prefill:,.0f}", of[0], "" if decode is None else f"{decode:.1f}", of[1])
+        rows.append((row["model"], row["weights"], row["who"], f"{row['tokens']:,}", *cells))
     return table("| model | weights | | prompt | prefill tok/s | of the card | decode tok/s | of the card |", rows, above)
 
 
@@ -215,6 +219,8 @@ def prefill_line() -> str:
         above += f" {s['who']} ends before {s['tokens']:,} tokens: {s['why'].rstrip('.')}."
     by = {(r["who"], r["weights"], r["tokens"]): r for r in found["rows"]}
     engines = list(dict.fromkeys(key[:2] for key in by))
+    behind = [f"{r['who']} {r['weights']} {r['decode_tok_s']:.0f} tok/s behind {r['tokens']:,}" for r in found.get("decode", [])]
+    above += f" Decode: {', '.join(behind)}." if behind else ""
     rows = []
     for tokens in sorted({key[2] for key in by}):
         cells = [f"{tokens:,}"]
@@ -224,6 +230,19 @@ def prefill_line() -> str:
         rows.append(cells)
     head = f"| prompt | {' | '.join(' '.join(engine) for engine in engines)} | bf16 of the arithmetic | a doubling over the "
     return table(f"{head}arithmetic's | q4_k_m of the arithmetic | a doubling over the arithmetic's |", rows, above)
+
+
+def short_prompts() -> str:
+    """Milliseconds until the next token; of 26B-A4B also before its experts met 65 and more tokens on the tensor cores."""
+    found, before = newest("short_prompts_h200"), newest("short_prompts_before_pairs_h200")
+    ms: dict[tuple[str, str], dict[int, str]] = {}
+    for result, when in ((before, ", before"), (found, "")):
+        for r in result["rows"]:
+            ms.setdefault((r["model"], r["weights"] + when), {})[r["tokens"]] = f"{r['recorded_ms'][1]:.1f}"
+    lengths = sorted({r["tokens"] for r in found["rows"]})
+    rows = [(*key, *(row[n] for n in lengths)) for key, row in sorted(ms.items())]
+    above = f"{taken(found, 'torch')}: random weights, replayed; medians of {found['rounds']}."
+    return table(f"| model | weights | {' | '.join(f'{n:,} tokens' for n in lengths)} |", rows, above)
 
 
 def streams() -> str:
@@ -476,11 +495,11 @@ TABLES = {
     "kv-types": ("docs/kv-quality.md", kv_types),
     "kv-one": ("docs/kv-quality.md", kv_one),
     "kv-layers": ("docs/kv-quality.md", kv_layers),
-    "engine-31b": ("docs/measurements.md", partial(engine, "engine_31b_h200")),
-    "engine": ("docs/measurements.md", partial(engine, models=("gemma-4-e4b", "llama-3.2-3b"))),
+    "engine-31b": ("docs/measurements.md", partial(engine, "gemma-4-31b")),
+    "engine": ("docs/measurements.md", partial(engine, "gemma-4-e4b", "llama-3.2-3b")),
     "streams": ("docs/measurements.md", streams),
     "prefill-line": ("docs/measurements.md", prefill_line),
-    "engine-moe": ("docs/measurements.md", partial(engine, "engine_moe_h200")),
+    "engine-moe": ("docs/measurements.md", partial(engine, "gemma-4-26b-a4b")),
     "fp8": ("docs/measurements.md", fp8),
     "profiles": ("docs/measurements.md", profiles),
     "experts": ("docs/measurements.md", experts),
@@ -497,6 +516,8 @@ TABLES = {
     "start-cuda": ("docs/measurements.md", partial(start, "start_h200")),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
+    "attention-128k": ("docs/kernels.md", partial(attention, "attention_before_soak_h200", 131072)),
+    "short-prompts": ("docs/measurements.md", short_prompts),
     "mixed": ("docs/kernels.md", mixed),
     "converter": ("docs/llamacpp.md", converter),
     "tier0": ("docs/tier0.md", tier0),

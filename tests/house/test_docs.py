@@ -151,16 +151,31 @@ def test_the_readme_quotes_the_benchmark() -> None:
     (said_cuda,) = re.findall(r"The embedded model decodes at (\d+) tok/s", text)
     assert round(cuda["embedded"][0]["decode_tok_s"]) == int(said_cuda)
     assert max(e["peak"] - e["planned"] for e in cuda["embedded"]) <= 1.0e6  # "up to 1.0 MB above it"
-    engine = json.loads(max((ROOT / "benchmarks/results").glob("engine_31b_h200_*.json")).read_text())
-    rows = {(r["who"], r["weights"]): r for r in engine["rows"] if r["model"] == "gemma-4-31b" and r["tokens"] == 31744}
-    ours, theirs, quantised = rows["headwise", "bf16"], rows["transformers", "bf16"], rows["headwise", "q4_k_m"]
+    engine = json.loads(max((ROOT / "benchmarks/results").glob("engine_h200_*.json")).read_text())
+    vllm = json.loads(max((ROOT / "benchmarks/results").glob("vllm_engine_h200_*.json")).read_text())
+    found = [r for r in engine["rows"] + vllm["rows"] if r["model"] == "gemma-4-31b" and r["tokens"] == 31744]
+    rows = {(r["who"], r["weights"]): r for r in found}
+    order = (("headwise", "bf16"), ("vLLM", "bf16"), ("transformers", "bf16"), ("headwise", "q4_k_m"), ("headwise", "fp8"))
     said = re.findall(
-        r"31K tokens at ([\d,]+) tok/s \(transformers ([\d,]+)\) and decodes after them at ([\d.]+) \(([\d.]+)\), (\d+) % .*?"
-        r"as they are, ([\d,]+) and ([\d.]+)\.", text
+        r"31K tokens at ([\d,]+) tok/s \(vLLM ([\d,]+), transformers ([\d,]+)\) and decodes after them at ([\d.]+) \(([\d.]+), "
+        r"([\d.]+)\), (\d+) % .*? as they are, ([\d,]+) and ([\d.]+)\. .*? In FP8 it is ([\d,]+) and ([\d.]+)\.", text
     )[0]  # fmt: skip
-    assert [f"{r['prefill_tok_s']:,.0f}" for r in (ours, theirs, quantised)] == [said[0], said[1], said[5]]
-    assert [f"{r['decode_tok_s']:.1f}" for r in (ours, theirs, quantised)] == [said[2], said[3], said[6]]
-    assert f"{100 * ours['decode_of_card']:.0f}" == said[4]
+    assert [f"{rows[key]['prefill_tok_s']:,.0f}" for key in order] == [*said[:3], said[7], said[9]]
+    assert [f"{rows[key]['decode_tok_s']:.1f}" for key in order] == [*said[3:6], said[8], said[10]]
+    assert f"{100 * rows[order[0]]['decode_of_card']:.0f}" == said[6]
+    line = json.loads(max((ROOT / "benchmarks/results").glob("prefill_line_h200_*.json")).read_text())
+    of = {(r["who"], r["tokens"]): r for r in line["rows"] + line["decode"] if r["weights"] == "q4_k_m"}
+    times = [of["headwise", n][what] / of["llama.cpp", n][what] for n, what in ((32768, "prefill_tok_s"), (512, "decode_tok_s"))]
+    assert re.findall(r"32K tokens ([\d.]+) times as fast and decodes ([\d.]+) times", text) == [tuple(f"{x:.1f}" for x in times)]
+    attention = json.loads(max((ROOT / "benchmarks/results").glob("attention_h200_*.json")).read_text())
+    at = {(r["who"], r["shape"]["one"]): round(r["tflops"]) for r in attention["rows"]
+          if r["shape"]["head_dim"] == 512 and r["shape"]["length"] == 32768 and not r["shape"]["decode"]}  # fmt: skip
+    said = re.findall(
+        r"run at (\d+) TFLOP/s with one tensor, where ffpa-attn reaches (\d+), vLLM.s branch of flash-attn-4 (\d+), PyTorch.s "
+        r"fused operator (\d+) and FlashInfer (\d+); with two tensors at (\d+), ffpa-attn at (\d+)\.", text
+    )[0]  # fmt: skip
+    who = ("headwise-hopper", "ffpa-attn cutedsl", "vLLM's flash-attn-4", "torch efficient", "flashinfer")
+    assert [at[name, True] for name in who] + [at[name, False] for name in who[:2]] == [int(x) for x in said]
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
     streams = json.loads(max((ROOT / "benchmarks/results").glob("streams_h200_*.json")).read_text())
     together = {(r["model"], r["streams"]): r["decode_tok_s"] for r in streams["rows"]}
