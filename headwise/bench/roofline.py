@@ -204,7 +204,8 @@ def _marker(who: str, rivals: Sequence[str], x: float, y: float) -> str:
         return f'<circle class="ours" cx="{x:.1f}" cy="{y:.1f}" r="{R}"/>'
     forms = (
         "M-4 -4H4V4H-4Z", "M0 -5L5 4H-5Z", "M0 -5.5L5.5 0L0 5.5L-5.5 0Z", "M-5 -4H5L0 5Z", "M0 -5V5M-5 0H5", "M-4 -4L4 4M-4 4L4 -4",
-        "M-5 3A5 5 0 0 1 5 3Z", "M-2 -5H2V5H-2Z", "M-5 -2H5V2H-5Z", "M-5 -4L5 4V-4L-5 4Z", "M-4 -5H4L-4 5H4Z", "M-5 -3A5 5 0 0 0 5 -3Z",
+        "M-5 3A5 5 0 0 1 5 3Z", "M-2 -5H2V5H-2Z", "M-5 -2H5V2H-5Z",
+        "M-5 -4L5 4V-4L-5 4Z", "M-4 -5H4L-4 5H4Z", "M-5 -3A5 5 0 0 0 5 -3Z",
     )  # fmt: skip
     form = forms[rivals.index(who) % len(forms)]
     return f'<path class="rival" transform="translate({x:.1f} {y:.1f})" d="{form}"/>'
