@@ -182,7 +182,7 @@ def _bench_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--weights", default="bf16", metavar="bf16|fp8|q8_0|q4_k_m|...", help="engine: weight type")
     p.add_argument("--kv", default="bf16", metavar=KV_TYPES, help="engine: KV type of all layers")
     p.add_argument("--ubatch", type=int, default=2048, metavar="N", help="engine: most tokens of one prefill step")
-    p.add_argument("--svg", metavar="FILE", help="attention: draw the roofline there")
+    p.add_argument("--svg", metavar="FILE", help="draw there: attention the roofline, engine prefill over prompt length")
     p.add_argument("--json", action="store_true", help="one object on standard output")
 
 

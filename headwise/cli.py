@@ -512,25 +512,23 @@ def _bench(args: argparse.Namespace) -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
 
+    if args.svg and not Path(args.svg).parent.is_dir():
+        raise UsageError(f"{args.svg} cannot be written", why="its directory does not exist", do=f"--svg {args.what}.svg")
     if args.what == "attention":
-        from headwise.bench import attention
-        from headwise.bench.roofline import svg
+        from headwise.bench import attention, roofline
 
-        if args.svg and not Path(args.svg).parent.is_dir():
-            raise UsageError(f"{args.svg} cannot be written", why="its directory does not exist", do="--svg roofline.svg")
         found = attention.bench(as_json=args.json, say=say)
         if args.svg:
-            _write(args.svg, svg(found))
+            _write(args.svg, roofline.svg(found))
         return 0
-    from headwise.bench import engine
+    from headwise.bench import engine, prefill_line
 
-    if args.svg:
-        raise UsageError("--svg is of bench attention", why="bench engine has no roofline to draw", do="leave it out")
+    models = args.models or ["gemma-4-31b"]
     lengths = [int(x) for x in args.lengths.split(",") if x.strip().isdigit()]
     if not lengths or min(lengths) < 1:
         raise UsageError(f"--lengths {args.lengths} names no length", why="numbers of tokens", do="--lengths 4096,31744")
-    engine.bench(
-        args.models or ["gemma-4-31b"],
+    found = engine.bench(
+        models,
         lengths=lengths,
         weights=args.weights,
         kv=args.kv,
@@ -538,6 +536,8 @@ def _bench(args: argparse.Namespace) -> int:
         as_json=args.json,
         say=say,
     )
+    if args.svg:
+        _write(args.svg, prefill_line.svg(found | {"model": ", ".join(models)}))
     return 0
 
 

@@ -174,7 +174,7 @@ def test_the_plan_of_the_cpu_is_what_run_allocates(capsys: pytest.CaptureFixture
         (("plan", "gemma-4-31b", "--weights", "q1"), 2, "unknown weight type"),
         (("plan", "gemma-4-31b", "--engine", "lmdeploy"), 2, "lmdeploy"),
         (("plan", "--nonsense"), 2, "nonsense"),
-        (("bench", "engine", "--svg", "roofline.svg"), 2, "--svg is of bench attention"),
+        (("bench", "engine", "--svg", "missing/engine.svg"), 2, "missing/engine.svg cannot be written"),
         (("frobnicate",), 2, "frobnicate"),
     ],
 )

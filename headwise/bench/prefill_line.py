@@ -1,4 +1,5 @@
-"""The picture of a result of benchmarks/prefill_line.py: prefill tok/s over prompt length, both logarithmic, a line each engine.
+"""Prefill tok/s over prompt length, both logarithmic, a line each engine and model: of a result of `headwise bench engine`, or of
+benchmarks/prefill_line.py, which has other engines too.
 
 Pure: `svg` makes the same text of the same result; it needs no card.
 """
@@ -7,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import ceil, floor, log2, log10
-from typing import Any
+from typing import Any, NamedTuple
 
 from headwise.bench.roofline import opening, text
 
@@ -30,14 +31,28 @@ LINES = (
 )  # as the styles number them
 
 
-def lines(result: Mapping[str, Any]) -> list[tuple[int, list[tuple[int, float]]]]:
-    """The number of each line that has rows, with its (tokens, tok/s) in order."""
-    found = []
-    for i, line in enumerate(LINES):
-        at = [(r["tokens"], r["prefill_tok_s"]) for r in result["rows"] if (r["who"], r["weights"]) == line]
-        if at:
-            found.append((i, sorted(at)))
-    return found
+class Line(NamedTuple):
+    """`at` has (tokens, tok/s) in order."""
+
+    style: int
+    words: str
+    at: list[tuple[int, float]]
+    ours: bool
+
+
+def lines(result: Mapping[str, Any]) -> list[Line]:
+    """Of each engine and weights, and of each model where there are several; those of LINES first, in that order."""
+    models = {r.get("model") for r in result["rows"]}  # a run of several has one engine
+    found: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+    for r in result["rows"]:
+        words = f"{r['model'] if len(models) > 1 else r['who']} {r['weights']}"
+        found.setdefault((words, r["who"], r["weights"]), []).append((r["tokens"], r["prefill_tok_s"]))
+    known = {line: i for i, line in enumerate(LINES)} if len(models) == 1 else {}
+    order = sorted(found, key=lambda key: known.get(key[1:], len(LINES)))
+    free = [i for i in range(len(LINES)) if i not in [known.get(key[1:]) for key in order]] or [*range(len(LINES))]
+    new = [key for key in order if key[1:] not in known]
+    style = {key: known[key[1:]] if key[1:] in known else free[new.index(key) % len(free)] for key in order}
+    return [Line(style[key], key[0], sorted(found[key]), key[1] == "headwise") for key in order]
 
 
 def spread(wanted: Sequence[float], apart: float) -> list[float]:
@@ -52,12 +67,12 @@ def spread(wanted: Sequence[float], apart: float) -> list[float]:
 def svg(result: Mapping[str, Any]) -> str:
     """The picture of a result; light and dark by the reader's preference."""
     found = lines(result)
-    tokens = sorted({n for _, at in found for n, _ in at})
-    rates = [rate for _, at in found for _, rate in at]
+    tokens = sorted({n for line in found for n, _ in line.at})
+    rates = [rate for line in found for _, rate in line.at]
     low, high = log10(min(rates)) - 0.1, log10(max(rates)) + 0.1
 
     def x(n: int) -> float:
-        return LEFT + WIDTH * (log2(n) - log2(tokens[0]) + 0.3) / (log2(tokens[-1]) - log2(tokens[0]) + 0.6)
+        return LEFT + WIDTH * (log2(n / tokens[0]) + 0.3) / (log2(tokens[-1] / tokens[0]) + 0.6)
 
     def y(rate: float) -> float:
         return TOP + HEIGHT * (high - log10(rate)) / (high - low)
@@ -78,14 +93,14 @@ def svg(result: Mapping[str, Any]) -> str:
     out.append(text(LEFT + WIDTH / 2, TOP + HEIGHT + 36, "tokens of the prompt", anchor="middle"))
     middle = TOP + HEIGHT / 2
     out.append(text(14, middle, "prefill, tok/s", anchor="middle", more=f' transform="rotate(-90 14 {middle:.0f})"'))
-    stand = spread([y(at[-1][1]) for _, at in found], APART)
-    for (i, at), label in zip(found, stand, strict=True):
+    stand = spread([y(line.at[-1][1]) for line in found], APART)
+    for (i, words, at, ours), label in zip(found, stand, strict=True):
         out.append(f'<path class="line c{i}" d="M{"L".join(f"{x(n):.1f} {y(rate):.1f}" for n, rate in at)}"/>')
         out += [f'<circle class="p{i}" cx="{x(n):.1f}" cy="{y(rate):.1f}" r="{R}"/>' for n, rate in at]
         ends = at[-1][0] < tokens[-1]
-        words = " ".join(LINES[i]) + (f", ends at {at[-1][0] // 1024}K" if ends else "")
+        words += f", ends at {at[-1][0] // 1024}K" if ends else ""
         left = LEFT + WIDTH + 6
         if abs(label - y(at[-1][1])) > 4 or ends:  # from the last point to its label
             out.append(f'<path class="grid" d="M{x(at[-1][0]) + R + 1:.1f} {y(at[-1][1]):.1f}L{left - 2} {label:.1f}"/>')
-        out.append(text(left, label + 4, words, "b" if i < 2 else ""))
+        out.append(text(left, label + 4, words, "b" if ours else ""))
     return "\n".join([*out, "</svg>", ""])

@@ -44,10 +44,10 @@ def test_every_row_is_a_point_inside_the_plot_and_longer_prompts_stand_right() -
     assert len(at) == len(result()["rows"])
     assert all(LEFT < x < LEFT + WIDTH and TOP < y < TOP + HEIGHT for x, y in at)
     start = 0
-    for _, points in lines(result()):
-        xs = [x for x, _ in at[start : start + len(points)]]
+    for line in lines(result()):
+        xs = [x for x, _ in at[start : start + len(line.at)]]
         assert xs == sorted(set(xs))
-        start += len(points)
+        start += len(line.at)
 
 
 def test_labels_of_equal_lines_stand_apart() -> None:
@@ -59,6 +59,25 @@ def test_labels_of_equal_lines_stand_apart() -> None:
     ys = sorted(float(t.attrib["y"]) for t in labels)
     assert all(b - a > APART - 0.2 for a, b in pairwise(ys))
     assert all(float(t.attrib["x"]) + 6.5 * len(t.text or "") < PAGE[0] for t in labels)
+
+
+def test_the_engines_own_benchmark_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other weights than the line's, several models, one length: each has a label, and no two lines one style."""
+    from headwise.bench import engine
+    from headwise.cli import main
+
+    rows = [{"model": m, "who": "headwise", "weights": w, "tokens": n, "prefill_tok_s": 900.0 + n, "decode_tok_s": 1.0}
+            for m, w in (("a", "fp8"), ("a", "q4_k_m"), ("b", "fp8")) for n in (512, 4096)]  # fmt: skip
+    monkeypatch.setattr(engine, "bench", lambda models, **rest: {"gpu": "card", "date": "2026-01-01", "rows": rows})
+    assert main(["bench", "engine", "a", "b", "--svg", str(tmp_path / "e.svg")]) == 0
+    drawn = ElementTree.fromstring((tmp_path / "e.svg").read_text())
+    words = [t.text for t in drawn.iter(f"{SVG}text")]
+
+    assert words[0] == "Prefill of a, b on one card, 2026-01-01"
+    assert words[-3:] == ["a fp8", "a q4_k_m", "b fp8"]
+    assert len({p.attrib["class"] for p in drawn.iter(f"{SVG}path") if p.attrib["class"].startswith("line")}) == 3
+    assert [(line.style, line.words) for line in lines({"rows": rows[:4]})] == [(1, "headwise q4_k_m"), (0, "headwise fp8")]
+    assert "nan" not in svg({"gpu": "card", "date": "2026-01-01", "model": "a", "rows": rows[:1]})
 
 
 @pytest.mark.parametrize(("wanted", "stand"), [([10.0, 12.0, 60.0], [10.0, 25.0, 60.0]), ([12.0, 10.0], [25.0, 10.0])])
