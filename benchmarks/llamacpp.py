@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import statistics
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int8, c_int32, c_size_t, c_uint32, c_void_p
@@ -23,11 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.bench.engine import blocks_of, random_weights
+from headwise.bench.engine import blocks_of, first_layers, random_weights, runner_for
+from headwise.engine.devices import device_kind
 from headwise.errors import UsageError
 from headwise.planner.memory import Plan
+from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.layers import ModelSpec
+from headwise.spec.kv import KVFormat, kv_format
+from headwise.spec.layers import Kind, ModelSpec
 from headwise.spec.tensors import weight_tensors
 from headwise.weights.blocks import Weight
 from headwise.weights.names import gguf_name
@@ -64,6 +68,13 @@ class Batch(Structure):
 
 
 DEFAULTS = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "flash_attn_type": -1, "type_k": 1, "type_v": 1, "offload_kqv": True}
+
+
+AGREES = 0.1  # relative, of logits: llama.cpp rounds activations to 8 bits
+
+
+class Wrong(RuntimeError):
+    """Its answer is not headwise's."""
 
 
 def _log(level: int, text: bytes, _: Any) -> None:
@@ -171,6 +182,37 @@ def _library(folder: Path) -> Any:
     ggml.ggml_backend_load_all_from_path(str(folder).encode())
     lib.llama_backend_init()
     return lib
+
+
+def opened(folder: Path, spec: ModelSpec, p: Plan, device: torch.device, *, context: int, ubatch: int) -> tuple[LlamaCpp, float]:
+    """A plan's model with its random weights, once the logits of its first layers agreed with headwise's; and their relative error.
+
+    Files are made in memory where the system has a folder for that.
+
+    Raises:
+        Wrong: they did not agree.
+    """
+    small, shm = first_layers(spec), Path("/dev/shm")
+    kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
+    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as scratch:
+        file = Path(scratch) / "random.gguf"
+        runner, _, first = runner_for(small, context=2048, chunk=512, kv=kv, dtype="bf16", stored=weight_types(small, "q4_k_m"),
+                                      kind=device_kind(device), device=device)  # fmt: skip
+        write(file, small, first, device)
+        ids = torch.randint(3, spec.vocab_size, (1300,)).tolist()
+        want = runner.logits(runner.prefill(ids))[0].double().cpu()
+        del runner
+        engine = LlamaCpp(folder, file, context=2048, ubatch=512)
+        got = engine.prefill(ids).double()
+        engine.close()
+        error = float((got - want).norm() / want.norm())
+        print(f"llama.cpp's logits after {len(small.layers)} layers: {error:.1e} from headwise's", flush=True)
+        if not error < AGREES:
+            raise Wrong(f"its logits are {error:.1e} from headwise's, over {AGREES}")
+        seconds = write(file, spec, p, device)
+        print(f"{file.stat().st_size / 1e9:.1f} GB written in {seconds:.0f} s", flush=True)
+        torch.cuda.empty_cache()
+        return LlamaCpp(folder, file, context=context, ubatch=ubatch), error
 
 
 def config_of(name: str, n_layers: int) -> dict[str, Any]:

@@ -19,7 +19,6 @@ import argparse
 import gc
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,7 +30,7 @@ import transformers
 from engine import built
 
 from headwise.bench.attention import ceilings
-from headwise.bench.engine import DECODED, allowed, bound, check, first_layers, measure, runner_for
+from headwise.bench.engine import DECODED, allowed, bound, check, measure, runner_for
 from headwise.engine.devices import device_kind
 from headwise.errors import HeadwiseError, UsageError
 from headwise.planner.memory import Plan
@@ -47,7 +46,6 @@ CHUNK = 4096
 DECODED_BEHIND = (512, 31744)
 WARM = 16384  # the longest prompt that is run once unmeasured
 LONGEST_S, THEIRS_S, SPENT_S = 60.0, 260.0, 440.0  # one prompt; until transformers ends; the whole run
-AGREES = 0.1  # relative, of logits: llama.cpp rounds activations to 8 bits
 FORMATS: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
 
 
@@ -155,34 +153,14 @@ def theirs(line: Line, spec: ModelSpec, device: torch.device) -> None:
 
 
 def llama_cpp(line: Line, spec: ModelSpec, p: Plan, folder: Path, device: torch.device) -> None:
-    """Its first layers against ours, then the whole model of our plan; files in memory where the system has a folder for that."""
     import llamacpp
 
-    kind, small = device_kind(device), first_layers(spec)
-    shm = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as scratch:
-        file = Path(scratch) / "random.gguf"
-        runner, _, first = runner_for(small, context=2048, chunk=512, kv=FORMATS, dtype="bf16",
-                                      stored=weight_types(small, "q4_k_m"), kind=kind, device=device)  # fmt: skip
-        llamacpp.write(file, small, first, device)
-        ids = torch.randint(3, spec.vocab_size, (1300,)).tolist()
-        want = runner.logits(runner.prefill(ids))[0].double().cpu()
-        freed()
-        engine = llamacpp.LlamaCpp(folder, file, context=2048, ubatch=512)
-        got = engine.prefill(ids).double()
-        engine.close()
-        error = float((got - want).norm() / want.norm())
-        print(f"llama.cpp's logits after {len(small.layers)} layers: {error:.1e} from headwise's", flush=True)
-        if not error < AGREES:
-            line.stop("llama.cpp", "q4_k_m", LENGTHS[0], f"its logits are {error:.1e} from headwise's, over {AGREES}")
-            return
-        line.result["errors"]["llama.cpp"] = error
-        del runner
-        freed()
-        seconds = llamacpp.write(file, spec, p, device)
-        print(f"{file.stat().st_size / 1e9:.1f} GB written in {seconds:.0f} s", flush=True)
-        freed()
-        engine = llamacpp.LlamaCpp(folder, file, context=max(LENGTHS) + 256, ubatch=CHUNK)
+    try:
+        engine, error = llamacpp.opened(folder, spec, p, device, context=max(LENGTHS) + 256, ubatch=CHUNK)
+    except llamacpp.Wrong as wrong:
+        line.stop("llama.cpp", "q4_k_m", LENGTHS[0], wrong)
+        return
+    line.result["errors"]["llama.cpp"] = error
     for tokens in DECODED_BEHIND:
         engine.prefill(torch.randint(3, spec.vocab_size, (tokens,)).tolist())
         line.decoded("llama.cpp", "q4_k_m", tokens, engine.decode(DECODED))
