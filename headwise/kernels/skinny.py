@@ -30,7 +30,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from headwise.kernels.arrange import STEP, Arranged, ArrangedPairs
 from headwise.kernels.newer import thread_barrier
-from headwise.kernels.split import Card, room, splits_for
+from headwise.kernels.split import Card, card, room, splits_for
 from headwise.kernels.stored import overlap
 from headwise.kernels.tiled import EIGHT, LAYOUTS, MXFP4, Q4_0, Q4_K, Q5_0, Q5_K, Q6_K, Q8_0, Planes
 from headwise.planner.workspace import SKINNY_ROWS, padded
@@ -48,7 +48,7 @@ class Config(NamedTuple):
     registers: int = 128  # most a thread
 
 
-# By the pairs of a tile; fastest on an H200, benchmarks/experts.py OUT.json arranged.
+# By the pairs of a tile: fastest on an H200, benchmarks/experts.py OUT.json arranged.
 OF_EXPERTS = {8: Config(64, 2, registers=168), 16: Config(128, 4, registers=128), 32: Config(128, 4, registers=168)}
 
 
@@ -518,13 +518,25 @@ def shared_bytes(type_name: str, TP: int, config: Config) -> int:
     return config.stages * (config.rows // 8 * words * 4 + 8 * TP * 32 * 2)
 
 
+def _fitting(c: Config, type_name: str, TP: int, card: Card) -> Config:
+    """With half the rows while a program's copies are more than the card's shared memory."""
+    while c.rows > 32 and shared_bytes(type_name, TP, c) > card.most:
+        c = c._replace(rows=c.rows // 2, warps=c.rows // 32)
+    return c
+
+
+@remember
+def config_of_experts(type_name: str, tile: int, card: Card) -> Config:
+    """The launch for tiles of so many pairs."""
+    return _fitting(OF_EXPERTS[tile], type_name, tile, card)
+
+
 @remember
 def config_for(type_name: str, T: int, N: int, K: int, card: Card) -> Config:
     """The launch of a shape: so many programs a row that the last wave of them is nearly full."""
     TP = padded(T)
     c = Config(128, 4 if TP < 64 else 8, registers=128 if TP < 32 else 168 if TP < 64 else 255)
-    while c.rows > 32 and shared_bytes(type_name, TP, c) > card.most:
-        c = c._replace(rows=c.rows // 2, warps=c.rows // 32)
+    c = _fitting(c, type_name, TP, card)
     at_once = card.processors * min(65536 // (c.registers * 32 * c.warps), card.shared // (shared_bytes(type_name, TP, c) + 1024))
     return c._replace(splits=splits_for(-(-K // (32 * STEP)), -(-N // c.rows), at_once))
 
@@ -563,7 +575,8 @@ def skinny_experts(x: ArrangedPairs, w: Planes, out_PN: Tensor, *, by_pair: bool
     Raises:
         ValueError: shapes, strides or types this kernel does not take, with both numbers.
     """
-    (P, K), N, order, c = x.shape, w.rows, x.order, config or OF_EXPERTS[x.order.tile_rows]
+    (P, K), N, order = x.shape, w.rows, x.order
+    c = config or config_of_experts(w.type, order.tile_rows, card(out_PN.device))
     if w.low.dim() != 3 or w.K != K or tuple(out_PN.shape) != (P, N) or out_PN.stride(1) != 1 or N % EIGHT:
         raise ValueError(f"skinny_experts: ({P}, {K}) by a stack {tuple(w.low.shape)} of ({N}, {w.K}) into {tuple(out_PN.shape)}")
     if out_PN.dtype != x.values.dtype:

@@ -44,13 +44,13 @@ def compile_one(type_name: str, T: int, capability: int, dtype: torch.dtype) -> 
 
 
 def experts(type_name: str, capability: int, tile: int) -> dict[str, object]:
-    c = S.OF_EXPERTS[tile]
+    c = S.config_of_experts(type_name, tile, CARDS[capability])
     K, E = 2816 if LAYOUTS[type_name].block == 256 else 704, 128
     stand_in, kernels = Compiled(S._skinny, capability), (A._arrange_pairs, S._skinny)
     A._arrange_pairs, S._skinny = Compiled(A._arrange_pairs, capability), stand_in
     order = R.Order(*(torch.zeros(n, dtype=torch.int32) for n in (32, E + 1, E + 1, 32 + E)), tile)
     x = A.arrange_pairs(torch.empty(4, K, dtype=torch.bfloat16), order, E, torch.empty(2**23, dtype=torch.bfloat16))
-    S.skinny_experts(x, empty(type_name, (E, N, K), "cpu"), torch.empty(32, N, dtype=torch.bfloat16), by_pair=True)
+    S.skinny_experts(x, empty(type_name, (E, N, K), "cpu"), torch.empty(32, N, dtype=torch.bfloat16), by_pair=True, config=c)
     A._arrange_pairs, S._skinny = kernels
     r = stand_in.reports[0]
     return {
@@ -71,5 +71,6 @@ if __name__ == "__main__":
     ]
     for job in jobs:
         print(json.dumps(compile_one(*job)), flush=True)
-    for case in (("q4_k", 90, 8), ("q5_0", 86, 32), ("q8_0", 90, 16), ("q6_k", 80, 32), ("q4_k", 89, 16), ("q6_k", 90, 8)):
+    cases = [("q4_k", 90, 8), ("q5_0", 86, 32), ("q8_0", 90, 16), ("q6_k", 80, 32), ("q4_k", 89, 16), ("q6_k", 90, 8), ("q8_0", 89, 32)]
+    for case in cases:
         print(json.dumps(experts(*case)), flush=True)

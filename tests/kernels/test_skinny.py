@@ -128,6 +128,21 @@ def test_programs_of_a_row_share_all_of_it(name: str, K: int) -> None:
             assert S.shared_bytes(name, S.padded(T), c) <= H200.most
 
 
+def test_experts_fit_the_shared_memory_of_every_card() -> None:
+    """A tile of 32 pairs over 128 rows of q8_0 is a kilobyte more than a consumer card's program may have."""
+    from headwise.kernels import skinny as S
+    from headwise.kernels.split import H200, Card
+    from headwise.kernels.tiled import LAYOUTS
+
+    small = Card(128, 100 << 10, 99 << 10)
+    for name in LAYOUTS:
+        for tile in S.OF_EXPERTS:
+            c = S.config_of_experts(name, tile, small)
+            assert S.shared_bytes(name, tile, c) <= small.most and c.rows % (16 * c.warps) == 0
+            assert S.config_of_experts(name, tile, H200) == S.OF_EXPERTS[tile]
+    assert S.shared_bytes("q8_0", 32, S.OF_EXPERTS[32]) == (100 << 10) > small.most
+
+
 def test_consumer_cards_take_fewer_rows() -> None:
     from headwise.kernels import skinny as S
     from headwise.kernels.split import H200, Card
