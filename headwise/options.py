@@ -81,7 +81,7 @@ OPTIONS = (
            unset="v+rotated"),
     Option("context", "whole", (*_LOADING, "plan"), "tokens of prompt and answer to plan memory for", "N"),
     Option("ubatch", "whole", (*_LOADING, "plan"), "most tokens of one prefill step", "N",
-           unset="up to 2,048, what a card that is known computes in half a second, and as fits; else 512"),
+           unset="up to 4,096, what a card that is known computes in half a second, and as fits; else 512"),
     Option("device", "text", _LOADING, "default: CUDA where there is one, as few cards as hold the model", "cpu|cuda[:N]"),
     Option("gpu", "text", _LOADING, "the cards that share the layers, e.g. 0,1, or with limits 0:12,1:24", "N[:GiB],N"),
     Option("weights", "text", ("run", "serve"), "make the layers' matrices and experts, in floats, fp8 at load, on a GPU", "fp8"),

@@ -18,6 +18,7 @@ from headwise.spec.tensors import TensorSpec, layer_of, weight_tensors
 
 STEPS = (2048, 1024, DEFAULT_CHUNK)  # of 512 a third goes into expanding Q4_K (one H200, docs/planning.md)
 STEP_S = 0.5  # of the card's matrix rate: a second of its time, or a little more
+LONG_STEP, LAUNCH_S = 4096, 0.05  # in which the card is done before the host has launched the next step of half the tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,11 +53,13 @@ def step_sizes(spec: ModelSpec, gpus: Sequence[Gpu | None]) -> tuple[int, ...]:
     """Tokens of a prefill step to choose from where nobody says how many, the most first.
 
     A step expands every quantised matrix once, so short steps do little else: more tokens are better up to `STEP_S`, in which
-    nobody hears of progress and nobody else is answered. Of a card that is not known, and of the CPU, `DEFAULT_CHUNK`.
+    nobody hears of progress and nobody else is answered. Where few weights are active the host takes longer to launch a step than
+    the card to run it, so that twice the tokens cost no time. Of a card that is not known, and of the CPU, `DEFAULT_CHUNK`.
     """
     rates = [0.0 if gpu is None else 1e12 * (_rate(gpu) or 0.0) for gpu in gpus]
-    most = STEP_S * min(rates, default=0.0) / weight_flops(spec)
-    return tuple(n for n in STEPS if n <= max(most, DEFAULT_CHUNK))
+    in_a_second = min(rates, default=0.0) / weight_flops(spec)
+    long = (LONG_STEP,) if in_a_second * LAUNCH_S >= LONG_STEP else ()
+    return (*long, *(n for n in STEPS if n <= max(in_a_second * STEP_S, DEFAULT_CHUNK)))
 
 
 def _rate(gpu: Gpu) -> float | None:
