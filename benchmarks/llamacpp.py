@@ -4,6 +4,9 @@ The library is called through its C interface, whose structures are those of rel
 The file holds the numbers that `headwise.bench.engine` makes on the same device for the same plan, so that both can be
 compared on it. Only dense models of the gemma4 family are written.
 
+Needs the gguf package, and shared libraries: of the release's sources (the sdist of llama-cpp-python 0.3.36 has them) built by
+CMake with BUILD_SHARED_LIBS, for a card with GGML_CUDA and its CMAKE_CUDA_ARCHITECTURES. Packages of binaries fit few cards.
+
 Source    llama.cpp 0.5.0 include/llama.h; keys and tensors of the file: tests/gguf_files.py, headwise/weights/names.py.
 """
 
