@@ -43,7 +43,7 @@ from headwise.kernels.expand import expand
 from headwise.kernels.matvec import quantise
 from headwise.kernels.tiled import Planes
 from headwise.model.experts import ALONE_ROWS, TILES
-from headwise.planner.workspace import arranged_values, order_values
+from headwise.planner.workspace import arranged_values, most_tiles, order_values
 from headwise.weights.blocks import dequantise, expand_fp8, to_fp8
 from headwise.weights.retile import empty, retile
 
@@ -406,7 +406,7 @@ def arranged_tokens(T: int, stacks: Sequence[Any], expanded: tuple[Tensor, Tenso
 
     for n in (tile for tile in S.OF_EXPERTS if tile <= max(8, 4 * T * K // E)):
         orders = [sorted_by_expert(k, E, n) for k in chosens]
-        rooms = [room(min(T * K, T * K // n + E) * arranged_values(n, width)) for width in (D, W)]
+        rooms = [room(most_tiles(T * K, E, n) * arranged_values(n, width)) for width in (D, W)]
         for c in ARRANGED:
             steps = []
             for s, o in zip(stacks, orders, strict=True):
@@ -423,7 +423,7 @@ def arranged_tokens(T: int, stacks: Sequence[Any], expanded: tuple[Tensor, Tenso
             except OutOfResources as failure:
                 print(T, n, c, failure, flush=True)
     if T >= 64:
-        tile = next((rows for most, rows in TILES if most >= T * K // E), 128)
+        tile = tile_of(T)
         orders = [sorted_by_expert(k, E, tile) for k in chosens]
         halves, deep = expanded[0].view(E, 2 * W, D), expanded[1].view(E, D, W)
         steps = [

@@ -20,11 +20,10 @@ from torch import Tensor
 from headwise.kernels.gates import ACTIVATIONS, Gate, gated
 from headwise.kernels.router import Order
 from headwise.kernels.stored import in_turn, overlap
-from headwise.planner.workspace import SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
+from headwise.planner.workspace import PAIR_TILES, SKINNY_ROWS, SKINNY_STEP, arranged_values, padded
 
 STEP = SKINNY_STEP // 32  # groups that `skinny` takes at a time
 TYPES = (torch.bfloat16, torch.float16)
-TILES = (8, 16, 32)  # pairs of a tile
 
 
 class Arranged(NamedTuple):
@@ -126,8 +125,8 @@ def arrange_pairs(x: Tensor, order: Order, n_experts: int, room: Tensor, gate: G
     P, K = order.pairs_P.shape[0], x.shape[1] // (1 if gate is None else 2)
     rows = order.tile_rows
     tiles, values = order.tiles(n_experts), arranged_values(rows, K)
-    if K % 32 or rows not in TILES or P % x.shape[0] or (gate is not None and x.shape[0] != P):
-        raise ValueError(f"arrange_pairs: {tuple(x.shape)} for {P} pairs in tiles of {rows}, not of {TILES}, K whole 32s")
+    if K % 32 or rows not in PAIR_TILES or P % x.shape[0] or (gate is not None and x.shape[0] != P):
+        raise ValueError(f"arrange_pairs: {tuple(x.shape)} for {P} pairs in tiles of {rows}, not of {[*PAIR_TILES]}, K whole 32s")
     if room.dtype != x.dtype or room.dtype not in TYPES or room.numel() < tiles * values or x.stride(1) != 1:
         raise ValueError(f"arrange_pairs: {room.numel()} {room.dtype}, not {tiles} tiles of {values} of {x.dtype}, {x.stride()}")
     out = room.flatten()[: tiles * values]

@@ -23,7 +23,7 @@ from torch import Tensor
 from headwise.kernels.configs import Arch
 from headwise.kernels.stored import device_arch, in_turn, overlap
 from headwise.planner.residence import MAX_EXPERTS
-from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS
+from headwise.planner.workspace import ORDER_BLOCK, ORDER_TILE, ROUTER_ROWS, most_tiles
 
 TOLERANCE = 1e-5  # relative error of a weight
 # tokens, experts and values of a tile, warps; in the larger tile Ampere's registers spill
@@ -65,8 +65,7 @@ class Order(NamedTuple):
 
     def tiles(self, n_experts: int) -> int:
         """Most tiles that `n_experts` of the experts have."""
-        P = self.pairs_P.shape[0]
-        return min(P, P // self.tile_rows + n_experts)
+        return most_tiles(self.pairs_P.shape[0], n_experts, self.tile_rows)
 
 
 def reference(x_TD: Tensor, w_ED: Tensor, n_active: int, choice: Choice) -> Chosen:

@@ -27,9 +27,9 @@ QUANT_PARTIAL, QUANT_DONE = 2**21, 2**15  # partial sums of products that are sh
 EXPERT_ROWS = 160  # most tokens whose pairs meet quantised experts as integers, each pair by itself
 RECORDED_TOKENS = 1024  # of a prompt's chunk that is recorded; the kernels of more take longer than the host needs to launch them
 ROUTER_ROWS = 16  # tokens whose scores are counted before one program chooses
-PAIR_ROWS, PAIRS_EACH = 1024, 64  # most tokens, and pairs an expert, that meet quantised experts arranged, in tiles of one expert
-PAIR_TILES = ((7, 8), (20, 16))  # up to so many pairs an expert, a tile has so many; else 32
-ORDER_TILE, ORDER_BLOCK = 8, 128  # pairs of the smallest tile, and of a program that sorts
+PAIR_ROWS = 1024  # most tokens whose pairs meet quantised experts arranged, in tiles of one expert
+PAIR_TILES = {8: 7, 16: 20, 32: 64}  # pairs of a tile, and up to how many an expert has where it is taken
+ORDER_TILE, ORDER_BLOCK = min(PAIR_TILES), 128  # pairs of the smallest tile, and of a program that sorts
 DRAW_VALUES, DRAW_GROUP, DRAW_BLOCK = 2**16, 64, 4096  # that 16 bits have; logits of which one bounds top-k, and of a program
 PARTIAL_TILES = 264 * 16  # rows of partial results: two programs on each of 132 multiprocessors, 16 rows each
 Phase = Literal["always", "attention", "mlp", "head"]
@@ -62,12 +62,17 @@ def arranged_values(T: int, K: int) -> int:
 
 def pair_rows(n_experts: int, n_active: int) -> int:
     """Most tokens whose pairs are arranged; with more, experts are expanded."""
-    return min(PAIR_ROWS, max(SKINNY_ROWS, PAIRS_EACH * n_experts // n_active))
+    return min(PAIR_ROWS, max(PAIR_TILES.values()) * n_experts // n_active)
 
 
 def pair_tile(n_pairs: int, n_experts: int) -> int:
     """Pairs of a tile whose rows are arranged: of most experts one tile has them all, or two."""
-    return next((tile for most, tile in PAIR_TILES if n_pairs <= most * n_experts), 32)
+    return next(tile for tile, each in PAIR_TILES.items() if n_pairs <= each * n_experts)
+
+
+def most_tiles(n_pairs: int, n_experts: int, tile: int) -> int:
+    """Tiles of one expert each, however the pairs are shared out among the experts."""
+    return min(n_pairs, n_pairs // tile + n_experts)
 
 
 def arranged_pair_values(n_tokens: int, moe: MoeSpec, hidden: int) -> int:
@@ -75,7 +80,7 @@ def arranged_pair_values(n_tokens: int, moe: MoeSpec, hidden: int) -> int:
     E = moe.n_experts
     P = min(n_tokens, pair_rows(E, moe.n_active)) * moe.n_active
     tile = pair_tile(P, E)
-    return min(P, P // tile + E) * arranged_values(tile, max(hidden, moe.width))
+    return most_tiles(P, E, tile) * arranged_values(tile, max(hidden, moe.width))
 
 
 def scaled_bytes(T: int, K: int) -> int:
