@@ -25,8 +25,8 @@ import torch
 import transformers
 from torch import Tensor
 
-from headwise.bench.engine import bench, line, runner_for
-from headwise.engine.devices import device_kind
+from headwise.bench.engine import bench, line, plan_for
+from headwise.engine.devices import Seat, device_kind
 from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.kv import KVFormat, kv_format
@@ -41,7 +41,7 @@ QUANTISED = {"gemma-4-31b": ("fp8", "q4_k_m"), "gemma-4-26b-a4b": ("q4_k_m",)}  
 
 def dummies(weights: Mapping[str, Weight]) -> None:
     """Every float within 1e-3 of 0. Norms have such weights too, and `layer_scalar` multiplies the stream by one of them after each
-    of Gemma 4's layers: from the eleventh or so on its products multiply zeros.
+    of Gemma 4's layers: from the fourteenth of the 31B on it is zero.
 
     Source: vLLM 0.26.0 model_executor/model_loader/weight_utils.py initialize_dummy_weights.
     """
@@ -52,9 +52,7 @@ def dummies(weights: Mapping[str, Weight]) -> None:
 
 def built(name: str) -> Any:
     """transformers' model of a catalogue entry's shape, random weights in bf16 on the card, sdpa."""
-    config = dict(catalogue._entries()[name]["config"])
-    if isinstance(config.get("layer_types"), str):
-        config["layer_types"] = ["sliding_attention" if c == "S" else "full_attention" for c in config["layer_types"]]
+    config = catalogue.config(name)
     kind = config.pop("model_type")
     made = transformers.AutoConfig.for_model(kind, **config)
     torch.set_default_dtype(torch.bfloat16)
@@ -101,8 +99,8 @@ def llama_cpp(name: str, folder: Path, lengths: tuple[int, ...]) -> list[dict[st
 
     spec, device, context = catalogue.spec(name), torch.device("cuda"), max(lengths) + DECODED + 256
     kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
-    *_, p = runner_for(spec, context=context, chunk=UBATCH, kv=kv, dtype="bf16", stored=weight_types(spec, "q4_k_m"),
-                       kind=device_kind(device), device=device)  # fmt: skip
+    _, p, _ = plan_for(spec, context=context, chunk=UBATCH, kv=kv, dtype="bf16", stored=weight_types(spec, "q4_k_m"),
+                       kind=device_kind(device), seats=[Seat(device)])  # fmt: skip
     engine, error = llamacpp.opened(folder, spec, p, device, context=context, ubatch=UBATCH)
     rows = []
     for length in lengths:

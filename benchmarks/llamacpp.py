@@ -13,6 +13,7 @@ Source    llama.cpp 0.5.0 include/llama.h; keys and tensors of the file: tests/g
 from __future__ import annotations
 
 import ctypes
+import gc
 import statistics
 import tempfile
 import time
@@ -205,6 +206,8 @@ def opened(folder: Path, spec: ModelSpec, p: Plan, device: torch.device, *, cont
         ids = torch.randint(3, spec.vocab_size, (1300,)).tolist()
         want = runner.logits(runner.prefill(ids))[0].double().cpu()
         del runner
+        gc.collect()
+        torch.cuda.empty_cache()
         engine = LlamaCpp(folder, file, context=2048, ubatch=512)
         got = engine.prefill(ids).double()
         engine.close()
@@ -220,9 +223,8 @@ def opened(folder: Path, spec: ModelSpec, p: Plan, device: torch.device, *, cont
 
 def config_of(name: str, n_layers: int) -> dict[str, Any]:
     """The catalogue's config of a model, its first layers, with what llama.cpp's converter takes from elsewhere."""
-    config = dict(catalogue._entries()[name]["config"])
-    letters = {"S": gguf_files.SLIDING, "F": gguf_files.FULL}
-    config["layer_types"] = [letters.get(x, x) for x in config["layer_types"]][:n_layers]
+    config = catalogue.config(name)
+    config["layer_types"] = config["layer_types"][:n_layers]
     return config | {"num_hidden_layers": n_layers, "hidden_size_per_layer_input": 0, "bos_token_id": 1, "eos_token_id": 2}
 
 

@@ -61,9 +61,7 @@ class Watch(threading.Thread):
 
 def config_of(name: str) -> dict[str, Any]:
     """A catalogue model's config.json for vLLM, which does not read transformers 5.17's form of the head sizes of each layer."""
-    config = dict(catalogue._entries()[name]["config"]) | {"architectures": ["Gemma4ForCausalLM"], "dtype": "bfloat16"}
-    kinds = {"S": "sliding_attention", "F": "full_attention"}
-    return config | {"layer_types": [kinds.get(x, x) for x in config["layer_types"]], "per_layer_config": {}}
+    return catalogue.config(name) | {"architectures": ["Gemma4ForCausalLM"], "dtype": "bfloat16", "per_layer_config": {}}
 
 
 def redraw(model: Any) -> int:

@@ -258,10 +258,14 @@ def libraries(q: Tensor, kv: Keys, shape: Shape, scale: float, kind: DeviceKind)
             yield backend.name, lambda i, call=CALLS[backend.name]: call(q, *kv[i], scale, shape.window, None)[0]
     if here("flashinfer-python"):
         if shape.decode:
-            from flashinfer import single_decode_with_kv_cache  # type: ignore[import-not-found]
-
             for name, dense in (("flashinfer", False), ("flashinfer tensor cores", True)):
-                yield name, lambda i, t=dense: single_decode_with_kv_cache(q[0], *kv[i], sm_scale=scale, use_tensor_cores=t)[None]
+
+                def decode(i: int, dense: bool = dense) -> Tensor:
+                    from flashinfer import single_decode_with_kv_cache  # type: ignore[import-not-found]
+
+                    return single_decode_with_kv_cache(q[0], *kv[i], sm_scale=scale, use_tensor_cores=dense)[None]
+
+                yield name, decode
         elif shape.head_dim > 256:  # beyond its row: it compiles more than its wheel holds
             yield "flashinfer", lambda i: CALLS["flashinfer"](q, *kv[i], scale, shape.window, None)[0]
     if here("ffpa-attn") and 256 < shape.head_dim <= 512 and shape.window is None:
@@ -390,7 +394,8 @@ def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) ->
     n_caches = max(3, -(-(2**28) // cache_bytes(shape))) if shape.decode else 1
     ours = Ours(shape, device, n_caches, prefill=False)  # whoever is ahead of it is timed beside it
     n = min(CHECKED, ours.q.shape[0])
-    want = formula(ours.q[-n:], *ours.held(), shape, ours.layer.scale)
+    k, v = ours.held()
+    want = formula(ours.q[-n:], k, v, shape, ours.layer.scale)
     error = relative(ours()[-n:], want)
     if not error < ERROR:
         raise RuntimeError(f"{ours.name} is wrong at {shape}: relative error {error:.1e}; nothing is timed")
@@ -399,8 +404,8 @@ def measure(shape: Shape, device: torch.device, ceiling: tuple[float, float]) ->
     two = replace(shape, one=False)
     if shape.kv == "bf16":  # nobody else reads blocks
         if shape.one:
-            k, v = (x[..., : shape.head_dim] for x in ours.held())
-            want = formula(ours.q[-n:, :, : shape.head_dim], k, v, shape, ours.layer.scale)
+            q, k, v = (x[..., : shape.head_dim] for x in (ours.q[-n:], k, v))
+            want = formula(q, k, v, shape, ours.layer.scale)
         others, theirs, refused = taken(rivals(ours), want)
         calls, errors = calls | others, errors | theirs
     launches: dict[str, Callable[[], Any]] = {name: partial(call, 0) for name, call in calls.items()}

@@ -153,26 +153,34 @@ def random_weights(
     return weights, wide
 
 
+def plan_for(
+    spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
+    kind: DeviceKind, seats: Sequence[Seat], slots: int = 1,
+) -> tuple[tuple[Choice, ...], Plan, list[torch.device]]:  # fmt: skip
+    """What is chosen and planned on `seats`, and the devices that get layers; nothing is loaded."""
+    choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
+    reads = frozenset(c.backend.reads for c in choices)
+    work = Workload(context=context, slots=slots, chunk=chunk, kv=dict(kv), dtype=dtype, reads=reads)
+    cards = [card_of(seat) for seat in seats]
+    p = plan(spec, stored, work, [c.target for c in cards])
+    if not p.fits:
+        raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")
+    return choices, p, [c.seat.device for c in cards if any(c.target is t for t in p.targets)]
+
+
 def runner_for(
     spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
     kind: DeviceKind, device: torch.device, weights: Mapping[str, Weight] | None = None,
     seats: Sequence[Seat] = (), slots: int = 1,
 ) -> tuple[Runner, tuple[Choice, ...], Plan]:  # fmt: skip
     """A runner over random weights, or over `weights`, with what was chosen and planned; on `seats`, default on `device`."""
-    choices = choose_layers(spec, kv=dict(kv), dtype=dtype, device=kind)
-    reads = frozenset(c.backend.reads for c in choices)
-    work = Workload(context=context, slots=slots, chunk=chunk, kv=dict(kv), dtype=dtype, reads=reads)
-    cards = [card_of(seat) for seat in seats or [Seat(device)]]
-    p = plan(spec, stored, work, [c.target for c in cards])
-    if not p.fits:
-        raise UsageError(f"{spec.name} with {context} tokens does not fit", why=f"{p.total_bytes:,} bytes", do="fewer --lengths")
+    choices, p, used = plan_for(spec, context=context, chunk=chunk, kv=kv, dtype=dtype, stored=stored, kind=kind,
+                                seats=seats or [Seat(device)], slots=slots)  # fmt: skip
 
     def load(stage: int, device: torch.device) -> Mapping[str, Weight]:
         return random_weights(spec, p, device, stage=stage)[0] if weights is None else weights
 
-    used = [c.seat.device for c in cards if any(c.target is t for t in p.targets)]
-    stages = build_stages(p, choices, used, load)
-    return Runner(p, stages), choices, p
+    return Runner(p, build_stages(p, choices, used, load)), choices, p
 
 
 def first_layers(spec: ModelSpec) -> ModelSpec:

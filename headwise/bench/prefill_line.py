@@ -7,6 +7,7 @@ Pure: `svg` makes the same text of the same result; it needs no card.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from math import ceil, floor, log2, log10
 from typing import Any, NamedTuple
 
@@ -49,10 +50,10 @@ def lines(result: Mapping[str, Any]) -> list[Line]:
         found.setdefault((words, r["who"], r["weights"]), []).append((r["tokens"], r["prefill_tok_s"]))
     known = {line: i for i, line in enumerate(LINES)} if len(models) == 1 else {}
     order = sorted(found, key=lambda key: known.get(key[1:], len(LINES)))
-    free = [i for i in range(len(LINES)) if i not in [known.get(key[1:]) for key in order]] or [*range(len(LINES))]
-    new = [key for key in order if key[1:] not in known]
-    style = {key: known[key[1:]] if key[1:] in known else free[new.index(key) % len(free)] for key in order}
-    return [Line(style[key], key[0], sorted(found[key]), key[1] == "headwise") for key in order]
+    taken = {known.get(key[1:]) for key in order}
+    free = cycle([i for i in range(len(LINES)) if i not in taken] or range(len(LINES)))
+    styles = [known[key[1:]] if key[1:] in known else next(free) for key in order]
+    return [Line(style, key[0], sorted(found[key]), key[1] == "headwise") for style, key in zip(styles, order, strict=True)]
 
 
 def spread(wanted: Sequence[float], apart: float) -> list[float]:

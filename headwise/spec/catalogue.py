@@ -59,10 +59,15 @@ def spec(name: str, *, ignore_keys: tuple[str, ...] = ()) -> ModelSpec:
     canonical = find(name)
     if canonical is None:
         raise _unknown(name)
-    config = dict(_entries()[canonical]["config"])
-    if isinstance(config.get("layer_types"), str):
-        config["layer_types"] = [SLIDING if letter == "S" else FULL for letter in config["layer_types"]]
-    return spec_from_config(config, name=canonical, where=f"catalogue entry {canonical}", ignore_keys=ignore_keys)
+    return spec_from_config(config(canonical), name=canonical, where=f"catalogue entry {canonical}", ignore_keys=ignore_keys)
+
+
+def config(canonical: str) -> dict[str, Any]:
+    """The Hugging Face config of one of `names`, its layer types spelt out."""
+    found = dict(_entries()[canonical]["config"])
+    if isinstance(found.get("layer_types"), str):
+        found["layer_types"] = [SLIDING if letter == "S" else FULL for letter in found["layer_types"]]
+    return found
 
 
 def _unknown(name: str) -> SpecError:
