@@ -249,30 +249,48 @@ def finish(
     H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr,
     MERGED: gl.constexpr, SP: gl.constexpr,
 ):  # fmt: skip
-    """With MERGE 1, the last program of a group merges the shares of all."""
+    """With MERGE 1, the last program of a group merges the shares of all.
+
+    Where they fit registers (64 a thread), a thread has all shares of its values and no row waits for the one before; else rows
+    come one after another, their shares over the warps.
+    """
     if MERGE == 1:
         thread_barrier()
         done = gl.atomic_add(count_ptr + seq * G + g, 1, sem="acq_rel")
         if done == n_splits - 1:
-            ml: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
-            sx = gl.arange(0, SP, gl.SliceLayout(1, ml))
-            dx = gl.arange(0, D, gl.SliceLayout(0, ml))
-            in_s = sx < n_splits
-            for r in gl.static_range(MERGED):
-                x_base = ((seq * G + g) * n_splits + sx).to(gl.int64) * ROWS + r
-                x = gl.load(part_ptr + gl.expand_dims(x_base * D, 1) + gl.expand_dims(dx, 0), mask=gl.expand_dims(in_s, 1),
-                            other=0.0, cache_modifier=".cg")  # fmt: skip
-                m_s = gl.load(stat_ptr + x_base * 2, mask=in_s, other=-1e30, cache_modifier=".cg")
-                l_s = gl.load(stat_ptr + x_base * 2 + 1, mask=in_s, other=0.0, cache_modifier=".cg")
+            MR: gl.constexpr = 1 if MERGED == 1 else 2 if MERGED == 2 else 4  # own_kernels.MERGED_ROWS
+            AT_ONCE: gl.constexpr = SP * MR * D <= 64 * 128
+            N: gl.constexpr = MR if AT_ONCE else 1
+            V: gl.constexpr = D if SP * N * D <= 64 * 128 else 64 * 128 // SP
+            WIDE: gl.constexpr = 4 if V >= 128 else V // 32
+            ml: gl.constexpr = gl.BlockedLayout(
+                [SP if AT_ONCE else 1, 1, WIDE], [1, 1, 32], [1, N, 4 // N] if AT_ONCE else [4, 1, 1], [2, 1, 0]
+            )
+            stats: gl.constexpr = gl.SliceLayout(2, ml)  # (shares, rows)
+            sums: gl.constexpr = gl.SliceLayout(0, ml)  # (rows, values)
+            sx = gl.expand_dims(gl.arange(0, SP, gl.SliceLayout(1, stats)), 1)
+            dx = gl.expand_dims(gl.arange(0, V, gl.SliceLayout(0, sums)), 0)
+            for first in gl.static_range(0, MERGED, N):
+                r = first + gl.expand_dims(gl.arange(0, N, gl.SliceLayout(0, stats)), 0)
+                share_row = ((seq * G + g) * n_splits + sx) * ROWS + r  # all shares' values are less than 2**31
+                ok = (sx < n_splits) & (r < MERGED)
+                m_s = gl.load(stat_ptr + share_row * 2, mask=ok, other=-1e30, cache_modifier=".cg")
+                l_s = gl.load(stat_ptr + share_row * 2 + 1, mask=ok, other=0.0, cache_modifier=".cg")
                 top = gl.max(m_s, 0)
-                w = gl.exp2(m_s - top)
-                total = gl.sum(w * l_s, 0)
-                h_r = g * GROUP + r % GROUP
+                w = gl.exp2(m_s - gl.expand_dims(top, 0))
+                total = gl.convert_layout(gl.sum(w * l_s, 0), gl.SliceLayout(1, sums))
+                r_o = first + gl.arange(0, N, gl.SliceLayout(1, sums))
+                h = g * GROUP + r_o % GROUP
                 if SINKS:
-                    total += gl.exp2(gl.load(sinks_ptr + h_r).to(gl.float32) * 1.4426950408889634 - top)
-                o = gl.sum(x * gl.expand_dims(w, 1), 0) / total
-                at = ((q0 + r // GROUP).to(gl.int64) * H + h_r) * D
-                gl.store(out_ptr + at + dx, o.to(out_ptr.dtype.element_ty), mask=dx < D * (r < T * GROUP))
+                    sink = gl.load(sinks_ptr + h, mask=r_o < MERGED, other=0.0).to(gl.float32) * 1.4426950408889634
+                    total += gl.exp2(sink - gl.convert_layout(top, gl.SliceLayout(1, sums)))
+                to = gl.expand_dims(((q0 + r_o // GROUP).to(gl.int64) * H + h) * D, 1) + dx
+                wanted = gl.expand_dims((r_o < MERGED) & (r_o < T * GROUP), 1)
+                for v0 in gl.static_range(0, D, V):
+                    x = gl.load(part_ptr + gl.expand_dims(share_row * D + v0, 2) + gl.expand_dims(dx, 0),
+                                mask=gl.expand_dims(ok, 2), other=0.0, cache_modifier=".cg")  # fmt: skip
+                    o = gl.sum(x * gl.expand_dims(w, 2), 0) / gl.expand_dims(total, 1)
+                    gl.store(out_ptr + to + v0, o.to(out_ptr.dtype.element_ty), mask=wanted)
             gl.store(count_ptr + seq * G + g, 0)
 
 

@@ -107,6 +107,11 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         few = Sequences(ints(0, T), ints(512), T, 512)
         compiled(decode, "_decode", lambda q=q1, o=o1, k=k512, f=few: decode.attend_decode(
             q, k, None, o, f, flat, scale=1.0, n_splits=4, scratch=scratch, turn=of_v), f"decode, V alone, {8 * T}")  # fmt: skip
+    for H, n in ((8, 6), (16, 12), (16, 99)):  # the last program merges: all shares at once, or row by row
+        qm, om = tensors(H, 256, 256, 1)
+        few, k, zeros = Sequences(ints(0, 1), ints(512), 1, 512), cache(256, "bf16"), ints(0, 0, 0, 0)
+        compiled(decode, "_decode", lambda q=qm, o=om, k=k, f=few, n=n, c=zeros: decode.attend_decode(
+            q, k, k, o, f, flat, scale=1.0, n_splits=n, scratch=scratch, count=c), f"decode, merges {n}")  # fmt: skip
     for D, one, window, T in shapes:
         for kv in ("bf16", "fp8", "q8_0", "q4_0"):
             E = D + 128 * one
