@@ -1,10 +1,10 @@
 """How fast attention is on this card, beside what the card can do and what PyTorch has for the same shape.
 
 Every candidate is compared with the formula in fp64 before it is timed: ours, PyTorch's operators and the attention libraries that
-are installed; a rival that fails or is wrong is reported, not timed. They are timed in turn, median of the rounds, each behind as
-many untimed launches of its own as keep the card busy for SOAK_MS. Prefill: one launch. Decode: launches over caches in rotation,
-so that the second-level cache is cold, replayed as one graph; rivals have a tensor each for K and V, and no more keys than a
-window. Ceilings are measured in the same way: the best matrix product of several sizes, and reading a gibibyte.
+are installed; a rival that fails or is wrong is reported, not timed. They are timed in turn, median of the rounds: TIMED_MS of
+launches behind SOAK_MS of untimed ones of the same. Decode: launches over caches in rotation, so that the second-level cache is
+cold, replayed as one graph; rivals have a tensor each for K and V, and no more keys than a window. Ceilings are measured in the
+same way: the best matrix product of several sizes, and reading a gibibyte.
 Operations are useful ones only: 4 * heads * head_dim for each query and each key it sees.
 """
 
@@ -36,8 +36,10 @@ from headwise.spec.kv import KV_FORMATS, k_values, q_values, turned_pairs, v_val
 from headwise.spec.layers import KVLayout, LayerSpec, MlpSpec, ModelSpec
 from headwise.spec.rope import proportional_rope
 
-ROUNDS = 15
-SOAK_MS = 40.0  # at its power limit a card clocks by what ran before: who follows a slow rival would find it rested
+ROUNDS = 9
+SOAK_MS = 160.0  # an H200 holds its power limit over 120 ms: until then a kernel is as fast as what ran before has left it
+TIMED_MS = 10.0
+GRAPH_MS = 40.0
 ERROR = 1e-2  # relative, bf16
 CHECKED = 16  # last queries of a prefill that are held to the formula
 
@@ -305,28 +307,29 @@ def relative(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want).norm() / want.norm())
 
 
-def timed(call: Callable[[], Any]) -> float:
-    """Microseconds of a call, by device events."""
+def timed(call: Callable[[], Any], n: int = 1) -> float:
+    """Microseconds of one of `n` calls, by device events."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     start.record()
-    call()
+    for _ in range(n):
+        call()
     end.record()
     end.synchronize()
-    return start.elapsed_time(end) * 1e3
+    return start.elapsed_time(end) * 1e3 / n
 
 
 def in_turn(calls: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Microseconds of each call, one timed launch each round, behind untimed ones of the same call."""
+    """Microseconds of each call, once each round, behind untimed ones of the same call."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    before: dict[str, int] = {}
+    first: dict[str, float] = {}
     for name, call in calls.items():
         call()
-        before[name] = round(1e3 * SOAK_MS / timed(call))
+        first[name] = timed(call)
     for _ in range(rounds):
         for name, call in calls.items():
-            for _ in range(before[name]):
+            for _ in range(round(1e3 * SOAK_MS / first[name])):
                 call()
-            times[name].append(timed(call))
+            times[name].append(timed(call, max(1, round(1e3 * TIMED_MS / first[name]))))
     return times
 
 
@@ -346,7 +349,7 @@ def recorded(call: Callable[[int], Any], n: int) -> tuple[Callable[[], None], in
     """One graph of launches over `n` caches in rotation, and how many they are: fewer of one that takes long."""
     call(0)
     us = timed(lambda: call(0))
-    repeats = max(1, round(min(24.0, 1e3 * SOAK_MS / us) / n))
+    repeats = max(1, round(min(24.0, 1e3 * GRAPH_MS / us) / n))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(repeats):
