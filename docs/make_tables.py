@@ -44,15 +44,13 @@ def converter() -> str:
     return table("| model | converted, headwise | converted, llama.cpp | our file, llama.cpp | why not equal |", rows)
 
 
-def attention(result: str = "attention_h200", keys: int | None = None) -> str:
-    """Rows of so many keys, default all."""
-    found = newest(result)
+def attention() -> str:
+    found = newest("attention_h200")
     above = f"{taken(found)}: bf16 products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     if found.get("libraries"):
         above += f" {', '.join(f'{name} {version}' for name, version in found['libraries'].items())}."
-    above += f" {found['cut']}" if "cut" in found else ""
     rows = []
-    for row in [r for r in found["rows"] + found.get("refused", []) if keys in (None, r["shape"]["length"])]:
+    for row in found["rows"] + found["refused"]:
         s = row["shape"]
         store = "one tensor" if s["one"] else "two tensors"
         what = f"{s['name']}: {s['head_dim']}, {s['heads']}/{s['kv_heads']} heads, {store}"
@@ -64,6 +62,13 @@ def attention(result: str = "attention_h200", keys: int | None = None) -> str:
         rate = f"{row['tflops']:.0f} TFLOP/s" if row["tflops"] else f"{row['tb_s']:.2f} TB/s"
         rows.append((*cells, f"{row['us']:,.1f}", rate, f"{row['fraction']:.0%}"))
     return table("| | shape | tokens | KV | who | us | rate | of the card |", rows, above)
+
+
+def soak() -> str:
+    found = newest("soak_h200")
+    marks = sorted({int(mark) for rates in found["tflops"].values() for mark in rates})
+    rows = [(name, *(f"{rates[str(m)]:.0f}" if str(m) in rates else "" for m in marks)) for name, rates in found["tflops"].items()]
+    return table(f"| TFLOP/s until | {' | '.join(f'{m} ms' for m in marks)} |", rows, f"{taken(found, 'torch')}.")
 
 
 def mixed() -> str:
@@ -195,7 +200,7 @@ def engine(*models: str) -> str:
     """Rows of `models`, with vLLM's where it ran."""
     found, vllm = newest("engine_h200"), newest("vllm_engine_h200")
     above = (
-        f"{taken(found, 'torch', 'transformers')}, vllm {vllm['vllm']}; "
+        f"{taken(found, 'torch', 'transformers')}, llama.cpp {found['llama_cpp']}, vllm {vllm['vllm']}; "
         f"random weights, bf16 cache; products {found['matrix_tflops']:.0f} TFLOP/s, reads {found['read_tb_s']:.2f} TB/s."
     )
     rows = []
@@ -516,7 +521,7 @@ TABLES = {
     "start-cuda": ("docs/measurements.md", partial(start, "start_h200")),
     "cuda": ("docs/measurements.md", cuda),
     "attention": ("docs/kernels.md", attention),
-    "attention-128k": ("docs/kernels.md", partial(attention, "attention_before_soak_h200", 131072)),
+    "soak": ("docs/kernels.md", soak),
     "short-prompts": ("docs/measurements.md", short_prompts),
     "mixed": ("docs/kernels.md", mixed),
     "converter": ("docs/llamacpp.md", converter),
