@@ -74,11 +74,12 @@ class Need:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ahead:
-    """Whose prefill a row takes where it is installed: of layers without a window, at these head sizes; `why` has the figures."""
+    """Layers of another row whose prefill a row takes where it is installed, in the spans that `attention.prefill` says."""
 
     of: str
-    head_dims: tuple[int, ...]
-    why: str
+    head_dim: int
+    window: int | None
+    why: str  # with the figures
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +108,7 @@ class Capability:
     triton: tuple[int, int] | None = None  # the one version it is written for
     package: str | None = None  # the distribution that must be installed
     by_name: str | None = None  # runs a layer only when --backend names it, and why
-    ahead: Ahead | None = None  # takes another row's prefill without being named
+    ahead: tuple[Ahead, ...] = ()  # takes another row's prefill without being named
     source: str
 
     def refusal(self, need: Need) -> str | None:
@@ -146,10 +147,10 @@ class Capability:
             return f"KV type {need.kv}, reads floats of the activations' type {need.dtype} only"
         return None
 
-    def prefills(self, row: Capability, need: Need) -> bool:
-        """Whether it takes the many queries of a layer that `row` runs; that it does not refuse `need` is asked apart."""
-        a = self.ahead
-        return a is not None and a.of == row.name and need.head_dim in a.head_dims and need.window is None and not need.sinks
+    def prefills(self, row: Capability, need: Need) -> str | None:
+        """Why it takes the many queries of a layer that `row` runs, if it does; that it does not refuse `need` is asked apart."""
+        layer = (row.name, need.head_dim, need.window)
+        return next((a.why for a in self.ahead if (a.of, a.head_dim, a.window) == layer and not need.sinks), None)
 
 
 def listed(sizes: Collection[int]) -> str:
@@ -281,10 +282,20 @@ BACKENDS: Sequence[Capability] = (
         floats_as_activations=True,
         package="flash-attn-4",
         by_name="a beta, whose decode is not measured here",
-        ahead=Ahead(
-            of="headwise-hopper",
-            head_dims=(256,),
-            why="in steps of more than 1,024 tokens, 669 TFLOP/s where headwise-hopper has 650 (causal 256 at 16K, one H200)",
+        ahead=(
+            Ahead(
+                of="headwise-hopper",
+                head_dim=256,
+                window=None,
+                why="in steps of more than 1,024 tokens, 669 TFLOP/s where headwise-hopper has 650 (causal 256 at 16K, one H200)",
+            ),
+            Ahead(
+                of="headwise-hopper",
+                head_dim=256,
+                window=1024,
+                why="in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 553 TFLOP/s "
+                "where headwise-hopper has 489 (window 1024 at 32K, one H200)",
+            ),
         ),
         source="flash-attn-4 4.0.0b36 flash_attn/cute/interface.py _validate_head_dims: 8 to 256 in steps of 16 bytes on SM90",
     ),

@@ -29,6 +29,7 @@ class Choice:
     backend: Capability
     refusals: tuple[Refusal, ...]
     prefill: Capability | None = None
+    prefill_reason: str | None = None
 
     @property
     def fused(self) -> bool:
@@ -38,10 +39,6 @@ class Choice:
     def names(self) -> str:
         """Of the rows that run the layer."""
         return self.backend.name + (f", prefill by {self.prefill.name}" if self.prefill else "")
-
-    @property
-    def prefill_reason(self) -> str | None:
-        return self.prefill.ahead.why if self.prefill and self.prefill.ahead else None
 
     @property
     def lines(self) -> tuple[str, ...]:
@@ -91,7 +88,7 @@ def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str
     chosen = next((b for b in taking if (b.name == forced if forced else not b.by_name)), None)
     if chosen is None:
         raise ValueError(f"no backend takes {need}, not even the reference")
-    prefill = next((b for b in taking if b.prefills(chosen, need)), None)
+    prefill, why = next(((b, why) for b in taking if (why := b.prefills(chosen, need))), (None, None))
     for i, other in enumerate(taking):
         if other is prefill:
             reasons[other.name] = f"not chosen: {forced} is forced" if forced else None
@@ -100,7 +97,7 @@ def choose(need: Need, backends: Sequence[Capability] = BACKENDS, *, forced: str
         elif i < taking.index(chosen):
             reasons[other.name] = f"not chosen: {forced} is forced"
     refusals = tuple(Refusal(name, reason) for name, reason in reasons.items() if reason is not None)
-    return Choice(chosen, refusals, None if forced else prefill)
+    return Choice(chosen, refusals) if forced else Choice(chosen, refusals, prefill, why)
 
 
 def forced_backends(asked: str | Mapping[str, str] | None) -> dict[Kind, str]:

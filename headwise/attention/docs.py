@@ -38,9 +38,9 @@ def markdown() -> str:
             needs.append(f"{b.package} installed")
         if b.by_name:
             needs.append(f"only when named: {b.by_name}")
-        if b.ahead:
-            dims = " and ".join(map(str, b.ahead.head_dims))
-            needs.append(f"prefill of {b.ahead.of}'s layers with head_dim {dims} and no window without being named: {b.ahead.why}")
+        for a in b.ahead:
+            window = "no window" if a.window is None else f"a window of {a.window}"
+            needs.append(f"prefill of {a.of}'s layers with head_dim {a.head_dim} and {window} without being named: {a.why}")
         cells = [
             b.name,
             b.verdict,

@@ -1,8 +1,9 @@
 """Two rows for one layer: spans of many queries go to the one that is ahead there, everything else stays with the layer's own.
 
 The other row is a library's: it takes one sequence whose keys lie in a row, and their number and place from the host. So several
-sequences, pages apart, and chunks so short that they may be recorded (and replayed with other numbers) are for our kernels, which
-read caches by slots. Both rows write into the result they are given and allocate nothing, so a plan is the same with either.
+sequences, pages apart, a ring that wraps within the keys in sight, and chunks so short that they may be recorded (and replayed with
+other numbers) are for our kernels, which read caches by slots. Both rows write into the result they are given and allocate nothing,
+so a plan is the same with either.
 """
 
 from __future__ import annotations
@@ -29,4 +30,9 @@ class Prefilled(NamedTuple):
 def many(cache: LayerCache, span: Span) -> bool:
     """Whether a span is for the row that is ahead; by shapes and layout alone, never by what the device is told."""
     on = span.device
-    return on is not None and span.n > RECORDED_TOKENS and on.lengths_B.shape[0] == 1 and not on.tables[cache.window].page
+    if on is None or span.n <= RECORDED_TOKENS or on.lengths_B.shape[0] > 1:
+        return False
+    if cache.window is None:
+        return not on.tables[None].page
+    first = max(0, span.start - cache.window + 1)
+    return len(cache.slots(span.place, first, span.stop - first)) == 1

@@ -254,7 +254,7 @@ class LLM:
         choices = [by_kind[c.kind][i] for c, stage in zip(used, self.plan.stages, strict=True) for i in stage.layers]
         longest = self.plan.workload.chunk
         if deterministic or longest <= RECORDED_TOKENS:
-            why = "what it gets depends on where pages lie" if deterministic else f"steps of {longest} tokens at most (--ubatch)"
+            why = "what it gets depends on where keys lie" if deterministic else f"steps of {longest} tokens at most (--ubatch)"
             choices = [c.alone(why) for c in choices]
         self.choices = tuple(choices)
         self.kv = dict(self.plan.workload.kv)

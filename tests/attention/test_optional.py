@@ -181,7 +181,7 @@ def test_a_named_row_refuses_beyond_its_edges(name: str, changes: dict[str, obje
     [
         ("flash-attn", {"head_dim": 8, "key_dim": 8, "window": 128, "sinks": True, "softcap": 20.0, "capability": (8, 0)}),
         ("flash-attn", {"head_dim": 256, "key_dim": 256, "kv": "f16", "dtype": "f16", "capability": (12, 0)}),
-        ("flash-attn-4", {"head_dim": 256, "key_dim": 256, "window": 1024}),
+        ("flash-attn-4", {"head_dim": 256, "key_dim": 256, "window": 4096}),
         ("flashinfer", {"head_dim": 64, "key_dim": 64, "softcap": 20.0}),
         ("flex-attention", {"api": "cpu", "capability": None, "dtype": "f32", "kv": "f32"}),
         ("torch-cudnn", {"head_dim": 256, "key_dim": 256, "kv": "q4_0"}),

@@ -30,7 +30,7 @@ from headwise.attention.measured import mix_figures
 from headwise.attention.prefill import Prefilled, many
 from headwise.attention.render import explain_view
 from headwise.attention.verify import check_all
-from headwise.cache.storage import LayerCache, Place, Scratch, Span
+from headwise.cache.storage import LayerCache, Place, Scratch, Span, alone
 from headwise.cli import main
 from headwise.engine import worker
 from headwise.engine.batch import Run, Steps
@@ -46,6 +46,10 @@ from headwise.spec.layers import Kind, ModelSpec
 OURS, THEIRS = ROWS["headwise-hopper"], ROWS["flash-attn-4"]
 CAUSAL = replace(NEED, head_dim=256, key_dim=256)
 FIGURES = "in steps of more than 1,024 tokens, 669 TFLOP/s where headwise-hopper has 650 (causal 256 at 16K, one H200)"
+IN_A_WINDOW = (
+    "in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 553 TFLOP/s where "
+    "headwise-hopper has 489 (window 1024 at 32K, one H200)"
+)
 CPU = torch.device("cpu")
 F16: dict[Kind, KVFormat] = {"global": KV_FORMATS["f16"], "sliding": KV_FORMATS["f16"]}
 BF16: dict[Kind, KVFormat] = {"global": KV_FORMATS["bf16"], "sliding": KV_FORMATS["bf16"]}
@@ -97,6 +101,9 @@ def test_the_row_that_is_ahead_takes_the_prefill_where_it_is_installed(dtype: st
     assert str(choice).splitlines()[:2] == ["headwise-hopper", f"  prefill by flash-attn-4: {FIGURES}"]
     assert "flash-attn-4" not in {r.backend for r in choice.refusals}
 
+    windowed = choose(replace(CAUSAL, kv=dtype, dtype=dtype, window=1024))
+    assert (windowed.backend, windowed.prefill, windowed.prefill_reason) == (OURS, THEIRS, IN_A_WINDOW)
+
     without = choose(replace(CAUSAL, kv=dtype, dtype=dtype, packages=frozenset({"flash-attn"})))
     assert (without.backend, without.prefill) == (OURS, None)
     assert "not flash-attn-4: flash-attn-4 is not installed" in str(without)
@@ -105,7 +112,9 @@ def test_the_row_that_is_ahead_takes_the_prefill_where_it_is_installed(dtype: st
 @pytest.mark.parametrize(
     ("changes", "backend"),
     [
-        ({"window": 1024}, "headwise-hopper"),
+        ({"window": 512}, "headwise-hopper"),
+        ({"window": 4096}, "headwise-hopper"),
+        ({"window": 1024, "head_dim": 128, "key_dim": 128}, "headwise-hopper"),
         ({"head_dim": 128, "key_dim": 128}, "headwise-hopper"),
         ({"head_dim": 512, "key_dim": 512}, "headwise-hopper"),
         ({"head_dim": 512, "key_dim": 640}, "headwise-hopper"),
@@ -135,9 +144,10 @@ def test_a_row_that_is_named_runs_its_layers_by_itself() -> None:
     assert (other.backend.name, other.prefill) == ("headwise-triton", None)
 
 
-def test_layers_with_another_prefill_are_a_group_of_their_own_and_are_shown() -> None:
-    """Gemma 3: windowed layers of the same head size keep our kernel alone."""
-    spec = catalogue.spec("gemma-3-12b")
+@pytest.mark.parametrize(("model", "reasons"), [("gemma-3-12b", (IN_A_WINDOW, FIGURES)), ("gemma-4-31b", (IN_A_WINDOW, None))])
+def test_layers_with_another_prefill_are_a_group_of_their_own_and_are_shown(model: str, reasons: tuple[str, str | None]) -> None:
+    """Gemma 4's globals keep our kernel alone, Gemma 3's have windowed layers' head size."""
+    spec = catalogue.spec(model)
     device = DeviceKind("cuda", (9, 0), "H200", packages=frozenset({"flash-attn-4"}))
     choices = choose_layers(spec, kv=BF16, dtype="bf16", device=device)
     groups = group_layers(spec, choices, BF16)
@@ -145,13 +155,15 @@ def test_layers_with_another_prefill_are_a_group_of_their_own_and_are_shown() ->
     console.print(explain_view(spec, choices, groups, device.label))
     layers = api.explain_json(spec, choices)["layers"]
 
-    assert {layer.window is None: c.prefill for layer, c in zip(spec.layers, choices, strict=True)} == {True: THEIRS, False: None}
-    assert [g.choice.prefill for g in groups] == [None, THEIRS]
-    assert f"headwise-hopper\n    prefill by flash-attn-4: {FIGURES}\n" in console.export_text()
+    said = " ".join(console.export_text().split())
+    by_kind = {layer.window is None: c.prefill for layer, c in zip(spec.layers, choices, strict=True)}
+    assert by_kind == {False: THEIRS, True: reasons[1] and THEIRS}
+    assert [g.choice.prefill_reason for g in groups] == list(reasons)
+    assert all(f"headwise-hopper prefill by flash-attn-4: {why} not" in said for why in reasons if why)
     assert isinstance(layers, list)
-    assert [(x["prefill"], x["prefill_reason"]) for x in (layers[0], layers[5])] == [(None, None), ("flash-attn-4", FIGURES)]
+    assert [(x["prefill"], x["prefill_reason"]) for x in (layers[0], layers[5])] == [(w and "flash-attn-4", w) for w in reasons]
     assert mix_figures(spec, choices) is None  # no such arrangement was measured
-    forced = choose_layers(spec, kv=BF16, dtype="bf16", device=device, forced=forced_backends("global=headwise-hopper"))
+    forced = choose_layers(spec, kv=BF16, dtype="bf16", device=device, forced=forced_backends("headwise-hopper"))
     assert not any(c.prefill for c in forced)
 
 
@@ -167,10 +179,10 @@ def test_another_machine_s_card_is_not_given_what_is_not_installed_here(capsys: 
 @pytest.mark.usefixtures("installed_here")
 def test_a_card_is_explained_with_what_is_installed_here(capsys: pytest.CaptureFixture[str]) -> None:
     """And planned so: the bytes are the same, as neither row needs room for a result."""
-    assert explained(capsys) == {None, "flash-attn-4"}
+    assert explained(capsys) == {"flash-attn-4"}
     spec, kind = catalogue.spec("gemma-3-12b"), DeviceKind("cuda", (9, 0))
     asked = {"context": 8192, "slots": 1, "chunk": 512, "kv": {"global": None, "sliding": None}, "dtype": None}
-    both, ours = (api.work_on(spec, [kind], **asked, forced=forced)[0] for forced in ({}, {"global": "headwise-hopper"}))  # type: ignore[arg-type]
+    both, ours = (api.work_on(spec, [kind], **asked, forced=forced)[0] for forced in ({}, forced_backends("headwise-hopper")))  # type: ignore[arg-type]
     assert both == ours
     assert both.fused
 
@@ -221,6 +233,42 @@ def test_spans_of_many_queries_of_one_sequence_in_a_row_go_to_the_row_that_is_ah
     assert went == ["ahead" if t else "own" for t in taken]
 
 
+@pytest.mark.parametrize(
+    ("start", "n", "taken"),
+    [
+        (0, FEW + 1, True),
+        (0, FEW, False),
+        (0, 256, True),
+        (72, 256, True),  # up to the ring's last slot
+        (73, 256, False),
+        (328 + 63, 256, True),  # from its first one on, the second time round
+        (328 + 62, 256, False),
+    ],
+)
+def test_in_a_window_keys_that_lie_in_a_row_of_the_ring_go_to_the_row_that_is_ahead(
+    calls: list[tuple[int, int]], start: int, n: int, taken: bool
+) -> None:
+    """Wherever the ring is cut, and whoever's it is, the answer is the formula's."""
+    one = layer(256, 64)
+    cache = LayerCache(one, KV_FORMATS["f16"], n_tokens=2048, chunk=256, device=CPU, rings=3)
+    assert cache.n_slots == 328
+    torch.manual_seed(0)
+    k, v = (torch.randn(start + n, 2, 256).half() for _ in range(2))
+    place = Place(ring=2)
+    for at in range(0, start + n, 41):
+        cache.write(place, at, k[at : at + 41], v[at : at + 41], None)
+    span = Span(start, n, None, alone(n, start + n, 64, CPU), place)
+    q, out = torch.randn(n, 6, 256).half(), torch.full((n, 6, 256), float("nan")).half()
+    own: list[Span] = []
+    both = Prefilled(lambda q, cache, span, **_: own.append(span), partial(optional.attend, THEIRS.name))
+    both(q, cache, span, scale=0.1, scratch=Scratch(None, None, None, None, 1), out_THD=out)
+
+    first = max(0, start - 63)
+    assert (calls, bool(own)) == ([(n, start + n - first)] if taken else [], not taken)
+    if taken:
+        torch.testing.assert_close(out, formula(q, k[first:], v[first:], 0.1, 63, 0.0)[0])
+
+
 def test_a_span_is_read_where_it_lies_and_written_where_it_is_wanted(calls: list[tuple[int, int]]) -> None:
     """Keys of a sequence that begins in the fourth page, into a part of the step's result; nothing beside it is touched."""
     one = layer(256, None)
@@ -256,22 +304,23 @@ def test_a_layer_with_sinks_is_scaled_by_the_log_sum_exp(monkeypatch: pytest.Mon
     assert asked == [True]
 
 
-def checked(own: object = None, file: Path | None = None) -> tuple[list[str], bool]:
+def checked(own: object = None, file: Path | None = None, window: int | None = None) -> tuple[list[str], bool]:
     """The self-check of a layer that two rows run; the formula stands in for our kernel."""
-    group = LayerGroup((0,), layer(256, None), "f16", Choice(OURS, (), THEIRS))
+    group = LayerGroup((0,), layer(256, window), "f16", Choice(OURS, (), THEIRS))
     attend = Prefilled(own or partial(reference.attend_cache, OURS.name), partial(optional.attend, THEIRS.name))  # type: ignore[arg-type]
     found, cached = check_all([group], {0: attend}, chunk=512, dtype=torch.float16, device=CPU, cache_file=file)
     assert all(c.ok for c in found)
     return [f"{c.backend} {c.phase} {c.length}" for c in found], cached
 
 
-def test_the_self_check_runs_both_rows(calls: list[tuple[int, int]]) -> None:
+@pytest.mark.parametrize(("window", "keys", "ours"), [(None, 696, 8), (300, 558, 10)])
+def test_the_self_check_runs_both_rows(calls: list[tuple[int, int]], window: int | None, keys: int, ours: int) -> None:
     """Ours with few queries and many, as those of several sequences come to it too; theirs from the number on that it will get."""
-    found, _ = checked()
+    found, _ = checked(window=window)
 
-    assert calls == [(131, 131), (259, 696)]
+    assert calls == [(131, 131), (259, keys)]
     assert [x for x in found if x.startswith("flash-attn-4")] == ["flash-attn-4 prefill 131", "flash-attn-4 prefill 696"]
-    assert len([x for x in found if x.startswith("headwise-hopper")]) == 8
+    assert len([x for x in found if x.startswith("headwise-hopper")]) == ours
 
 
 def test_a_wrong_row_of_the_two_stops_the_start_with_what_helps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +397,7 @@ def test_a_deterministic_server_runs_one_row_a_layer(monkeypatch: pytest.MonkeyP
     assert all(c.prefill for c in load("gemma3", load=False, **long).choices)
     alone = load("gemma3", load=False, deterministic=True, **long).choices
     assert not any(c.prefill for c in alone)
-    assert "not flash-attn-4: what it gets depends on where pages lie" in str(alone[0])
+    assert "not flash-attn-4: what it gets depends on where keys lie" in str(alone[0])
     short = load("gemma3", load=False, chunk=64).choices
     assert not any(c.prefill for c in short)
     assert "not flash-attn-4: steps of 64 tokens at most (--ubatch)" in str(short[0])
