@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import about
 import torch
@@ -154,11 +155,7 @@ def prompts() -> list[dict[str, object]]:
 
 def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
-    commit = about.commit()
-    out = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "python": platform.python_version(), "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+    out: dict[str, Any] = about.card() | {"python": platform.python_version()}
     for part in (families, embedded, prompts):
         if part.__name__ in (sys.argv[2:] or part.__name__):
             out[part.__name__] = part()

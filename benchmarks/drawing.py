@@ -20,7 +20,6 @@ from typing import Any
 
 import about
 import torch
-import triton
 from torch import Tensor
 
 from headwise.engine.request import Sampling
@@ -124,11 +123,7 @@ def main(out: Path) -> None:
                     said = f"{V} {shape:6} {W:2} rows {kind:6}: kernels {mine}, operators {theirs}"
                     print(f"{said}; of {row['drawn']} {row['differ']} differ, {row['wrong']} wrong", flush=True)
     print(f"{sum(r['drawn'] for r in rows)} drawn, {sum(r['differ'] for r in rows)} differ, {sum(r['wrong'] for r in rows)} wrong")
-    result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": about.commit(),
-        "date": time.strftime("%Y-%m-%d"), "rows": rows,
-    }  # fmt: skip
-    out.write_text(json.dumps(result, indent=1))
+    out.write_text(json.dumps(about.card("triton") | {"rows": rows}, indent=1))
 
 
 if __name__ == "__main__":

@@ -275,8 +275,7 @@ def warm_fp8(job: tuple[str, int, int, int, Any]) -> None:
 
 
 def save(out: str, rows: list[dict[str, Any]]) -> None:
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "commit": about.commit(), "rows": rows}
-    Path(out).write_text(json.dumps(found | {"date": time.strftime("%Y-%m-%d")}, indent=1))
+    Path(out).write_text(json.dumps(about.card() | {"rows": rows}, indent=1))
 
 
 def reporter(rows: list[dict[str, Any]]) -> Callable[..., None]:

@@ -22,7 +22,6 @@ from typing import Any
 
 import about
 import torch
-import triton
 from torch import Tensor
 
 from headwise.engine.devices import scaled_rows
@@ -162,10 +161,7 @@ def measure(name: str, T: int, sweep: bool) -> list[dict[str, Any]]:
 def main(to: str, sweep: bool) -> None:
     torch.manual_seed(0)
     begin = time.monotonic()
-    found: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": about.commit(),
-        "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling() * 1e-12, "rows": [],
-    }  # fmt: skip
+    found: dict[str, Any] = about.card("triton") | {"read_tb_s": ceiling() * 1e-12, "rows": []}
     print(f"{found['gpu']}: reads {found['read_tb_s']:.2f} TB/s", flush=True)
     for name in SHAPES:
         for T in TOKENS:

@@ -12,10 +12,10 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import about
 import torch
 
 from headwise.bench.attention import CHECKED, ERROR, Ours, Shape, cache_bytes, formula, graph_times, in_turn, relative
@@ -84,7 +84,7 @@ def main() -> None:
             flush=True,
         )
         torch.cuda.empty_cache()
-    found = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows}
+    found = about.card() | {"rows": rows}
     if args.out:
         Path(args.out).write_text(json.dumps(found, indent=1))
     print(json.dumps(found))

@@ -26,7 +26,6 @@ from typing import Any
 
 import about
 import torch
-import transformers
 from engine import built
 
 from headwise.bench.attention import ceilings
@@ -183,10 +182,9 @@ def main() -> None:
         raise UsageError("nothing to measure", why="PyTorch sees no NVIDIA card", do="run it on the machine with the card")
     device = torch.device("cuda")
     ceiling = ceilings(device)
-    line = Line(args.out, {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers.__version__,
-        "llama_cpp": "0.5.0" if args.llama_cpp else None, "date": time.strftime("%Y-%m-%d"), "commit": about.commit(),
-        "model": spec.name, "chunk": CHUNK, "matrix_tflops": ceiling[0], "read_tb_s": ceiling[1], "errors": {},
+    line = Line(args.out, about.card("transformers") | {
+        "llama_cpp": "0.5.0" if args.llama_cpp else None, "model": spec.name, "chunk": CHUNK, "matrix_tflops": ceiling[0],
+        "read_tb_s": ceiling[1], "errors": {},
     })  # fmt: skip
     print(f"{line.result['gpu']}: bf16 products {ceiling[0]:.0f} TFLOP/s, reads {ceiling[1]:.2f} TB/s", flush=True)
     ours(line, spec, "bf16", device, ceiling)

@@ -78,10 +78,7 @@ def main() -> None:
     pynvml.nvmlInit()
     device, fmt = torch.device("cuda"), kv_format("bf16")
     kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "commit": about.commit(), "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = about.card() | {"rows": []}
     for what in args.what:
         name, weights, length = what.split(":")
         spec, tokens = catalogue.spec(name), int(length)

@@ -27,7 +27,6 @@ from typing import Any
 
 import about
 import torch
-import triton
 from torch import Tensor
 
 from headwise.kernels.expand import expand, gather
@@ -329,11 +328,9 @@ def main() -> None:
         for shape in shapes:
             results += measure(type_name, shape, ceiling, deadline)
             torch.cuda.empty_cache()
-    commit = about.commit()
-    out = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "commit": commit, "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling,
-        "seconds": time.monotonic() - begin, "expanded": expanded, "results": results,
+    out = about.card("triton") | {
+        "python": platform.python_version(), "read_tb_s": ceiling, "seconds": time.monotonic() - begin, "expanded": expanded,
+        "results": results,
     }  # fmt: skip
     Path(sys.argv[1]).write_text(json.dumps(out, indent=1))
     best = []

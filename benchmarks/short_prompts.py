@@ -78,10 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     device, fmt = torch.device("cuda"), kv_format("bf16")
     kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "commit": about.commit(), "rounds": ROUNDS, "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = about.card() | {"rounds": ROUNDS, "rows": []}
     for what in args.what:
         name, weights = what.split(":")
         spec = catalogue.spec(name)

@@ -23,7 +23,6 @@ from typing import Any
 import about
 import quant_matmul as Q
 import torch
-import triton
 
 from headwise.kernels import arrange as A
 from headwise.kernels import matvec as M
@@ -115,10 +114,7 @@ def main(out: Path, seconds: float) -> None:
                 r = rows[-1]
                 print(f"{type_name} {N}x{K} T={T}: {r['us']:.1f} us, {100 * r['of_card']:.0f} %, arrange {r['arrange_us']:.1f}; "
                       f"matvec {r.get('matvec_us', 0):.1f}, expanded {r.get('expanded_us', 0):.1f}", flush=True)  # fmt: skip
-    result = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__, "commit": about.commit(),
-        "date": time.strftime("%Y-%m-%d"), "read_tb_s": ceiling, "checks": checks, "rows": rows,
-    }  # fmt: skip
+    result = about.card("triton") | {"read_tb_s": ceiling, "checks": checks, "rows": rows}
     out.write_text(json.dumps(result, indent=1))
 
 

@@ -55,10 +55,8 @@ def main(out: str) -> None:
         found[shape.name] = trace(Ours(shape, device, 1, prefill=False), work)
     for name, rates in found.items():
         print(f"{name:24}", " ".join(f"{mark} ms: {rate:.0f}" for mark, rate in rates.items()), flush=True)
-    head = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-            "commit": about.commit()}  # fmt: skip
     with open(out, "w") as file:
-        json.dump(head | {"tflops": found}, file, indent=1)
+        json.dump(about.card() | {"tflops": found}, file, indent=1)
 
 
 if __name__ == "__main__":

@@ -70,10 +70,7 @@ def main() -> None:
         stored._overlaps = lambda device: False  # type: ignore[assignment]
     device, fmt = torch.device("cuda"), kv_format("bf16")
     kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "commit": about.commit(), "apart": args.apart, "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = about.card() | {"apart": args.apart, "rows": []}
     for what in args.what:
         name, weights, counts = what.split(":")
         spec, streams = catalogue.spec(name), [int(n) for n in counts.split(",")]

@@ -121,10 +121,8 @@ def main() -> None:
     parser.add_argument("--models", default="gemma-4-31b:q4_k_m")
     parser.add_argument("--streams", default="1,4,16,64")
     args = parser.parse_args()
-    result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-        "headwise": headwise.__version__, "commit": about.commit(), "answers": [answers(False), answers(True)], "rows": [],
-    }  # fmt: skip
+    result: dict[str, Any] = about.card() | {"headwise": headwise.__version__, "rows": []}
+    result["answers"] = [answers(False), answers(True)]
     print(json.dumps(result["answers"], indent=1), flush=True)
     for told in args.models.split(","):
         model, weights = told.split(":")

@@ -26,7 +26,6 @@ from typing import Any
 
 import about
 import pynvml
-import torch
 
 from headwise.spec import catalogue
 
@@ -143,9 +142,8 @@ def main(out: Path, name: str) -> None:
         )  # fmt: skip
         ready = time.perf_counter() - start
     result: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"rows": [], "ready_s": {}}
-    result |= {
-        "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "vllm": __version__, "date": time.strftime("%Y-%m-%d"),
-        "commit": about.commit(), "step_tokens": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
+    result |= about.card() | {
+        "vllm": __version__, "step_tokens": llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens,
     }  # fmt: skip
     result["ready_s"][name] = ready
     print(f"{name}: ready in {ready:.0f} s", flush=True)
