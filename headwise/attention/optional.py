@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from functools import cache as remember
 from importlib import import_module
 from math import log
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from headwise.attention.verify import default_cache_file
-from headwise.cache.storage import LayerCache, Place, Scratch, Span, Values
+from headwise.cache.storage import LayerCache, Scratch, Span, Values
 
 Call = Callable[[Tensor, Tensor, Tensor, float, int | None, float | None], tuple[Tensor, Tensor | None]]
 """(q_THD, k_SGD, v_SGD, scale, window, softcap) -> out_THD, logsumexp_HT (None: its row takes no sinks)."""
@@ -149,8 +149,8 @@ def attend(
     """As `torch_fused.attend`, over two tensors in the activations' type."""
     if cache.v is None:
         raise ValueError(f"{backend} takes a tensor each for K and V")
-    first = 0 if cache.window is None else max(0, span.start - cache.window + 1)
-    k, v = (_in_order(cache, values, span.place, first, span.stop) for values in (cache.k, cache.v))
+    runs = cache.seen(span)
+    k, v = (_in_order(values, runs) for values in (cache.k, cache.v))
     if sinks_H is None and backend in INTO:
         INTO[backend](q_THD, k, v, scale, cache.window, softcap, out_THD)
         return
@@ -162,7 +162,7 @@ def attend(
         out_THD.mul_(torch.sigmoid(lse_HT.t() - sinks_H[None, :])[..., None])
 
 
-def _in_order(cache: LayerCache, values: Values, place: Place, start: int, stop: int) -> Tensor:
-    """Positions [start, stop) of a cache, (S, G, D)."""
-    runs = [values.data_SGD[slot : slot + n] for slot, _, n in cache.slots(place, start, stop - start)]
-    return runs[0] if len(runs) == 1 else torch.cat(runs)
+def _in_order(values: Values, runs: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Runs of slots one after another, (S, G, D)."""
+    parts = [values.data_SGD[slot : slot + n] for slot, _, n in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -32,7 +32,4 @@ def many(cache: LayerCache, span: Span) -> bool:
     on = span.device
     if on is None or span.n <= RECORDED_TOKENS or on.lengths_B.shape[0] > 1:
         return False
-    if cache.window is None:
-        return not on.tables[None].page
-    first = max(0, span.start - cache.window + 1)
-    return len(cache.slots(span.place, first, span.stop - first)) == 1
+    return not on.tables[None].page if cache.window is None else len(cache.seen(span)) == 1

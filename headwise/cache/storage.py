@@ -252,6 +252,11 @@ class LayerCache:
         """Where positions [start, start + n) lie, as `slots_of` says it."""
         return slots_of(place, self.n_slots if self.window is not None else None, start, n)
 
+    def seen(self, span: Span) -> list[tuple[int, int, int]]:
+        """Where the keys lie that the queries of a span see, their own included, as `slots_of` says it."""
+        first = 0 if self.window is None else max(0, span.start - self.window + 1)
+        return self.slots(span.place, first, span.stop - first)
+
     def write(self, place: Place, start: int, k_TGD: Tensor, v_TGD: Tensor | None, scratch: Tensor | None) -> None:
         """Appends the keys and values of positions [start, start + T)."""
         T = k_TGD.shape[0]
@@ -280,8 +285,7 @@ class LayerCache:
                 raise ValueError(f"positions {start}..{span.stop - 1} lie in {1 + len(more)} runs of pages")
             return [*before, Segment(slot, slot + count, causal=True, position=start)]
         if n == 1:  # one query sees a run of slots, or two where the ring wraps: no mask
-            first = max(0, start + 1 - self.window)
-            return [Segment(slot, slot + count) for slot, _, count in self.slots(place, first, start + 1 - first)]
+            return [Segment(slot, slot + count) for slot, _, count in self.seen(span)]
         base = place.ring * self.n_slots
         return [Segment(base, base + min(self.n_slots, start + n), mask_TS=span.mask_TS)]
 
