@@ -25,15 +25,12 @@ import torch
 from torch import Tensor
 
 from headwise import LLM
-from headwise.bench.engine import bound, first_layers, runner_for, unrecorded
+from headwise.bench.engine import bound, first_layers, in_bf16, runner_for, unrecorded
 from headwise.cache.pages import extents, pages_for
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
-from headwise.engine.devices import device_kind
 from headwise.engine.runner import Runner
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import kv_format
 from headwise.text.demo import demo_prompt
 
 # Both sides of every border: drafts, a filling, a chunk that is recorded; together past a ring of 1,024 + 2,048 + 8.
@@ -114,14 +111,13 @@ def held() -> dict[str, int]:
 def prompts() -> list[dict[str, object]]:
     """Every length is seen, recorded and replayed, with other tokens at other positions, in rings that wrap and in pages apart."""
     rows: list[dict[str, object]] = []
-    device, fmt = torch.device("cuda"), kv_format("bf16")
+    device = torch.device("cuda")
     for name, scheme in MODELS:
         spec = catalogue.spec(name)
         spec = spec if spec.layers[-1].kv_source is not None else first_layers(spec)  # layers that share a cache are the last
         context = sum(LENGTHS) + 1
         torch.cuda.empty_cache()
-        runner, _, p = runner_for(spec, context=context, chunk=CHUNK, kv={"global": fmt, "sliding": fmt}, dtype="bf16",
-                                  stored=weight_types(spec, scheme), kind=device_kind(device), device=device)  # fmt: skip
+        runner, _, p = runner_for(spec, context=context, chunk=CHUNK, device=device, **in_bf16(spec, scheme, device))
         places = {"alone": Place(), "pages apart": Place(0, extents([*range(pages_for(context))][::-1]))}
         texts = [torch.randint(3, spec.vocab_size, (context,)).tolist() for _ in range(2)]
         orders = (LENGTHS, LENGTHS[::-1])

@@ -25,12 +25,9 @@ import torch
 import transformers
 from torch import Tensor
 
-from headwise.bench.engine import bench, line, plan_for
-from headwise.engine.devices import Seat, device_kind
-from headwise.planner.quantise import weight_types
+from headwise.bench.engine import bench, in_bf16, line, plan_for
+from headwise.engine.devices import Seat
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind
 from headwise.weights.blocks import Weight
 
 LENGTHS = (512, 4096, 31744)
@@ -98,9 +95,7 @@ def llama_cpp(name: str, folder: Path, lengths: tuple[int, ...]) -> list[dict[st
     import llamacpp
 
     spec, device, context = catalogue.spec(name), torch.device("cuda"), max(lengths) + DECODED + 256
-    kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
-    _, p, _ = plan_for(spec, context=context, chunk=UBATCH, kv=kv, dtype="bf16", stored=weight_types(spec, "q4_k_m"),
-                       kind=device_kind(device), seats=[Seat(device)])  # fmt: skip
+    _, p, _ = plan_for(spec, context=context, chunk=UBATCH, seats=[Seat(device)], **in_bf16(spec, "q4_k_m", device))
     engine, error = llamacpp.opened(folder, spec, p, device, context=context, ubatch=UBATCH)
     rows = []
     for length in lengths:

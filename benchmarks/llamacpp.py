@@ -28,14 +28,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from headwise.bench.engine import blocks_of, first_layers, random_weights, runner_for
-from headwise.engine.devices import device_kind
+from headwise.bench.engine import blocks_of, first_layers, in_bf16, random_weights, runner_for
 from headwise.errors import UsageError
 from headwise.planner.memory import Plan
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind, ModelSpec
+from headwise.spec.layers import ModelSpec
 from headwise.spec.tensors import weight_tensors
 from headwise.weights.blocks import Weight
 from headwise.weights.names import gguf_name
@@ -197,11 +194,9 @@ def opened(folder: Path, spec: ModelSpec, p: Plan, device: torch.device, *, cont
         Wrong: they did not agree.
     """
     small, shm = first_layers(spec), Path("/dev/shm")
-    kv: dict[Kind, KVFormat] = {"global": kv_format("bf16"), "sliding": kv_format("bf16")}
     with tempfile.TemporaryDirectory(dir=shm if shm.is_dir() else None) as scratch:
         file = Path(scratch) / "random.gguf"
-        runner, _, first = runner_for(small, context=2048, chunk=512, kv=kv, dtype="bf16", stored=weight_types(small, "q4_k_m"),
-                                      kind=device_kind(device), device=device)  # fmt: skip
+        runner, _, first = runner_for(small, context=2048, chunk=512, device=device, **in_bf16(small, "q4_k_m", device))
         write(file, small, first, device)
         ids = torch.randint(3, spec.vocab_size, (1300,)).tolist()
         want = runner.logits(runner.prefill(ids))[0].double().cpu()

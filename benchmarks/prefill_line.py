@@ -29,11 +29,10 @@ import torch
 from engine import built
 
 from headwise.bench.attention import ceilings
-from headwise.bench.engine import DECODED, allowed, bound, check, measure, runner_for
+from headwise.bench.engine import DECODED, allowed, bound, check, in_bf16, measure, runner_for
 from headwise.engine.devices import device_kind
 from headwise.errors import HeadwiseError, UsageError
 from headwise.planner.memory import Plan
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
 from headwise.spec.ggml import by_name, n_bytes
 from headwise.spec.kv import KVFormat, kv_format
@@ -126,9 +125,7 @@ def ours(line: Line, spec: ModelSpec, weights: str, device: torch.device, ceilin
         raise RuntimeError(f"{spec.name} in {weights} is wrong: relative error {error:.1e} of the hidden states; nothing is timed")
     line.result["errors"][weights] = error
     freed()
-    stored = weight_types(spec, weights)
-    runner, _, p = runner_for(spec, context=max(LENGTHS) + 8, chunk=CHUNK, kv=FORMATS, dtype="bf16", stored=stored, kind=kind,
-                              device=device)  # fmt: skip
+    runner, _, p = runner_for(spec, context=max(LENGTHS) + 8, chunk=CHUNK, device=device, **in_bf16(spec, weights, device))
 
     def prefill(ids: list[int]) -> int:
         runner.reset()

@@ -19,15 +19,12 @@ import about
 import pynvml
 import torch
 from engine import dummies
+from profiled import kernels
 from torch.profiler import ProfilerActivity, profile
 
-from headwise.bench.engine import runner_for
-from headwise.engine.devices import device_kind
+from headwise.bench.engine import in_bf16, runner_for
 from headwise.engine.runner import Runner
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind
 
 TIMED, WATCHED, SHOWN = 9, 12, 16
 
@@ -57,15 +54,11 @@ def measured(runner: Runner, tokens: int, vocabulary: int) -> dict[str, Any]:
     busy, end = 0.0, spans[0][0]
     for start, stop in spans:
         busy, end = busy + max(0.0, stop - max(start, end)), max(end, stop)
-    kernels = [
-        {"kernel": e.key[:110], "ms": e.self_device_time_total / 1e3, "launches": e.count}
-        for e in found.key_averages()
-        if e.self_device_time_total > 0
-    ]
     watts, mhz = (statistics.median(x) for x in zip(*states, strict=True))
     return {
         "tokens": tokens, "ms": statistics.median(took), "least_ms": min(took), "busy_ms": busy / 1e3,
-        "span_ms": (end - spans[0][0]) / 1e3, "watts": watts, "mhz": mhz, "kernels": sorted(kernels, key=lambda k: -k["ms"]),
+        "span_ms": (end - spans[0][0]) / 1e3, "watts": watts, "mhz": mhz,
+        "kernels": [{"kernel": name[:110], "ms": us / 1e3, "launches": n} for name, us, n in kernels(found)],
     }  # fmt: skip
 
 
@@ -76,14 +69,12 @@ def main() -> None:
     parser.add_argument("--dummies", action="store_true", help="weights as vLLM's --load-format dummy draws them")
     args = parser.parse_args()
     pynvml.nvmlInit()
-    device, fmt = torch.device("cuda"), kv_format("bf16")
-    kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
+    device = torch.device("cuda")
     result: dict[str, Any] = about.card() | {"rows": []}
     for what in args.what:
         name, weights, length = what.split(":")
         spec, tokens = catalogue.spec(name), int(length)
-        runner, _, _ = runner_for(spec, context=tokens + 8, chunk=tokens, kv=kv, dtype="bf16", stored=weight_types(spec, weights),
-                                  kind=device_kind(device), device=device)  # fmt: skip
+        runner, *_ = runner_for(spec, context=tokens + 8, chunk=tokens, device=device, **in_bf16(spec, weights, device))
         for stage in runner.stages if args.dummies else ():
             dummies(stage.weights)
         row = {"model": name, "weights": f"{weights}{' dummy' if args.dummies else ''}"} | measured(runner, tokens, spec.vocab_size)

@@ -23,15 +23,11 @@ import about
 import torch
 from torch import Tensor
 
-from headwise.bench.engine import bound, runner_for, unrecorded
+from headwise.bench.engine import bound, in_bf16, runner_for, unrecorded
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
-from headwise.engine.devices import device_kind
 from headwise.engine.runner import Runner
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind
 
 LENGTHS, ROUNDS = (32, 64, 128, 200, 512, 1000), 15
 
@@ -76,15 +72,13 @@ def main() -> None:
     parser.add_argument("what", nargs="+", metavar="MODEL:WEIGHTS")
     parser.add_argument("--history", type=int, default=0)
     args = parser.parse_args()
-    device, fmt = torch.device("cuda"), kv_format("bf16")
-    kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
+    device = torch.device("cuda")
     result: dict[str, Any] = about.card() | {"rounds": ROUNDS, "rows": []}
     for what in args.what:
         name, weights = what.split(":")
         spec = catalogue.spec(name)
         context = args.history + max(LENGTHS) + 1
-        runner, _, _ = runner_for(spec, context=context, chunk=1024, kv=kv, dtype="bf16", stored=weight_types(spec, weights),
-                                  kind=device_kind(device), device=device)  # fmt: skip
+        runner, *_ = runner_for(spec, context=context, chunk=1024, device=device, **in_bf16(spec, weights, device))
         ids = torch.randint(3, spec.vocab_size, (context,)).tolist()
         if args.history:
             runner.prefill(ids[: args.history])

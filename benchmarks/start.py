@@ -64,15 +64,12 @@ def random_file(name: str, weights: str, folder: Path) -> Path:
     """A GGUF of the model's true shape."""
     import llamacpp
 
-    from headwise.bench.engine import runner_for
-    from headwise.engine.devices import device_kind
-    from headwise.planner.quantise import weight_types
+    from headwise.bench.engine import in_bf16, plan_for
+    from headwise.engine.devices import Seat
     from headwise.spec import catalogue
-    from headwise.spec.kv import kv_format
 
-    spec, device, fmt = catalogue.spec(name), torch.device("cuda"), kv_format("bf16")
-    _, _, p = runner_for(spec, context=512, chunk=512, kv={"global": fmt, "sliding": fmt}, dtype="bf16",
-                         stored=weight_types(spec, weights), kind=device_kind(device), device=device)  # fmt: skip
+    spec, device = catalogue.spec(name), torch.device("cuda")
+    _, p, _ = plan_for(spec, context=512, chunk=512, seats=[Seat(device)], **in_bf16(spec, weights, device))
     file = folder / f"{name}-{weights}.gguf"
     print(f"made {file.name} in {llamacpp.write(file, spec, p, device):.0f} s", flush=True)
     torch.cuda.empty_cache()

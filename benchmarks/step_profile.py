@@ -17,19 +17,16 @@ from typing import Any
 
 import about
 import torch
+from profiled import kernels
 from torch.profiler import ProfilerActivity, profile
 
 import headwise.kernels.stored as stored
-from headwise.bench.engine import runner_for, step_ahead
+from headwise.bench.engine import in_bf16, runner_for, step_ahead
 from headwise.cache.pages import pages_for
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
-from headwise.engine.devices import device_kind
 from headwise.engine.runner import Runner
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind
 
 PROMPT, TIMED, PROFILED, SHOWN = 512, 24, 5, 16
 CONTEXT = PROMPT + 128
@@ -51,13 +48,8 @@ def measured(runner: Runner, streams: int, vocabulary: int) -> dict[str, Any]:
             for i in range(PROFILED):
                 drawn = step_ahead(runner, places, drawn, PROMPT + TIMED + i)
             torch.cuda.synchronize()
-    kernels = [
-        {"kernel": e.key[:80], "us": e.self_device_time_total / PROFILED, "launches": e.count / PROFILED}
-        for e in found.key_averages()
-        if e.self_device_time_total > 0
-    ]
-    kernels.sort(key=lambda k: -k["us"])
-    return {"streams": streams, "step_ms": statistics.median(steps[6:]) * 1e3, "kernels": kernels}
+    ran = [{"kernel": name[:80], "us": us / PROFILED, "launches": n / PROFILED} for name, us, n in kernels(found)]
+    return {"streams": streams, "step_ms": statistics.median(steps[6:]) * 1e3, "kernels": ran}
 
 
 def main() -> None:
@@ -68,14 +60,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.apart:
         stored._overlaps = lambda device: False  # type: ignore[assignment]
-    device, fmt = torch.device("cuda"), kv_format("bf16")
-    kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
+    device = torch.device("cuda")
     result: dict[str, Any] = about.card() | {"apart": args.apart, "rows": []}
     for what in args.what:
         name, weights, counts = what.split(":")
         spec, streams = catalogue.spec(name), [int(n) for n in counts.split(",")]
-        runner, _, _ = runner_for(spec, context=CONTEXT, chunk=2048, kv=kv, dtype="bf16", stored=weight_types(spec, weights),
-                                  kind=device_kind(device), device=device, slots=max(streams))  # fmt: skip
+        common = in_bf16(spec, weights, device)
+        runner, *_ = runner_for(spec, context=CONTEXT, chunk=2048, slots=max(streams), device=device, **common)
         for n in streams:
             row = {"model": name, "weights": weights} | measured(runner, n, spec.vocab_size)
             result["rows"].append(row)

@@ -21,17 +21,13 @@ import torch
 
 import headwise
 from headwise import LLM
-from headwise.bench.engine import runner_for, step_ahead
+from headwise.bench.engine import in_bf16, runner_for, step_ahead
 from headwise.cache.pages import pages_for
 from headwise.cache.storage import Place
 from headwise.engine.batch import Run
 from headwise.engine.engine import Engine
-from headwise.engine.llm import device_kind
 from headwise.engine.request import Event, Finish, Request, Sampling, Token
-from headwise.planner.quantise import weight_types
 from headwise.spec import catalogue
-from headwise.spec.kv import KVFormat, kv_format
-from headwise.spec.layers import Kind
 
 PROMPT, ANSWER = 512, 64
 TIE = 0.25  # between two logits in bf16 that another number of rows may exchange
@@ -77,13 +73,8 @@ def answers(speculate: bool) -> dict[str, Any]:
 
 def streams(model: str, weights: str, counts: list[int]) -> list[dict[str, Any]]:
     spec, device = catalogue.spec(model), torch.device("cuda")
-    fmt = kv_format("bf16")
-    kv: dict[Kind, KVFormat] = {"global": fmt, "sliding": fmt}
     context = PROMPT + ANSWER + 64
-    runner, _, p = runner_for(
-        spec, context=context, chunk=2048, kv=kv, dtype="bf16", stored=weight_types(spec, weights), kind=device_kind(device),
-        device=device, slots=max(counts),
-    )  # fmt: skip
+    runner, _, p = runner_for(spec, context=context, chunk=2048, slots=max(counts), device=device, **in_bf16(spec, weights, device))
     pages = pages_for(context)
     rows = []
     for n in counts:

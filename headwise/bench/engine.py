@@ -153,6 +153,14 @@ def random_weights(
     return weights, wide
 
 
+def in_bf16(spec: ModelSpec, scheme: str, device: torch.device) -> dict[str, Any]:
+    """Of `plan_for` and `runner_for`: weights of a scheme (`planner.quantise`), activations and the whole cache in bf16."""
+    fmt = kv_format("bf16")
+    return {
+        "kv": {"global": fmt, "sliding": fmt}, "dtype": "bf16", "stored": weight_types(spec, scheme), "kind": device_kind(device),
+    }  # fmt: skip
+
+
 def plan_for(
     spec: ModelSpec, *, context: int, chunk: int, kv: Mapping[Kind, KVFormat], dtype: str, stored: Mapping[str, str],
     kind: DeviceKind, seats: Sequence[Seat], slots: int = 1,
