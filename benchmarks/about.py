@@ -17,7 +17,9 @@ def commit(checkout: Path | None = None) -> str:
 
 
 def card(*packages: str) -> dict[str, Any]:
-    """Of a result taken on a GPU: which one, when, of which commit, and the versions of PyTorch and of `packages`."""
+    """Of a result taken on a GPU: which one ("cpu" where there is none), when, of which commit, and the versions of PyTorch and of
+    `packages`."""
     versions = {name.replace("-", "_"): version(name) for name in packages}
     when = {"date": time.strftime("%Y-%m-%d"), "commit": commit()}
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, **versions, **when}
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {"gpu": name, "torch": torch.__version__, **versions, **when}

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import chain, product
@@ -20,6 +19,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
+import about
 import torch
 from kernels.cases import DTYPES, stored
 
@@ -143,9 +143,8 @@ def main() -> None:
     wrong = sum(e >= ERROR for each in rows.values() for e in each)
     print(f"{len(combinations)} cases, {wrong} wrong")
     if args.out:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        head = {"gpu": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "backend": args.backend, "wrong": wrong}
-        Path(args.out).write_text(json.dumps(head | {"rows": found}, indent=1))
+        head = about.card() | {"backend": args.backend, "wrong": wrong, "rows": found}
+        Path(args.out).write_text(json.dumps(head, indent=1))
 
 
 if __name__ == "__main__":
