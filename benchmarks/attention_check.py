@@ -1,10 +1,11 @@
 """Is attention right on this card? Decode over every KV type and layout, prefill over floats, ragged batches, against fp64.
 
-    PYTHONPATH=.:tests python benchmarks/attention_check.py [--backend headwise-hopper] [--phase prefill] [OUT.json]
+    PYTHONPATH=.:tests python benchmarks/attention_check.py [--backend headwise-hopper] [--phase prefill] [--card sm86] [OUT.json]
 
 Head sizes 128 to 512, one tensor (V with K's rotated values, or V alone) and two, groups of 2 to 16 heads; one sequence and
 batches; contiguous, paged and ring caches with and without a window and sinks; partial results merged by the launch and after it.
-What a cache does not hold is 99, results and scratch are NaN before. Half the cases have f16 queries, half bf16.
+What a cache does not hold is 99, results and scratch are NaN before. Half the cases have f16 queries, half bf16. With `--card` the
+portable kernel runs as that card would run it (`consumer_cards.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import NamedTuple
 
 import about
 import torch
+from consumer_cards import as_card
 from kernels.cases import DTYPES, stored
 
 from headwise.attention.own_kernels import launch, partial_scratch
@@ -117,8 +119,11 @@ def main() -> None:
     parser.add_argument("--backend", default="headwise-hopper")
     parser.add_argument("--jobs", type=int, default=min(8, os.cpu_count() or 1))
     parser.add_argument("--phase", choices=("prefill", "decode"), help="default: both")
+    parser.add_argument("--card", choices=("sm86", "sm89"), help="whose code the portable kernel is; default: this card's")
     parser.add_argument("out", nargs="?")
     args = parser.parse_args()
+    if args.card and args.backend != "headwise-triton":
+        parser.error(f"--card {args.card} is for --backend headwise-triton, not {args.backend}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     combinations = [
         c
@@ -129,7 +134,8 @@ def main() -> None:
     cases = [Case(kv, heads, step, layout, window, i) for i, (kv, heads, step, (layout, window)) in enumerate(combinations)]
     cases.sort(key=lambda c: (c.heads, c.kv, c.seed % 2))  # those of one kernel together
     rows: dict[tuple[object, ...], list[float]] = {}
-    with ProcessPoolExecutor(args.jobs, get_context("spawn")) as pool:  # most of the time kernels are compiled
+    ready = {"initializer": as_card, "initargs": (args.card,)} if args.card else {}
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), **ready) as pool:  # most of the time kernels are compiled
         errors = pool.map(partial(relative_error, backend=args.backend, device=device), cases, chunksize=4)
         for case, error in zip(cases, errors, strict=True):
             rows.setdefault((phase(case.step), case.kv, *case.heads), []).append(error)
@@ -143,7 +149,7 @@ def main() -> None:
     wrong = sum(e >= ERROR for each in rows.values() for e in each)
     print(f"{len(combinations)} cases, {wrong} wrong")
     if args.out:
-        head = about.card() | {"backend": args.backend, "wrong": wrong, "rows": found}
+        head = about.card() | {"backend": args.backend, "card": args.card, "wrong": wrong, "rows": found}
         Path(args.out).write_text(json.dumps(head, indent=1))
 
 
