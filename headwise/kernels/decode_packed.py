@@ -3,15 +3,16 @@
     S^T = K q^T          (64 keys, rows of queries)       P = softmax over keys
     O^T += V^T P         (D, rows of queries)
 
-As in `decode_hopper`, keys are the rows. One warp fetches tiles as they are stored (TMA; scales by asynchronous copies); two
-warpgroups take them in turn. Both products read their left operand from registers, where the words of a tile become f16: a
-tile crosses shared memory as bytes, twice, and never as floats.
+As in `decode_hopper`, keys are the rows. One warp fetches tiles as they are stored (TMA; scales by asynchronous copies), a
+warpgroup multiplies; two programs share a multiprocessor. Both products read their left operand from registers, where the words of
+a tile become f16: a tile crosses shared memory as bytes, twice, and never as floats.
 
 Columns   A sum over values does not mind their order. A thread reads a run of a key's bytes and multiplies it as it lies: queries
-          are stored in that order (`_query_column`). For V^T a thread reads the same word of two keys that follow each other and
-          deals out their bytes; which row of the product holds which value is undone on the registers' names (`_in_order`).
+          are stored in that order (`_query_column`). For V^T a transposing load brings the same two bytes of two keys that follow
+          each other into a register, and the values of each byte have a product of their own.
+Scales    For V^T they cross shared memory once more, so that a register has those of two keys.
 Shapes    as in `attend`: head_dim 128, 256, 512 (q4_0: 256, 512). At most 16 * 512 / D rows (queries times heads of a group).
-Cost      the bytes of the keys in sight, once; 5 instructions a byte. Source: FlashMLA (DeepSeek 2025) for the roles.
+Cost      the bytes of the keys in sight, once; 4 instructions a byte. Source: FlashMLA (DeepSeek 2025) for the roles.
 """
 
 from __future__ import annotations
@@ -68,13 +69,16 @@ def _score_layout(words, n_blocks):
 
 
 @gluon.constexpr_function
-def _value_layout(n_blocks, halves):
-    """(64 keys, blocks, words) of 32 words: the first operand of a product over keys. `halves`: pairs of keys, 32 of them."""
-    word = [[0, *_split(b, 32, n_blocks)] for b in range(5)]
-    keys = [[k, 0, 0] for k in ((1, 2, 4, 8, 16) if halves else (2, 4, 8, 16, 32))]
-    odd = [] if halves else [[1, 0, 0]]
+def _value_layout(FORMAT):
+    """(blocks, pairs of bytes of a block, 64 keys): the first operand of a product over keys, whose 64 rows are pairs of bytes."""
+    pairs = 8 if FORMAT == Q4_0 else 16
+
+    def row(r):
+        return [r // pairs, r % pairs, 0]
+
+    key = [[0, 0, 1 << b] for b in range(6)]
     return gl.DistributedLinearLayout(
-        [*odd, *keys[2:]], [*keys[:2], *word[:3]], word[3:], [], [32 if halves else 64, n_blocks, 32 // n_blocks]
+        [key[0], row(8), *key[3:]], [*key[1:3], row(1), row(2), row(4)], [row(16), row(32)], [], [64 // pairs, pairs, 64]
     )
 
 
@@ -89,17 +93,6 @@ def _flat(layout):
     return gl.DistributedLinearLayout(
         flat(layout.reg_bases), flat(layout.lane_bases), flat(layout.warp_bases), [], [layout.shape[0], layout.shape[1] * size]
     )
-
-
-@gluon.constexpr_function
-def _out_layout(rows, FORMAT):
-    """(values of a slab, rows) in order, as `_in_order` leaves an accumulator's registers."""
-    columns = [[0, 1 << b] for b in range(rows.bit_length() - 1)]
-    if FORMAT == Q4_0:
-        registers, lanes, warps, n = [[1, 0], [2, 0], [16, 0]], [[4, 0], [8, 0], [32, 0]], [[64, 0], [128, 0]], 256
-    else:
-        registers, lanes, warps, n = [[1, 0], [2, 0]], [[4, 0], [8, 0], [16, 0]], [[32, 0], [64, 0]], 128
-    return gl.DistributedLinearLayout([columns[0], *registers, *columns[3:]], [*columns[1:3], *lanes], warps, [], [n, rows])
 
 
 @gluon.jit
@@ -255,132 +248,79 @@ def _for_scores(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.co
 
 @gluon.jit
 def _for_values(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr):
-    """Slab SLAB of a tile as f16, transposed: (values in the order that `_in_order` undoes, 64 keys)."""
-    B: gl.constexpr = _blocks(32, FORMAT)
-    pair: gl.constexpr = _value_layout(B, True)
-    x = _words(tile, SLAB * 32, 32, W, _value_layout(B, False))
-    a, b = x.reshape([32, 2, B, 32 // B]).permute((0, 2, 3, 1)).split()
-    a = gl.convert_layout(a, pair, assert_trivial=True)
-    b = gl.convert_layout(b, pair, assert_trivial=True)
+    """Slab SLAB of a tile as f16, transposed: (64 pairs of bytes, 64 keys) for each of the values that a pair holds.
+
+    Two keys' pairs share a register: taking a byte of both is one instruction.
+    """
+    pairs = tile._reinterpret(gl.int16, [64, 2 * W], gl.NVMMASharedLayout.get_default_for([64, 2 * W], gl.int16))
+    x = pairs.slice(SLAB * 64, 64, dim=1).permute((1, 0)).load(dot)
     if FORMAT == FP8:
-        c, d, e, f, g, h, k, m = gl.inline_asm_elementwise(
+        return gl.inline_asm_elementwise(
             """{
-            .reg .b16 p, q;
-            .reg .b32 u, v, x;
-            prmt.b32 u, $8, $9, 0x5140;
-            prmt.b32 v, $8, $9, 0x7362;
-            mov.b32 {p, q}, u;
-            cvt.rn.f16x2.e4m3x2 x, p;
-            mov.b32 {$0, $1}, x;
-            cvt.rn.f16x2.e4m3x2 x, q;
-            mov.b32 {$2, $3}, x;
-            mov.b32 {p, q}, v;
-            cvt.rn.f16x2.e4m3x2 x, p;
-            mov.b32 {$4, $5}, x;
-            cvt.rn.f16x2.e4m3x2 x, q;
-            mov.b32 {$6, $7}, x;
+            .reg .b16 u, v;
+            .reg .b32 x;
+            prmt.b32 x, $2, 0, 0x3120;
+            mov.b32 {u, v}, x;
+            cvt.rn.f16x2.e4m3x2 $0, u;
+            cvt.rn.f16x2.e4m3x2 $1, v;
             }""",
-            "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [a, b],
-            dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-            is_pure=True, pack=1,
+            "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
-        y = gl.join(gl.join(gl.join(c, d), gl.join(e, f)), gl.join(gl.join(g, h), gl.join(k, m)))
-        y = y.reshape([32, 4, 8, 2, 2, 2]).permute((5, 1, 4, 2, 0, 3))
-        return gl.convert_layout(y.reshape([128, 64]), dot, assert_trivial=True)
     else:
-        s = scales.slice(SLAB * B, B, dim=1).load(gl.SliceLayout(2, _value_layout(B, False)))
-        s0, s1 = s.reshape([32, 2, B]).permute((0, 2, 1)).split()
-        both = gl.inline_asm_elementwise("mov.b32 $0, {$1, $2};", "=r,h,h", [s0, s1], dtype=gl.int32, is_pure=True, pack=1)
-        t, _ = gl.broadcast(gl.expand_dims(gl.convert_layout(both, gl.SliceLayout(2, pair), assert_trivial=True), 2), a)
+        layout: gl.constexpr = _value_layout(FORMAT)
+        B: gl.constexpr = layout.shape[0]
+        x3 = gl.convert_layout(x.reshape(layout.shape), layout, assert_trivial=True)
+        s = scales.slice(SLAB * B, B, dim=0).load(gl.SliceLayout(1, layout))
         if FORMAT == Q8_0:
-            c, d, e, f, g, h, k, m = gl.inline_asm_elementwise(
+            t, _ = gl.broadcast(gl.expand_dims(s, 1), x3)
+            ys = gl.inline_asm_elementwise(
                 """{
-                .reg .b32 a, b, u, v, x, y, z, w, c;
+                .reg .b32 x, y, c;
                 mov.b32 c, 0x64806480;
-                xor.b32 a, $8, 0x80808080;
-                xor.b32 b, $9, 0x80808080;
-                prmt.b32 u, a, b, 0x5140;
-                prmt.b32 v, a, b, 0x7362;
-                prmt.b32 x, u, 0x64646464, 0x4140;
-                prmt.b32 y, u, 0x64646464, 0x4342;
-                prmt.b32 z, v, 0x64646464, 0x4140;
-                prmt.b32 w, v, 0x64646464, 0x4342;
+                lop3.b32 x, $2, 0x00ff00ff, 0x64806480, 0x6a;
+                shr.u32 y, $2, 8;
+                lop3.b32 y, y, 0x00ff00ff, 0x64806480, 0x6a;
                 sub.f16x2 x, x, c;
                 sub.f16x2 y, y, c;
-                sub.f16x2 z, z, c;
-                sub.f16x2 w, w, c;
-                mul.f16x2 x, x, $10;
-                mul.f16x2 y, y, $10;
-                mul.f16x2 z, z, $10;
-                mul.f16x2 w, w, $10;
-                mov.b32 {$0, $1}, x;
-                mov.b32 {$2, $3}, y;
-                mov.b32 {$4, $5}, z;
-                mov.b32 {$6, $7}, w;
+                mul.f16x2 $0, x, $3;
+                mul.f16x2 $1, y, $3;
                 }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", [a, b, t],
-                dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-                is_pure=True, pack=1,
+                "=r,=r,r,r", [x3, t], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
             )  # fmt: skip
-            y = gl.join(gl.join(gl.join(c, d), gl.join(e, f)), gl.join(gl.join(g, h), gl.join(k, m)))
-            y = y.reshape([32, 4, 8, 2, 2, 2]).permute((5, 1, 4, 2, 0, 3))
-            return gl.convert_layout(y.reshape([128, 64]), dot, assert_trivial=True)
         else:
-            lo = _nibble_pairs(a, b, t)
-            hi = _nibble_pairs(a >> 4, b >> 4, t)
-            y = gl.join(lo, hi).reshape([32, 4, 8, 2, 2, 2, 2]).permute((6, 5, 1, 4, 2, 0, 3))
-            return gl.convert_layout(y.reshape([256, 64]), dot, assert_trivial=True)
-
-
-@gluon.jit
-def _nibble_pairs(a, b, t):
-    """The low nibbles of the bytes of two keys' words as f16, (..., key, byte, byte)."""
-    c, d, e, f, g, h, k, m = gl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, u, v, x, y, z, w, c;
-        mov.b32 c, 0x64086408;
-        and.b32 a, $8, 0x0f0f0f0f;
-        and.b32 b, $9, 0x0f0f0f0f;
-        prmt.b32 u, a, b, 0x5140;
-        prmt.b32 v, a, b, 0x7362;
-        prmt.b32 x, u, 0x64646464, 0x4140;
-        prmt.b32 y, u, 0x64646464, 0x4342;
-        prmt.b32 z, v, 0x64646464, 0x4140;
-        prmt.b32 w, v, 0x64646464, 0x4342;
-        sub.f16x2 x, x, c;
-        sub.f16x2 y, y, c;
-        sub.f16x2 z, z, c;
-        sub.f16x2 w, w, c;
-        mul.f16x2 x, x, $10;
-        mul.f16x2 y, y, $10;
-        mul.f16x2 z, z, $10;
-        mul.f16x2 w, w, $10;
-        mov.b32 {$0, $1}, x;
-        mov.b32 {$2, $3}, y;
-        mov.b32 {$4, $5}, z;
-        mov.b32 {$6, $7}, w;
-        }""",
-        "=h,=h,=h,=h,=h,=h,=h,=h,r,r,r", [a, b, t],
-        dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-        is_pure=True, pack=1,
-    )  # fmt: skip
-    return gl.join(gl.join(gl.join(c, d), gl.join(e, f)), gl.join(gl.join(g, h), gl.join(k, m)))
-
-
-@gluon.jit
-def _in_order(acc, ROWS: gl.constexpr, FORMAT: gl.constexpr):
-    """An accumulator's rows in order of their values: registers get other names, nothing moves."""
-    if FORMAT == Q4_0:
-        y = acc.reshape([2, 2, 4, 2, 2, 4, ROWS]).permute((2, 4, 0, 5, 1, 3, 6)).reshape([256, ROWS])
-    else:
-        y = acc.reshape([2, 4, 2, 8, ROWS]).permute((1, 3, 0, 2, 4)).reshape([128, ROWS])
-    return gl.convert_layout(y, _out_layout(ROWS, FORMAT), assert_trivial=True)
+            t, _ = gl.broadcast(gl.expand_dims(s, 1), x3)
+            t16, _ = gl.broadcast(gl.expand_dims(s * gl.full([], 0.0625, gl.float16), 1), x3)
+            ys = gl.inline_asm_elementwise(
+                """{
+                .reg .b32 x, y, z, w, v, c, d;
+                mov.b32 c, 0x64086408;
+                mov.b32 d, 0x64806480;
+                shr.u32 v, $4, 8;
+                lop3.b32 x, $4, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 y, v, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 z, $4, 0x00f000f0, 0x64006400, 0xea;
+                lop3.b32 w, v, 0x00f000f0, 0x64006400, 0xea;
+                sub.f16x2 x, x, c;
+                sub.f16x2 y, y, c;
+                sub.f16x2 z, z, d;
+                sub.f16x2 w, w, d;
+                mul.f16x2 $0, x, $5;
+                mul.f16x2 $1, y, $5;
+                mul.f16x2 $2, z, $6;
+                mul.f16x2 $3, w, $6;
+                }""",
+                "=r,=r,=r,=r,r,r,r", [x3, t, t16], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+            )  # fmt: skip
+        out = ()
+        for i in gl.static_range(len(ys)):
+            out = out + (gl.convert_layout(ys[i].reshape([64, 64]), dot, assert_trivial=True),)
+        return out
 
 
 @gluon.jit
 def _consume(
     q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G, q_stride,
-    sq, sqt, sk, st, sv, ak, at, av, sp, sm, full, empty,
+    sq, sqt, sk, st, sv, ak, at, av, ts, sp, sm, full, empty,
     H: gl.constexpr, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
     NS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr, MERGE: gl.constexpr, MERGED: gl.constexpr,
     SP: gl.constexpr, FORMAT: gl.constexpr,
@@ -392,7 +332,7 @@ def _consume(
     col: gl.constexpr = gl.SliceLayout(0, sl)
     WD: gl.constexpr = _words_a_row(D, FORMAT)
     WR: gl.constexpr = _words_a_row(R, FORMAT)
-    M: gl.constexpr = 256 if FORMAT == Q4_0 else 128
+    EACH: gl.constexpr = 4 if FORMAT == Q4_0 else 2  # values of a pair of bytes
     gdc_wait()
     sm.store(_store_queries(q_ptr, sq, sqt, q0, T, g, q_stride, GROUP, ROWS, D, R, FORMAT))
     fence_async_shared()
@@ -400,9 +340,11 @@ def _consume(
     rows = gl.arange(0, ROWS, col)
     pos_q = n - T + rows // GROUP
     keys = gl.arange(0, 64, gl.SliceLayout(1, sl))
+    C: gl.constexpr = min(8, D // 32)
+    by_row: gl.constexpr = gl.BlockedLayout([1, C], [32 * C * 32 // D, D // 32 // C], [4, 1], [1, 0])
     accs = ()
-    for t in gl.static_range(D // M):
-        accs = accs + (gl.zeros([M, ROWS], gl.float32, sl),)
+    for t in gl.static_range(D // 64):
+        accs = accs + (gl.zeros([64, ROWS], gl.float32, sl),)
     m = gl.full([ROWS], -1e30, gl.float32, col)
     l = gl.zeros([64, ROWS], gl.float32, sl)
     N: gl.constexpr = D * min(WD, 32) // WD  # values of a slab
@@ -442,31 +384,38 @@ def _consume(
         l = l * a + p
         m = m_new
         sp.permute((1, 0)).store(p.to(gl.float16))
+        if FORMAT != FP8:  # scales of two keys side by side
+            ts.permute((1, 0)).store((ak if R > 0 else av).index(b).load(by_row))
         fence_async_shared()
         new = ()
-        for t in gl.static_range(D // M):
+        for t in gl.static_range(D // 64 // EACH):
             if R > 0:
-                x = _for_values(sk.index(b), ak.index(b), t, WD, FORMAT, dot)
+                xs = _for_values(sk.index(b), ts, t, WD, FORMAT, dot)
             else:
-                x = _for_values(sv.index(b), av.index(b), t, WD, FORMAT, dot)
-            o = warpgroup_mma(x, sp.permute((1, 0)), accs[t] * a, is_async=True)
+                xs = _for_values(sv.index(b), ts, t, WD, FORMAT, dot)
+            os = ()
+            for e in gl.static_range(EACH):
+                os = os + (warpgroup_mma(xs[e], sp.permute((1, 0)), accs[t * EACH + e] * a, is_async=True),)
             if BEHIND == 0:
-                o = warpgroup_mma_wait(0, deps=(o,))
+                os = warpgroup_mma_wait(0, deps=os)
             elif t > 0:
-                new = new[:-1] + (warpgroup_mma_wait(1, deps=(new[t - 1],)),)
-            new = new + (o,)
+                new = new[:-EACH] + warpgroup_mma_wait(EACH, deps=new[-EACH:])
+            new = new + os
         mbarrier.arrive(empty.index(b), count=1)
         if BEHIND == 0:
             accs = new
         else:
-            accs = new[:-1] + (warpgroup_mma_wait(0, deps=(new[D // M - 1],)),)
-    ol: gl.constexpr = _out_layout(ROWS, FORMAT)
-    m = gl.convert_layout(m, gl.SliceLayout(0, ol))
-    total = gl.convert_layout(gl.sum(l, 0), gl.SliceLayout(0, ol))
-    values = gl.arange(0, M, gl.SliceLayout(1, ol))
-    for t in gl.static_range(D // M):
-        partials(_in_order(accs[t], ROWS, FORMAT), t * M + values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g,
-                 G, n_splits, H, GROUP, ROWS, D, SINKS, MERGE)  # fmt: skip
+            accs = new[:-EACH] + warpgroup_mma_wait(0, deps=new[-EACH:])
+    total = gl.sum(l, 0)
+    pair = gl.arange(0, 64, gl.SliceLayout(1, sl))
+    if FORMAT == Q4_0:
+        pair = pair // 8 * 32 + pair % 8 * 2
+    else:
+        pair = pair * 2
+    for t in gl.static_range(D // 64):
+        values = t // EACH * 64 * EACH + t % EACH // 2 * 16 + t % 2 + pair
+        partials(accs[t], values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D,
+                 SINKS, MERGE)  # fmt: skip
     finish(out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D, SINKS, MERGE, MERGED,
            SP)  # fmt: skip
 
@@ -530,6 +479,7 @@ def _decode(
         at = ak
         sv = gl.allocate_shared_memory(gl.uint8, [NS, 64, BD], tile)
         av = gl.allocate_shared_memory(f16, [NS, 64, D // 32], plain)
+    ts = gl.allocate_shared_memory(f16, [D // 32, 64], plain)
     sm = gl.allocate_shared_memory(gl.float32, [ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [NS, 1], mbarrier.MBarrierLayout())
@@ -539,7 +489,7 @@ def _decode(
     fence_async_shared()
     gl.warp_specialize([
         (_consume, (q_ptr, out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, starts, lengths, ring, window, scale, n_splits, G,
-                    q_stride, sq, sqt, sk, st, sv, ak, at, av, sp, sm, full, empty,
+                    q_stride, sq, sqt, sk, st, sv, ak, at, av, ts, sp, sm, full, empty,
                     H, GROUP, ROWS, D, R, NS, WINDOWED, RING, SINKS, MERGE, MERGED, SP, FORMAT)),
         (_load, (kd, td, vd, ks, vs, starts, lengths, table, table_stride, ring, window, n_splits, G, n_slots, sk, st, sv, ak, at,
                  av, full, empty, D, R, NS, WINDOWED, RING, PAGED, FORMAT, CUT)),
@@ -560,7 +510,7 @@ def attend_packed(
     if rows * D > 16 * 512:
         raise ValueError(f"attend_packed: {seqs.max_queries} queries of {group} heads are {rows} rows (<= {16 * 512 // D})")
     stage = 64 * (width + E // 16 if v is None else 2 * (width + E // 16))
-    NS = min(8, max(2, (112 * 1024 - rows * (E * 2 + 132)) // stage))
+    NS = min(8, max(2, (112 * 1024 - rows * (E * 2 + 132) - 4 * D) // stage))
 
     def desc(x: Tensor, columns: int) -> TensorDescriptor:
         layout = gl.NVMMASharedLayout.get_default_for([64, columns], gl.uint8)
