@@ -502,16 +502,12 @@ def _softmax(
     if RING:
         end = gl.where(i < tiles_run, lo + run, hi)
         pos = gl.where(i < tiles_run, pos, lo + run + (i - tiles_run) * BN)
-    cut = (pos + BN > end) | (pos + BN - 1 > nearest)
+    j = gl.expand_dims(cols, 0)  # each side alone: the predicates of both do not fit
+    if (pos + BN > end) | (pos + BN - 1 > nearest):
+        s = gl.where(j <= gl.expand_dims(gl.minimum(pos_q, end - 1) - pos, 1), s, float("-inf"))
     if WINDOWED:
-        cut = cut | (pos <= nearest + 63 - window)
-    if cut:
-        j = gl.expand_dims(pos + cols, 0)
-        i_q = gl.expand_dims(pos_q, 1)
-        seen = (j <= i_q) & (j < end)
-        if WINDOWED:
-            seen = seen & (j > i_q - window)
-        s = gl.where(seen, s, float("-inf"))
+        if pos <= nearest + 63 - window:
+            s = gl.where(j > gl.expand_dims(pos_q - window - pos, 1), s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
     a = gl.exp2(m - m_new)
