@@ -502,16 +502,12 @@ def _softmax(
     if RING:
         end = gl.where(i < tiles_run, lo + run, hi)
         pos = gl.where(i < tiles_run, pos, lo + run + (i - tiles_run) * BN)
-    cut = (pos + BN > end) | (pos + BN - 1 > nearest)
+    j = gl.expand_dims(cols, 0)  # each side alone: the predicates of both do not fit
+    if (pos + BN > end) | (pos + BN - 1 > nearest):
+        s = gl.where(j <= gl.expand_dims(gl.minimum(pos_q, end - 1) - pos, 1), s, float("-inf"))
     if WINDOWED:
-        cut = cut | (pos <= nearest + 63 - window)
-    if cut:
-        j = gl.expand_dims(pos + cols, 0)
-        i_q = gl.expand_dims(pos_q, 1)
-        seen = (j <= i_q) & (j < end)
-        if WINDOWED:
-            seen = seen & (j > i_q - window)
-        s = gl.where(seen, s, float("-inf"))
+        if pos <= nearest + 63 - window:
+            s = gl.where(j > gl.expand_dims(pos_q - window - pos, 1), s, float("-inf"))
     m_new = gl.maximum(m, gl.max(s, 1) * scale)
     p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
     a = gl.exp2(m - m_new)
@@ -520,15 +516,25 @@ def _softmax(
 
 
 @gluon.jit
-def _leave(od, out, so, x, whole, q0, first, T, H, h, column, D: gl.constexpr, N: gl.constexpr, layout: gl.constexpr):
-    """64 results through shared memory, 16 bytes at a time; the last of a sequence's from registers, with a mask."""
-    if whole:
+def _leave(
+    od, out, so, x0, x1, row, rest, H, h, D: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, layout: gl.constexpr
+):  # fmt: skip
+    """64 results of a head, from row `row` on, through shared memory, 16 bytes at a time, N columns each time; where only `rest` are
+    a sequence's, from registers, with a mask."""
+    if rest >= 64:
         tma.store_wait(0)  # of what left before
-        so.store(x)
+        so.store(x0)
         fence_async_shared()
-        tma.async_copy_shared_to_global(od, [q0 + first, h * D + column], so)
+        tma.async_copy_shared_to_global(od, [row, h * D], so)
+        if HALVES == 2:
+            tma.store_wait(0)
+            so.store(x1)
+            fence_async_shared()
+            tma.async_copy_shared_to_global(od, [row, h * D + N], so)
     else:
-        _store(out, x, q0, first, T, H, h, column, D, N, layout)
+        _store(out, x0, row, 0, rest, H, h, 0, D, N, layout)
+        if HALVES == 2:
+            _store(out, x1, row, 0, rest, H, h, N, D, N, layout)
 
 
 @gluon.jit
@@ -546,10 +552,16 @@ def _two_consume(
     cols = gl.arange(0, BN, gl.SliceLayout(0, sl))
     n = 0
     done = 0  # blocks so far
+    o0 = gl.zeros([64, N], dtype, accl)  # a block's results, which leave while the next one begins
+    o1 = o0
+    o_row = 0
+    o_rest = 0
+    o_h = 0
+    seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+        gl.program_id(0), starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
+    )
     for w in range(gl.program_id(0), works, gl.num_programs(0)):
-        seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
-            w, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
-        )
+        after = gl.minimum(w + gl.num_programs(0), works - 1)
         if tiles > 0:
             if HEADS == 2:
                 h += WHO
@@ -564,6 +576,8 @@ def _two_consume(
             mbarrier.wait(q_full.index(WHO), done & 1)
             mbarrier.wait(k_full.index(n % 2), (n // 2) & 1)
             s = warpgroup_mma(q, sk.index(n % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
+            if done > 0:
+                _leave(od, out, so.index(WHO), o0, o1, o_row, o_rest, H, o_h, D, N, HALVES, accl)
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(n % 2), count=1)
             p, a, m, l = _softmax(
@@ -600,17 +614,26 @@ def _two_consume(
             if SINKS:
                 l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
             part = gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, accl)), 1)
-            whole = first + 64 <= T
+            o_row = q0 + first
+            o_rest = T - first
+            o_h = h
+            seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(  # the next one, while this one is multiplied
+                after, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
+            )
             acc0, p = warpgroup_mma_wait(HALVES - 1, deps=(acc0, p))
-            if HALVES == 1:
-                mbarrier.arrive(v_empty.index(b), count=1)
-            _leave(od, out, so.index(WHO), (acc0 * part).to(dtype), whole, q0, first, T, H, h, 0, D, N, accl)
+            o0 = (acc0 * part).to(dtype)
             if HALVES == 2:
                 acc1 = warpgroup_mma_wait(0, deps=(acc1,))
-                mbarrier.arrive(v_empty.index(b), count=1)
-                _leave(od, out, so.index(WHO), (acc1 * part).to(dtype), whole, q0, first, T, H, h, N, D, N, accl)
+                o1 = (acc1 * part).to(dtype)
+            mbarrier.arrive(v_empty.index(b), count=1)
             n += 1
             done += 1
+        else:
+            seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+                after, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
+            )
+    if done > 0:
+        _leave(od, out, so.index(WHO), o0, o1, o_row, o_rest, H, o_h, D, N, HALVES, accl)
     tma.store_wait(0)
 
 
