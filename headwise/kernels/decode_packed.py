@@ -22,6 +22,7 @@ import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     async_copy,
     fence_async_shared,
@@ -38,6 +39,9 @@ from headwise.kernels.decode_hopper import finish, partials, share, shares, tile
 from headwise.kernels.stored import FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
 
+ROOM = gl.constexpr(8.0)  # shares are up to 2**8, so that their products with scales of blocks are numbers f16 has all bits of
+
+
 @gluon.constexpr_function
 def _words_a_row(n_values, FORMAT):
     """32-bit words of a stored row."""
@@ -45,67 +49,48 @@ def _words_a_row(n_values, FORMAT):
 
 
 @gluon.constexpr_function
-def _blocks(words, FORMAT):
-    """Blocks of 32 values in `words`; fp8 has no scales, so its words are one block."""
-    return 1 if FORMAT == FP8 else words // 4 if FORMAT == Q4_0 else words // 8
+def _bits(n):
+    return n.bit_length() - 1
 
 
 @gluon.constexpr_function
-def _split(bit, words, n_blocks):
-    """A word's bit as a step in (block, word of the block)."""
-    step, size = 1 << bit, words // n_blocks
-    return [0, step] if step < size else [step // size, 0]
+def _float_layout(words):
+    """(64 keys, words) of fp8: the first operand of a product over values. Four lanes share a key, each reads a run."""
+    word = [[0, 1 << b] for b in range(words.bit_length() - 1)]
+    return gl.DistributedLinearLayout([*word[:-2], [8, 0]], [*word[-2:], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, words])
 
 
 @gluon.constexpr_function
-def _score_layout(words, n_blocks):
-    """(64 keys, blocks, words): the first operand of a product over values. Four lanes share a key, each reads a run."""
-    bits = words.bit_length() - 1
-    word = [[0, *_split(b, words, n_blocks)] for b in range(bits)]
+def _nibble_layout():
+    """(64 keys, 16 bytes) of a block of q4_0: the first operand of a product over 32 bytes, half of it."""
     return gl.DistributedLinearLayout(
-        [*word[:-2], [8, 0, 0]], [*word[-2:], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [[16, 0, 0], [32, 0, 0]], [],
-        [64, n_blocks, words // n_blocks],
-    )  # fmt: skip
-
-
-@gluon.constexpr_function
-def _value_layout(FORMAT):
-    """(blocks, pairs of bytes of a block, 64 keys): the first operand of a product over keys, whose 64 rows are pairs of bytes."""
-    pairs = 8 if FORMAT == Q4_0 else 16
-
-    def row(r):
-        return [r // pairs, r % pairs, 0]
-
-    key = [[0, 0, 1 << b] for b in range(6)]
-    return gl.DistributedLinearLayout(
-        [key[0], row(8), *key[3:]], [*key[1:3], row(1), row(2), row(4)], [row(16), row(32)], [], [64 // pairs, pairs, 64]
+        [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 16]
     )
 
 
 @gluon.constexpr_function
-def _flat(layout):
-    """(keys, blocks, words) as (keys, words)."""
-    size = layout.shape[2]
-
-    def flat(bases):
-        return [[k, b * size + w] for k, b, w in bases]
-
+def _scale_layout(n_blocks):
+    """(64 keys, blocks): scales as a thread needs them for its two rows of a product's result."""
+    block = [[0, 1 << b] for b in range(n_blocks.bit_length() - 1)]
     return gl.DistributedLinearLayout(
-        flat(layout.reg_bases), flat(layout.lane_bases), flat(layout.warp_bases), [], [layout.shape[0], layout.shape[1] * size]
+        [*block, [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, n_blocks]
     )
+
+
+@gluon.constexpr_function
+def _pair_layout(pairs):
+    """(4 blocks of so many pairs of bytes, 64 keys): the first operand of a product over keys, each warp a block."""
+    row = [[1 << b, 0] for b in range(pairs.bit_length() + 1)]
+    key = [[0, 1 << b] for b in range(6)]
+    return gl.DistributedLinearLayout([key[0], *row[3:-2], *key[3:]], [*key[1:3], *row[:3]], row[-2:], [], [4 * pairs, 64])
 
 
 @gluon.jit
-def _query_column(j, WORDS: gl.constexpr, FORMAT: gl.constexpr):
-    """Which value of a slab of WORDS words stands in column j of the stored queries."""
+def _query_column(j, WORDS: gl.constexpr):
+    """Which value of a slab of WORDS words of fp8 stands in column j of the stored queries."""
     quarter = j // 2 % 4  # which of the four lanes of a key
     low = j % 2 + j // 8 % 2 * 2  # the byte
-    step = j // 16
-    if FORMAT == Q4_0:
-        word = quarter * (WORDS // 4) + step // 2
-        return word // 4 * 32 + word % 4 * 4 + step % 2 * 16 + low
-    else:
-        return (quarter * (WORDS // 4) + step) * 4 + low
+    return (quarter * (WORDS // 4) + j // 16) * 4 + low
 
 
 @gluon.jit
@@ -155,25 +140,13 @@ def _load(
 
 
 @gluon.jit
-def _words(tile, AT: gl.constexpr, N: gl.constexpr, W: gl.constexpr, layout: gl.constexpr):
-    """Words [AT, AT + N) of a stored tile, (64, blocks, words)."""
-    words = tile._reinterpret(gl.int32, [64, W], gl.NVMMASharedLayout.get_default_for([64, W], gl.int32))
-    x = words.slice(AT, N, dim=1).load(_flat(layout))
-    return gl.convert_layout(x.reshape(layout.shape), layout, assert_trivial=True)
-
-
-@gluon.jit
-def _for_scores(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr):
-    """Slab SLAB of a tile of W words a key as f16, (64 keys, values in the order of `_query_column`).
-
-    A byte u in the low half of 0x6400 is the f16 number 1024 + u; taking 1024 and the format's offset away leaves it exact.
-    """
+def _float_scores(s, tile, sq, W: gl.constexpr):
+    """Adds the product of fp8 keys, W words each, and the queries in `sq`, whose order is that of `_query_column`."""
     N: gl.constexpr = min(W, 32)
-    B: gl.constexpr = _blocks(N, FORMAT)
-    layout: gl.constexpr = _score_layout(N, B)
-    x = _words(tile, SLAB * N, N, W, layout)
-    C: gl.constexpr = N // 4
-    if FORMAT == FP8:
+    layout: gl.constexpr = _float_layout(N)
+    dot: gl.constexpr = gl.DotOperandLayout(0, s.type.layout, 2)
+    words = tile._reinterpret(gl.int32, [64, W], gl.NVMMASharedLayout.get_default_for([64, W], gl.int32))
+    for t in gl.static_range(W // N):
         a, b, c, d = gl.inline_asm_elementwise(
             """{
             .reg .b16 u, v;
@@ -184,78 +157,94 @@ def _for_scores(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.co
             mov.b32 {$0, $1}, x;
             mov.b32 {$2, $3}, y;
             }""",
-            "=h,=h,=h,=h,r", [x], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
+            "=h,=h,=h,=h,r", [words.slice(t * N, N, dim=1).load(layout)],
+            dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
         )  # fmt: skip
-        y = gl.join(gl.join(a, b), gl.join(c, d)).reshape([64, 4, C, 2, 2]).permute((0, 2, 4, 1, 3))
-        return gl.convert_layout(y.reshape([64, 16 * C]), dot, assert_trivial=True)
-    else:
-        s = scales.slice(SLAB * B, B, dim=1).load(gl.SliceLayout(2, layout))
-        twice = gl.inline_asm_elementwise("mov.b32 $0, {$1, $1};", "=r,h", [s], dtype=gl.int32, is_pure=True, pack=1)
-        t, _ = gl.broadcast(gl.expand_dims(twice, 2), x)
-        if FORMAT == Q8_0:
-            a, b, c, d = gl.inline_asm_elementwise(
-                """{
-                .reg .b32 u, x, y, c;
-                mov.b32 c, 0x64806480;
-                xor.b32 u, $4, 0x80808080;
-                prmt.b32 x, u, 0x64646464, 0x4140;
-                prmt.b32 y, u, 0x64646464, 0x4342;
-                sub.f16x2 x, x, c;
-                sub.f16x2 y, y, c;
-                mul.f16x2 x, x, $5;
-                mul.f16x2 y, y, $5;
-                mov.b32 {$0, $1}, x;
-                mov.b32 {$2, $3}, y;
-                }""",
-                "=h,=h,=h,=h,r,r", [x, t], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=1,
-            )  # fmt: skip
-            y = gl.join(gl.join(a, b), gl.join(c, d)).reshape([64, 4, C, 2, 2]).permute((0, 2, 4, 1, 3))
-            return gl.convert_layout(y.reshape([64, 16 * C]), dot, assert_trivial=True)
-        else:
-            a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
-                """{
-                .reg .b32 u, v, x, y, z, w, c;
-                mov.b32 c, 0x64086408;
-                and.b32 u, $8, 0x0f0f0f0f;
-                shr.u32 v, $8, 4;
-                and.b32 v, v, 0x0f0f0f0f;
-                prmt.b32 x, u, 0x64646464, 0x4140;
-                prmt.b32 y, u, 0x64646464, 0x4342;
-                prmt.b32 z, v, 0x64646464, 0x4140;
-                prmt.b32 w, v, 0x64646464, 0x4342;
-                sub.f16x2 x, x, c;
-                sub.f16x2 y, y, c;
-                sub.f16x2 z, z, c;
-                sub.f16x2 w, w, c;
-                mul.f16x2 x, x, $9;
-                mul.f16x2 y, y, $9;
-                mul.f16x2 z, z, $9;
-                mul.f16x2 w, w, $9;
-                mov.b32 {$0, $1}, x;
-                mov.b32 {$2, $3}, y;
-                mov.b32 {$4, $5}, z;
-                mov.b32 {$6, $7}, w;
-                }""",
-                "=h,=h,=h,=h,=h,=h,=h,=h,r,r", [x, t],
-                dtype=(gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16, gl.float16),
-                is_pure=True, pack=1,
-            )  # fmt: skip
-            lo = gl.join(gl.join(a, b), gl.join(c, d))
-            hi = gl.join(gl.join(e, f), gl.join(g, h))
-            y = gl.join(lo, hi).reshape([64, 4, C, 2, 2, 2]).permute((0, 2, 5, 4, 1, 3))
-            return gl.convert_layout(y.reshape([64, 32 * C]), dot, assert_trivial=True)
+        x = gl.join(gl.join(a, b), gl.join(c, d)).reshape([64, 4, N // 4, 2, 2]).permute((0, 2, 4, 1, 3))
+        x = gl.convert_layout(x.reshape([64, 4 * N]), dot, assert_trivial=True)
+        s = warpgroup_mma(x, sq.slice(t * 4 * N, 4 * N, dim=1).permute((1, 0)), s, is_async=True)
+        s = warpgroup_mma_wait(1, deps=(s,))
+    return warpgroup_mma_wait(0, deps=(s,))
 
 
 @gluon.jit
-def _for_values(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr):
-    """Slab SLAB of a tile as f16, transposed: (64 pairs of bytes, 64 keys) for each of the values that a pair holds.
+def _scales(scales, N: gl.constexpr, layout: gl.constexpr):
+    """The scales (64 keys, N blocks) of a tile as N vectors of keys."""
+    apart = (scales.load(_scale_layout(N)),)
+    for _ in gl.static_range(_bits(N)):
+        halves = ()
+        for i in gl.static_range(len(apart)):
+            halves = halves + gl.split(apart[i].reshape([64, 2, apart[i].shape[1] // 2]).permute((0, 2, 1)))
+        apart = halves
+    out = ()
+    for i in gl.static_range(N):
+        out = out + (gl.convert_layout(apart[i].reshape([64]), gl.SliceLayout(1, layout), assert_trivial=True).to(gl.float32),)
+    return out
 
-    Two keys' pairs share a register: taking a byte of both is one instruction.
+
+@gluon.jit
+def _add_blocks(s, sums, scales, AT: gl.constexpr):
+    """Adds the integer sums of blocks from AT on, each by its scale: (64 keys, rows by their high bytes, rows by their low ones)."""
+    ROWS: gl.constexpr = s.shape[1]
+    for i in gl.static_range(len(sums)):
+        high, low = gl.split(sums[i].reshape([64, 2, ROWS]).permute((0, 2, 1)))
+        total = (high * 256 + low).to(gl.float32)
+        s += gl.convert_layout(total, s.type.layout, assert_trivial=True) * gl.expand_dims(scales[AT + i], 1)
+    return s
+
+
+@gluon.jit
+def _integer_scores(s, tile, scales, sq, N: gl.constexpr, FORMAT: gl.constexpr):
+    """Adds the product of keys of N values, as the integers they are stored as, and the queries in `sq`."""
+    ROWS: gl.constexpr = s.shape[1]
+    il: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROWS, 32])
+    SOME: gl.constexpr = min(N // 32, max(1, (32 if FORMAT == Q8_0 else 16) // ROWS))  # blocks whose products are under way together
+    sl: gl.constexpr = s.type.layout
+    of_block = _scales(scales, N // 32, sl)
+    before = ()
+    for first in gl.static_range(0, N // 32, SOME):
+        now = ()
+        for j in gl.static_range(first, first + SOME):
+            if FORMAT == Q8_0:
+                x = tile._reinterpret(gl.int8, [64, N], gl.NVMMASharedLayout.get_default_for([64, N], gl.int8)).slice(
+                    j * 32, 32, dim=1
+                )
+            else:  # the sign bit of a nibble is the other one: in the high half of a byte it is 16 times its value
+                low, high = gl.inline_asm_elementwise(
+                    """{
+                    .reg .b32 x;
+                    shl.b32 x, $2, 4;
+                    lop3.b32 $0, x, 0xf0f0f0f0, 0x80808080, 0x6a;
+                    lop3.b32 $1, $2, 0xf0f0f0f0, 0x80808080, 0x6a;
+                    }""",
+                    "=r,=r,r", [tile.slice(j * 16, 16, dim=1).load(_nibble_layout())], dtype=(gl.int8, gl.int8), is_pure=True,
+                    pack=4,
+                )  # fmt: skip
+                x = gl.join(low, high).permute((0, 2, 1)).reshape([64, 32])
+                x = gl.convert_layout(x, gl.DotOperandLayout(0, il, 4), assert_trivial=True)
+            queries = sq.slice(j * 32, 32, dim=1).permute((1, 0))
+            zero = gl.zeros([64, 2 * ROWS], gl.int32, il)
+            now = now + (warpgroup_mma(x, queries, zero, use_acc=False, is_async=True),)
+        if first > 0:
+            done = warpgroup_mma_wait(SOME, deps=before)
+            s = _add_blocks(s, done if SOME > 1 else (done,), of_block, first - SOME)
+        before = now
+    done = warpgroup_mma_wait(0, deps=before)
+    return _add_blocks(s, done if SOME > 1 else (done,), of_block, N // 32 - SOME)
+
+
+@gluon.jit
+def _for_values(tile, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr):
+    """Four blocks of a tile of W words a key, from block 4 * SLAB on, transposed: (4, 16 values, 64 keys) for either half of them.
+
+    Two keys' bytes share a register: taking those of one value is one instruction. An integer u < 256 in f16's low bits is
+    u * 2^-24, exactly.
     """
     pairs = tile._reinterpret(gl.int16, [64, 2 * W], gl.NVMMASharedLayout.get_default_for([64, 2 * W], gl.int16))
-    x = pairs.slice(SLAB * 64, 64, dim=1).permute((1, 0)).load(dot)
+    N: gl.constexpr = 8 if FORMAT == Q4_0 else 16  # pairs of bytes of a block
+    x = pairs.slice(SLAB * 4 * N, 4 * N, dim=1).permute((1, 0)).load(_pair_layout(N))
     if FORMAT == FP8:
-        return gl.inline_asm_elementwise(
+        ys = gl.inline_asm_elementwise(
             """{
             .reg .b16 u, v;
             .reg .b32 x;
@@ -266,55 +255,41 @@ def _for_values(tile, scales, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.co
             }""",
             "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
+    elif FORMAT == Q8_0:
+        ys = gl.inline_asm_elementwise(
+            """{
+            .reg .b32 y;
+            lop3.b32 $0, $2, 0x00ff00ff, 0x00800080, 0x6a;
+            shr.u32 y, $2, 8;
+            lop3.b32 $1, y, 0x00ff00ff, 0x00800080, 0x6a;
+            }""",
+            "=r,=r,r", [x], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
     else:
-        layout: gl.constexpr = _value_layout(FORMAT)
-        B: gl.constexpr = layout.shape[0]
-        x3 = gl.convert_layout(x.reshape(layout.shape), layout, assert_trivial=True)
-        s = scales.slice(SLAB * B, B, dim=0).load(gl.SliceLayout(1, layout))
-        if FORMAT == Q8_0:
-            t, _ = gl.broadcast(gl.expand_dims(s, 1), x3)
-            ys = gl.inline_asm_elementwise(
-                """{
-                .reg .b32 x, y, c;
-                mov.b32 c, 0x64806480;
-                lop3.b32 x, $2, 0x00ff00ff, 0x64806480, 0x6a;
-                shr.u32 y, $2, 8;
-                lop3.b32 y, y, 0x00ff00ff, 0x64806480, 0x6a;
-                sub.f16x2 x, x, c;
-                sub.f16x2 y, y, c;
-                mul.f16x2 $0, x, $3;
-                mul.f16x2 $1, y, $3;
-                }""",
-                "=r,=r,r,r", [x3, t], dtype=(gl.float16, gl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
-        else:
-            t, _ = gl.broadcast(gl.expand_dims(s, 1), x3)
-            t16, _ = gl.broadcast(gl.expand_dims(s * gl.full([], 0.0625, gl.float16), 1), x3)
-            ys = gl.inline_asm_elementwise(
-                """{
-                .reg .b32 x, y, z, w, v, c, d;
-                mov.b32 c, 0x64086408;
-                mov.b32 d, 0x64806480;
-                shr.u32 v, $4, 8;
-                lop3.b32 x, $4, 0x000f000f, 0x64006400, 0xea;
-                lop3.b32 y, v, 0x000f000f, 0x64006400, 0xea;
-                lop3.b32 z, $4, 0x00f000f0, 0x64006400, 0xea;
-                lop3.b32 w, v, 0x00f000f0, 0x64006400, 0xea;
-                sub.f16x2 x, x, c;
-                sub.f16x2 y, y, c;
-                sub.f16x2 z, z, d;
-                sub.f16x2 w, w, d;
-                mul.f16x2 $0, x, $5;
-                mul.f16x2 $1, y, $5;
-                mul.f16x2 $2, z, $6;
-                mul.f16x2 $3, w, $6;
-                }""",
-                "=r,=r,=r,=r,r,r,r", [x3, t, t16], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
-            )  # fmt: skip
-        out = ()
-        for i in gl.static_range(len(ys)):
-            out = out + (gl.convert_layout(ys[i].reshape([64, 64]), dot, assert_trivial=True),)
-        return out
+        a, b, c, d = gl.inline_asm_elementwise(
+            """{
+            .reg .b32 x, y, z;
+            shr.u32 x, $4, 8;
+            shr.u32 y, $4, 4;
+            shr.u32 z, $4, 12;
+            and.b32 $0, $4, 0x000f000f;
+            and.b32 $1, x, 0x000f000f;
+            and.b32 $2, y, 0x000f000f;
+            and.b32 $3, z, 0x000f000f;
+            }""",
+            "=r,=r,=r,=r,r", [x], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
+        )  # fmt: skip
+        ys = (_both_bytes(a, b), _both_bytes(c, d))
+    out = ()
+    for i in gl.static_range(2):
+        out = out + (gl.convert_layout(ys[i].reshape([4, 16, 64]), dot, assert_trivial=True),)
+    return out
+
+
+@gluon.jit
+def _both_bytes(a, b):
+    """Values of the first and the second byte of a pair, (4 blocks of 8 pairs, keys), as (4 blocks, 2 bytes of 8 pairs, keys)."""
+    return gl.join(a.reshape([4, 8, 64]), b.reshape([4, 8, 64])).permute((0, 3, 1, 2))
 
 
 @gluon.jit
@@ -328,11 +303,13 @@ def _consume(
     seq, q0, T, n, lo, run, tiles_run, first, last = share(starts, lengths, window, ring, n_splits, WINDOWED, RING)
     g = gl.program_id(1)
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
-    dot: gl.constexpr = gl.DotOperandLayout(0, sl, 2)
     col: gl.constexpr = gl.SliceLayout(0, sl)
+    vl: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [4, 1, 1], [1, 16, 8])  # a warp has whole blocks
+    of_v: gl.constexpr = gl.DotOperandLayout(0, vl, 2)
+    of_p: gl.constexpr = gl.DotOperandLayout(1, vl, 2)
     WD: gl.constexpr = _words_a_row(D, FORMAT)
     WR: gl.constexpr = _words_a_row(R, FORMAT)
-    EACH: gl.constexpr = 4 if FORMAT == Q4_0 else 2  # values of a pair of bytes
+    OFFSET: gl.constexpr = 8 if FORMAT == Q4_0 else 128  # what is stored of 0, unsigned
     gdc_wait()
     sm.store(_store_queries(q_ptr, sq, sqt, q0, T, g, q_stride, GROUP, ROWS, D, R, FORMAT))
     fence_async_shared()
@@ -344,23 +321,21 @@ def _consume(
     by_row: gl.constexpr = gl.BlockedLayout([1, C], [32 * C * 32 // D, D // 32 // C], [4, 1], [1, 0])
     accs = ()
     for t in gl.static_range(D // 64):
-        accs = accs + (gl.zeros([64, ROWS], gl.float32, sl),)
+        accs = accs + (gl.zeros([4, 16, ROWS], gl.float32, vl),)
     m = gl.full([ROWS], -1e30, gl.float32, col)
     l = gl.zeros([64, ROWS], gl.float32, sl)
-    N: gl.constexpr = D * min(WD, 32) // WD  # values of a slab
-    BEHIND: gl.constexpr = 0 if FORMAT == Q4_0 else 1  # products under way while the next words become floats: two need registers
     for i in range(first, last):
         b = (i - first) % NS
         mbarrier.wait(full.index(b), ((i - first) // NS) & 1)
         s = gl.zeros([64, ROWS], gl.float32, sl)
-        for t in gl.static_range(WD // min(WD, 32)):
-            x = _for_scores(sk.index(b), ak.index(b), t, WD, FORMAT, dot)
-            s = warpgroup_mma(x, sq.slice(t * N, N, dim=1).permute((1, 0)), s, is_async=True)
-            s = warpgroup_mma_wait(BEHIND, deps=(s,))
-        if R > 0:
-            x = _for_scores(st.index(b), at.index(b), 0, WR, FORMAT, dot)
-            s = warpgroup_mma(x, sqt.permute((1, 0)), s, is_async=True)
-        s = warpgroup_mma_wait(0, deps=(s,))
+        if FORMAT == FP8:
+            s = _float_scores(s, sk.index(b), sq, WD)
+            if R > 0:
+                s = _float_scores(s, st.index(b), sqt, WR)
+        else:
+            s = _integer_scores(s, sk.index(b), ak.index(b), sq, D, FORMAT)
+            if R > 0:
+                s = _integer_scores(s, st.index(b), at.index(b), sqt, R, FORMAT)
         pos = lo + i * 64
         end = n
         if RING:
@@ -378,44 +353,48 @@ def _consume(
             if WINDOWED:
                 seen = seen & (j > i_q - window)
             s = gl.where(seen, s, float("-inf"))
-        m_new = gl.maximum(m, gl.max(s, 0) * scales)
+        m_new = gl.maximum(m, gl.max(s, 0) * scales - ROOM)
         p = gl.exp2(s * gl.expand_dims(scales, 0) - gl.expand_dims(m_new, 0))
-        a = gl.expand_dims(gl.exp2(m - m_new), 0)
-        l = l * a + p
+        a = gl.exp2(m - m_new)
+        l = l * gl.expand_dims(a, 0) + p
         m = m_new
+        a = gl.convert_layout(a, gl.SliceLayout(0, gl.SliceLayout(0, vl)), assert_trivial=True)
+        a = gl.expand_dims(gl.expand_dims(a, 0), 0)
         sp.permute((1, 0)).store(p.to(gl.float16))
         if FORMAT != FP8:  # scales of two keys side by side
             ts.permute((1, 0)).store((ak if R > 0 else av).index(b).load(by_row))
-        fence_async_shared()
+        shares_of = gl.expand_dims(sp.permute((1, 0)).load(gl.SliceLayout(0, of_p)), 0)
         new = ()
-        for t in gl.static_range(D // 64 // EACH):
-            if R > 0:
-                xs = _for_values(sk.index(b), ts, t, WD, FORMAT, dot)
+        for t in gl.static_range(D // 128):
+            xs = _for_values(sk.index(b) if R > 0 else sv.index(b), t, WD, FORMAT, of_v)
+            start = gl.zeros([4, 16, ROWS], gl.float32, vl)
+            if FORMAT == FP8:
+                y = gl.broadcast(shares_of, gl.zeros([4, 64, ROWS], gl.float16, of_p))[0]
             else:
-                xs = _for_values(sv.index(b), ts, t, WD, FORMAT, dot)
-            os = ()
-            for e in gl.static_range(EACH):
-                os = os + (warpgroup_mma(xs[e], sp.permute((1, 0)), accs[t * EACH + e] * a, is_async=True),)
-            if BEHIND == 0:
-                os = warpgroup_mma_wait(0, deps=os)
-            elif t > 0:
-                new = new[:-EACH] + warpgroup_mma_wait(EACH, deps=new[-EACH:])
-            new = new + os
+                d = gl.expand_dims(ts.slice(t * 4, 4, dim=0).load(gl.SliceLayout(2, of_p)), 2)
+                y1, d1 = gl.broadcast(shares_of, d)
+                y = gl.inline_asm_elementwise(
+                    "mul.f16x2 $0, $1, $2;", "=r,r,r", [y1, d1], dtype=gl.float16, is_pure=True, pack=2
+                )
+                start = mma_v2(gl.full([4, 16, 64], -OFFSET / 2**24, gl.float16, of_v), y, start)
+            for e in gl.static_range(2):
+                new = new + (accs[t * 2 + e] * a + mma_v2(xs[e], y, start),)
         mbarrier.arrive(empty.index(b), count=1)
-        if BEHIND == 0:
-            accs = new
-        else:
-            accs = new[:-EACH] + warpgroup_mma_wait(0, deps=new[-EACH:])
+        accs = new
     total = gl.sum(l, 0)
-    pair = gl.arange(0, 64, gl.SliceLayout(1, sl))
+    r = gl.arange(0, 64, gl.SliceLayout(1, sl))
     if FORMAT == Q4_0:
-        pair = pair // 8 * 32 + pair % 8 * 2
+        first_half = r // 16 * 32 + r % 8 * 2 + r % 16 // 8
     else:
-        pair = pair * 2
-    for t in gl.static_range(D // 64):
-        values = t // EACH * 64 * EACH + t % EACH // 2 * 16 + t % 2 + pair
-        partials(accs[t], values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D,
-                 SINKS, MERGE)  # fmt: skip
+        first_half = r // 16 * 32 + r % 16 * 2
+    for t in gl.static_range(D // 128):
+        for e in gl.static_range(2):
+            values = t * 128 + first_half + e * (16 if FORMAT == Q4_0 else 1)
+            acc = gl.convert_layout(accs[t * 2 + e].reshape([64, ROWS]), sl, assert_trivial=True)
+            if FORMAT != FP8:
+                acc *= 2.0**24
+            partials(acc, values, m, total, out_ptr, sinks_ptr, part_ptr, stat_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D,
+                     SINKS, MERGE)  # fmt: skip
     finish(out_ptr, sinks_ptr, part_ptr, stat_ptr, count_ptr, seq, q0, T, g, G, n_splits, H, GROUP, ROWS, D, SINKS, MERGE, MERGED,
            SP)  # fmt: skip
 
@@ -425,27 +404,49 @@ def _store_queries(
     q_ptr, sq, sqt, q0, T, g, q_stride, GROUP: gl.constexpr, ROWS: gl.constexpr, D: gl.constexpr, R: gl.constexpr,
     FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Queries as f16 in the order of the products, each row divided by a power of two that brings it into range; the powers."""
+    """Queries as the products take them, each row divided by what brings it into range; the divisors.
+
+    For fp8 f16, by a power of two. For integers 16 bits, the largest value of a row 127 * 256: the rows' high bytes, then low ones.
+    """
     ql: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, gl.SliceLayout(1, ql))
     at = gl.expand_dims((q0 + row // GROUP).to(gl.int64) * q_stride + (g * GROUP + row % GROUP) * (D + R), 1)
     ok = gl.expand_dims(row < T * GROUP, 1)
-    WD: gl.constexpr = _words_a_row(D, FORMAT)
-    SLAB: gl.constexpr = D * min(WD, 32) // WD
     j = gl.arange(0, D, gl.SliceLayout(0, ql))
-    d = j // SLAB * SLAB + _query_column(j % SLAB, min(WD, 32), FORMAT)
-    q = gl.load(q_ptr + at + gl.expand_dims(d, 0), mask=ok, other=0.0).to(gl.float32)
+    j_r = gl.arange(0, max(R, 8), gl.SliceLayout(0, ql))
+    if FORMAT == FP8:
+        j = j // 128 * 128 + _query_column(j % 128, 32)
+        j_r = _query_column(j_r, R // 4)
+    q = gl.load(q_ptr + at + gl.expand_dims(j, 0), mask=ok, other=0.0).to(gl.float32)
     largest = gl.max(gl.abs(q), 1)
     qt = q
     if R > 0:
-        r = _query_column(gl.arange(0, R, gl.SliceLayout(0, ql)), _words_a_row(R, FORMAT), FORMAT)
-        qt = gl.load(q_ptr + at + D + gl.expand_dims(r, 0), mask=ok, other=0.0).to(gl.float32)
+        qt = gl.load(q_ptr + at + D + gl.expand_dims(j_r, 0), mask=ok, other=0.0).to(gl.float32)
         largest = gl.maximum(largest, gl.max(gl.abs(qt), 1))
-    power = gl.exp2(gl.ceil(gl.log2(gl.maximum(largest, 1e-30))))
-    sq.store((q / gl.expand_dims(power, 1)).to(gl.float16))
-    if R > 0:
-        sqt.store((qt / gl.expand_dims(power, 1)).to(gl.float16))
-    return power
+    if FORMAT == FP8:
+        by = gl.exp2(gl.ceil(gl.log2(gl.maximum(largest, 1e-30))))
+        sq.store((q / gl.expand_dims(by, 1)).to(gl.float16))
+        if R > 0:
+            sqt.store((qt / gl.expand_dims(by, 1)).to(gl.float16))
+        return by
+    else:
+        wrong = gl.sum(q, 1) + gl.sum(qt, 1)  # an integer cannot say that it is no number: the divisor does
+        by = gl.maximum(largest, 1e-30) / 32512.0 + 0.0 * wrong
+        _store_bytes(sq, q / gl.expand_dims(by, 1), ROWS)
+        if R > 0:
+            _store_bytes(sqt, qt / gl.expand_dims(by, 1), ROWS)
+        if FORMAT == Q4_0:
+            by /= 16
+        return by
+
+
+@gluon.jit
+def _store_bytes(out, x, ROWS: gl.constexpr):
+    """x = 256 * high + low, both in [-128, 127]."""
+    whole = gl.floor(x + 0.5).to(gl.int32)
+    high = (whole + 128) >> 8
+    out.slice(0, ROWS, dim=0).store(high.to(gl.int8))
+    out.slice(ROWS, ROWS, dim=0).store((whole - high * 256).to(gl.int8))
 
 
 @gluon.jit
@@ -458,7 +459,9 @@ def _decode(
 ):  # fmt: skip
     gdc_launch_dependents()
     f16: gl.constexpr = gl.float16
-    sq = gl.allocate_shared_memory(f16, [ROWS, D], gl.NVMMASharedLayout.get_default_for([ROWS, D], f16))
+    of_q: gl.constexpr = f16 if FORMAT == FP8 else gl.int8
+    QR: gl.constexpr = ROWS if FORMAT == FP8 else 2 * ROWS
+    sq = gl.allocate_shared_memory(of_q, [QR, D], gl.NVMMASharedLayout.get_default_for([QR, D], of_q))
     pl: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, 64], f16)
     sp = gl.allocate_shared_memory(f16, [ROWS, 64], pl)
     BD: gl.constexpr = 4 * _words_a_row(D, FORMAT)
@@ -468,7 +471,7 @@ def _decode(
     sk = gl.allocate_shared_memory(gl.uint8, [NS, 64, BD], tile)
     ak = gl.allocate_shared_memory(f16, [NS, 64, D // 32], plain)
     if R > 0:
-        sqt = gl.allocate_shared_memory(f16, [ROWS, R], gl.NVMMASharedLayout.get_default_for([ROWS, R], f16))
+        sqt = gl.allocate_shared_memory(of_q, [QR, R], gl.NVMMASharedLayout.get_default_for([QR, R], of_q))
         st = gl.allocate_shared_memory(gl.uint8, [NS, 64, BR], gl.NVMMASharedLayout.get_default_for([64, BR], gl.uint8))
         at = gl.allocate_shared_memory(f16, [NS, 64, R // 32], plain)
         sv = sk
