@@ -80,7 +80,7 @@ def launch(
     few = rows <= FEW_ROWS
     pair = v is not None and D == 512
     if few:  # of floats, two tiles of both do not fit shared memory
-        by_portable = not hopper or (pair if native else turn is not None or not packed_takes(D, rows, k))
+        by_portable = not hopper or (pair if native else turn is not None or not packed_takes(D, rows))
     else:  # the prefill kernels of 512 have no window and no sinks, and none of these makes keys of V alone
         only_512 = D == 512 and (window is not None or sinks_H is not None)
         by_portable = not hopper or not native or only_512 or turn is not None
@@ -112,10 +112,9 @@ def launch(
         )
 
 
-def packed_takes(D: int, rows: int, k: Stored) -> bool:
-    """Whether `decode_packed` has a kernel: a warp's share of a row is whole words, and its sums fit the registers."""
-    least = 256 if k.data_SGW.dtype == torch.uint8 else 128
-    return least <= D and rows * D <= 16 * 512
+def packed_takes(D: int, rows: int) -> bool:
+    """Whether `decode_packed` has a kernel: each warp has a block of a row, and its sums fit the registers."""
+    return D >= 128 and rows * D <= 16 * 512
 
 
 def stored(values: Values) -> Stored:

@@ -519,8 +519,8 @@ def _softmax(
 def _leave(
     od, out, so, x0, x1, row, rest, H, h, D: gl.constexpr, N: gl.constexpr, HALVES: gl.constexpr, layout: gl.constexpr
 ):  # fmt: skip
-    """64 results of a head, from row `row` on, through shared memory, 16 bytes at a time, N columns each time; where only `rest` are
-    a sequence's, from registers, with a mask."""
+    """64 results of a head, from row `row` on, N columns at a time through shared memory, 16 bytes each; where only `rest` are a
+    sequence's, from registers, with a mask."""
     if rest >= 64:
         tma.store_wait(0)  # of what left before
         so.store(x0)

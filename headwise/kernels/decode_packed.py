@@ -4,15 +4,20 @@
     O^T += V^T P         (D, rows of queries)
 
 As in `decode_hopper`, keys are the rows. One warp fetches tiles as they are stored (TMA; scales by asynchronous copies), a
-warpgroup multiplies; two programs share a multiprocessor. Both products read their left operand from registers, where the words of
-a tile become f16: a tile crosses shared memory as bytes, twice, and never as floats.
+warpgroup multiplies; two programs share a multiprocessor. A tile crosses shared memory as bytes, twice, and never as floats.
 
-Columns   A sum over values does not mind their order. A thread reads a run of a key's bytes and multiplies it as it lies: queries
-          are stored in that order (`_query_column`). For V^T a transposing load brings the same two bytes of two keys that follow
-          each other into a register, and the values of each byte have a product of their own.
-Scales    For V^T they cross shared memory once more, so that a register has those of two keys.
-Shapes    as in `attend`: head_dim 128, 256, 512 (q4_0: 256, 512). At most 16 * 512 / D rows (queries times heads of a group).
-Cost      the bytes of the keys in sight, once; 4 instructions a byte. Source: FlashMLA (DeepSeek 2025) for the roles.
+Blocks    A scale belongs to 32 values of a key. Over values, a product of integers sums a block exactly, and the sum is scaled:
+          keys are never converted (q8_0 does not even pass registers), queries are 16-bit numbers whose two bytes are rows of
+          their own. Over keys, a warp's 16 rows are values of one block, so that its scales go to the keys' shares of the
+          softmax. There a stored value is offset by 128 (q4_0: 8): a product of that number and the shares takes it away.
+fp8       Without blocks: values become f16 in the registers of both products. A sum over values does not mind their order, so a
+          thread reads a run of a key's bytes, and queries are stored in that order (`_query_column`).
+V^T       A transposing load brings the same two bytes of two keys that follow each other into a register. An integer u < 256 in the
+          low bits of an f16 is u * 2^-24 (a subnormal number), which the product takes as it is.
+Shapes    as in `attend`: head_dim 128, 256, 512. At most 16 * 512 / D rows (queries times heads of a group).
+Accuracy  as in `attend`. Queries over blocks are rounded to 2^-16 of their row's largest value; scales are at most 255 (values of
+          32,000).
+Cost      the bytes of the keys in sight, once; about 3 instructions a byte, fp8 2. Source: FlashMLA (DeepSeek 2025) for the roles.
 """
 
 from __future__ import annotations
@@ -38,8 +43,7 @@ from headwise.kernels.attend import LOG2E, merge
 from headwise.kernels.decode_hopper import finish, partials, share, shares, tile_slot
 from headwise.kernels.stored import FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
-
-ROOM = gl.constexpr(8.0)  # shares are up to 2**8, so that their products with scales of blocks are numbers f16 has all bits of
+ROOM = gl.constexpr(8.0)  # shares are up to 2**8: their products with scales stay where f16 has all its bits
 
 
 @gluon.constexpr_function
@@ -55,9 +59,11 @@ def _bits(n):
 
 @gluon.constexpr_function
 def _float_layout(words):
-    """(64 keys, words) of fp8: the first operand of a product over values. Four lanes share a key, each reads a run."""
+    """(64 keys, words) of fp8: the first operand of a product over values. Four lanes share a key, each reads a run of it."""
     word = [[0, 1 << b] for b in range(words.bit_length() - 1)]
-    return gl.DistributedLinearLayout([*word[:-2], [8, 0]], [*word[-2:], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, words])
+    return gl.DistributedLinearLayout(
+        [*word[:-2], [8, 0]], [*word[-2:], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, words]
+    )
 
 
 @gluon.constexpr_function
@@ -78,11 +84,11 @@ def _scale_layout(n_blocks):
 
 
 @gluon.constexpr_function
-def _pair_layout(pairs):
-    """(4 blocks of so many pairs of bytes, 64 keys): the first operand of a product over keys, each warp a block."""
+def _pair_layout(pairs, keys):
+    """(4 blocks of so many pairs of bytes, keys): the first operand of a product over keys, each warp a block."""
     row = [[1 << b, 0] for b in range(pairs.bit_length() + 1)]
-    key = [[0, 1 << b] for b in range(6)]
-    return gl.DistributedLinearLayout([key[0], *row[3:-2], *key[3:]], [*key[1:3], *row[:3]], row[-2:], [], [4 * pairs, 64])
+    key = [[0, 1 << b] for b in range(keys.bit_length() - 1)]
+    return gl.DistributedLinearLayout([key[0], *row[3:-2], *key[3:]], [*key[1:3], *row[:3]], row[-2:], [], [4 * pairs, keys])
 
 
 @gluon.jit
@@ -183,13 +189,20 @@ def _scales(scales, N: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _add_blocks(s, sums, scales, AT: gl.constexpr):
-    """Adds the integer sums of blocks from AT on, each by its scale: (64 keys, rows by their high bytes, rows by their low ones)."""
+def _add_blocks(s, products, LEFT: gl.constexpr, scales, AT: gl.constexpr):
+    """Adds sums of blocks from AT on, each by its scale, once no more than LEFT later ones are under way.
+
+    Sums are integers: (64 keys, rows by their high bytes, rows by their low ones).
+    """
     ROWS: gl.constexpr = s.shape[1]
-    for i in gl.static_range(len(sums)):
+    if len(products) == 1:
+        sums = (warpgroup_mma_wait(LEFT, deps=products),)
+    else:
+        sums = warpgroup_mma_wait(LEFT, deps=products)
+    for i in gl.static_range(len(products)):
         high, low = gl.split(sums[i].reshape([64, 2, ROWS]).permute((0, 2, 1)))
-        total = (high * 256 + low).to(gl.float32)
-        s += gl.convert_layout(total, s.type.layout, assert_trivial=True) * gl.expand_dims(scales[AT + i], 1)
+        total = gl.convert_layout((high * 256 + low).to(gl.float32), s.type.layout, assert_trivial=True)
+        s += total * gl.expand_dims(scales[AT + i], 1)
     return s
 
 
@@ -198,7 +211,7 @@ def _integer_scores(s, tile, scales, sq, N: gl.constexpr, FORMAT: gl.constexpr):
     """Adds the product of keys of N values, as the integers they are stored as, and the queries in `sq`."""
     ROWS: gl.constexpr = s.shape[1]
     il: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * ROWS, 32])
-    SOME: gl.constexpr = min(N // 32, max(1, (32 if FORMAT == Q8_0 else 16) // ROWS))  # blocks whose products are under way together
+    SOME: gl.constexpr = min(N // 32, max(1, (32 if FORMAT == Q8_0 else 16) // ROWS))  # blocks in one wait
     sl: gl.constexpr = s.type.layout
     of_block = _scales(scales, N // 32, sl)
     before = ()
@@ -225,24 +238,25 @@ def _integer_scores(s, tile, scales, sq, N: gl.constexpr, FORMAT: gl.constexpr):
             queries = sq.slice(j * 32, 32, dim=1).permute((1, 0))
             zero = gl.zeros([64, 2 * ROWS], gl.int32, il)
             now = now + (warpgroup_mma(x, queries, zero, use_acc=False, is_async=True),)
-        if first > 0:
-            done = warpgroup_mma_wait(SOME, deps=before)
-            s = _add_blocks(s, done if SOME > 1 else (done,), of_block, first - SOME)
-        before = now
-    done = warpgroup_mma_wait(0, deps=before)
-    return _add_blocks(s, done if SOME > 1 else (done,), of_block, N // 32 - SOME)
+        if ROWS < 32:  # else their registers would spill
+            if first > 0:
+                s = _add_blocks(s, before, SOME, of_block, first - SOME)
+            before = now
+        else:
+            s = _add_blocks(s, now, 0, of_block, first)
+    if ROWS < 32:
+        s = _add_blocks(s, before, 0, of_block, N // 32 - SOME)
+    return s
 
 
 @gluon.jit
-def _for_values(tile, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr):
-    """Four blocks of a tile of W words a key, from block 4 * SLAB on, transposed: (4, 16 values, 64 keys) for either half of them.
-
-    Two keys' bytes share a register: taking those of one value is one instruction. An integer u < 256 in f16's low bits is
-    u * 2^-24, exactly.
-    """
+def _for_values(
+    tile, SLAB: gl.constexpr, KEY: gl.constexpr, KEYS: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr, dot: gl.constexpr
+):
+    """Four blocks, from block 4 * SLAB on, of keys from KEY on: (4, 16 values, KEYS) for either half of their values."""
     pairs = tile._reinterpret(gl.int16, [64, 2 * W], gl.NVMMASharedLayout.get_default_for([64, 2 * W], gl.int16))
     N: gl.constexpr = 8 if FORMAT == Q4_0 else 16  # pairs of bytes of a block
-    x = pairs.slice(SLAB * 4 * N, 4 * N, dim=1).permute((1, 0)).load(_pair_layout(N))
+    x = pairs.slice(SLAB * 4 * N, 4 * N, dim=1).slice(KEY, KEYS).permute((1, 0)).load(_pair_layout(N, KEYS))
     if FORMAT == FP8:
         ys = gl.inline_asm_elementwise(
             """{
@@ -279,17 +293,22 @@ def _for_values(tile, SLAB: gl.constexpr, W: gl.constexpr, FORMAT: gl.constexpr,
             }""",
             "=r,=r,=r,=r,r", [x], dtype=(gl.float16, gl.float16, gl.float16, gl.float16), is_pure=True, pack=2,
         )  # fmt: skip
-        ys = (_both_bytes(a, b), _both_bytes(c, d))
+        ys = (_both_bytes(a, b, KEYS), _both_bytes(c, d, KEYS))
     out = ()
     for i in gl.static_range(2):
-        out = out + (gl.convert_layout(ys[i].reshape([4, 16, 64]), dot, assert_trivial=True),)
+        out = out + (gl.convert_layout(ys[i].reshape([4, 16, KEYS]), dot, assert_trivial=True),)
     return out
 
 
 @gluon.jit
-def _both_bytes(a, b):
+def _product(a, b):
+    return gl.inline_asm_elementwise("mul.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _both_bytes(a, b, KEYS: gl.constexpr):
     """Values of the first and the second byte of a pair, (4 blocks of 8 pairs, keys), as (4 blocks, 2 bytes of 8 pairs, keys)."""
-    return gl.join(a.reshape([4, 8, 64]), b.reshape([4, 8, 64])).permute((0, 3, 1, 2))
+    return gl.join(a.reshape([4, 8, KEYS]), b.reshape([4, 8, KEYS])).permute((0, 3, 1, 2))
 
 
 @gluon.jit
@@ -309,6 +328,7 @@ def _consume(
     of_p: gl.constexpr = gl.DotOperandLayout(1, vl, 2)
     WD: gl.constexpr = _words_a_row(D, FORMAT)
     WR: gl.constexpr = _words_a_row(R, FORMAT)
+    KEYS: gl.constexpr = 64 if ROWS < 32 else 16  # of a product over keys: its operands share the registers with the sums
     OFFSET: gl.constexpr = 8 if FORMAT == Q4_0 else 128  # what is stored of 0, unsigned
     gdc_wait()
     sm.store(_store_queries(q_ptr, sq, sqt, q0, T, g, q_stride, GROUP, ROWS, D, R, FORMAT))
@@ -363,24 +383,27 @@ def _consume(
         sp.permute((1, 0)).store(p.to(gl.float16))
         if FORMAT != FP8:  # scales of two keys side by side
             ts.permute((1, 0)).store((ak if R > 0 else av).index(b).load(by_row))
-        shares_of = gl.expand_dims(sp.permute((1, 0)).load(gl.SliceLayout(0, of_p)), 0)
-        new = ()
-        for t in gl.static_range(D // 128):
-            xs = _for_values(sk.index(b) if R > 0 else sv.index(b), t, WD, FORMAT, of_v)
-            start = gl.zeros([4, 16, ROWS], gl.float32, vl)
-            if FORMAT == FP8:
-                y = gl.broadcast(shares_of, gl.zeros([4, 64, ROWS], gl.float16, of_p))[0]
-            else:
-                d = gl.expand_dims(ts.slice(t * 4, 4, dim=0).load(gl.SliceLayout(2, of_p)), 2)
-                y1, d1 = gl.broadcast(shares_of, d)
-                y = gl.inline_asm_elementwise(
-                    "mul.f16x2 $0, $1, $2;", "=r,r,r", [y1, d1], dtype=gl.float16, is_pure=True, pack=2
-                )
-                start = mma_v2(gl.full([4, 16, 64], -OFFSET / 2**24, gl.float16, of_v), y, start)
-            for e in gl.static_range(2):
-                new = new + (accs[t * 2 + e] * a + mma_v2(xs[e], y, start),)
+        scaled = ()
+        for t in gl.static_range(D // 64):
+            scaled = scaled + (accs[t] * a,)
+        accs = scaled
+        for key in gl.static_range(0, 64, KEYS):
+            y = gl.expand_dims(sp.slice(key, KEYS, dim=1).permute((1, 0)).load(gl.SliceLayout(0, of_p)), 0)
+            new = ()
+            for t in gl.static_range(D // 128):
+                halves = _for_values(sk.index(b) if R > 0 else sv.index(b), t, key, KEYS, WD, FORMAT, of_v)
+                if FORMAT == FP8:
+                    of_block = gl.broadcast(y, gl.zeros([4, KEYS, ROWS], gl.float16, of_p))[0]
+                else:
+                    d = ts.slice(t * 4, 4, dim=0).slice(key, KEYS, dim=1).load(gl.SliceLayout(2, of_p))
+                    of_block = _product(*gl.broadcast(y, gl.expand_dims(d, 2)))
+                for e in gl.static_range(2):
+                    acc = accs[t * 2 + e]
+                    if FORMAT != FP8:
+                        acc = mma_v2(gl.full([4, 16, KEYS], -OFFSET / 2**24, gl.float16, of_v), of_block, acc)
+                    new = new + (mma_v2(halves[e], of_block, acc),)
+            accs = new
         mbarrier.arrive(empty.index(b), count=1)
-        accs = new
     total = gl.sum(l, 0)
     r = gl.arange(0, 64, gl.SliceLayout(1, sl))
     if FORMAT == Q4_0:

@@ -117,7 +117,7 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
             E = D + 128 * one
             q1, o1 = tensors(32, E, D, T)
             k, v, slots = cache(E, kv), None if one else cache(D, kv), Slots(ints(0), 1600 if window else 0)
-            if (not one and D == 512) if kv == "bf16" else not packed_takes(D, 8 * T, k):
+            if (not one and D == 512) if kv == "bf16" else not packed_takes(D, 8 * T):
                 continue  # the portable kernel's
             module, run = (decode, decode.attend_decode) if kv == "bf16" else (packed, packed.attend_packed)
             few = Sequences(ints(0, T), ints(512), T, 512)
