@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from headwise.kernels.configs import Config, config_for
+from headwise.kernels.configs import CROSSED, DECODE_ROWS, Config, Crossed, config_for
 from headwise.kernels.stored import (
     FLOAT,
     Sequences,
@@ -272,6 +272,12 @@ def attend(
     D, G = out_NHD.shape[-1], k.data_SGW.shape[1]
     check(q_NHE, k, v, out_NHD, seqs, slots, window, sinks_H, turn)
     group = H // G
+    plain = config is not None or turn is not None or n_splits > 1
+    crossed = None if plain else _crossed(q_NHE, k, v, D, seqs.max_queries * group)
+    if crossed is not None:
+        from headwise.kernels.attend_mma import attend_mma  # Gluon's API changes between versions of triton
+
+        return attend_mma(q_NHE, k, v, out_NHD, seqs, slots, crossed, scale=scale, window=window, softcap=softcap, sinks_H=sinks_H)
     config = config or _config(q_NHE, k, v, D, seqs.max_queries * group, turn)
     pack = group if n_splits > 1 else config.pack(group)
     blocks = -(-seqs.max_queries * pack // config.rows)
@@ -307,6 +313,17 @@ def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn:
     quantised = int(k.format.value) != int(FLOAT.value)
     arch = device_arch(q_NHE.device)
     return config_for(D, one=v is None, blocks=quantised, turned=turn is not None, rows=rows, arch=arch)
+
+
+def _crossed(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Crossed | None:
+    """The launch of `attend_mma`, for prefill over floats where `configs.CROSSED` has one; None: the kernel here takes it."""
+    if not q_NHE.is_cuda or rows <= DECODE_ROWS or triton.__version__.split(".")[:2] != ["3", "6"]:
+        return None
+    R, tensors = q_NHE.shape[2] - D, (k,) if v is None else (k, v)
+    same = all(x.data_SGW.dtype == q_NHE.dtype != torch.float32 and x.data_SGW.data_ptr() % 16 == 0 for x in tensors)
+    if device_arch(q_NHE.device) != "ampere" or not same or (v is None) != (R > 0):
+        return None
+    return CROSSED.get((D, R))
 
 
 def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None = None) -> int:

@@ -33,6 +33,27 @@ class Config:
 
 
 @dataclass(frozen=True, slots=True)
+class Crossed:
+    """One launch of `attend_mma`: eight warps share the scores of `rows` (query, head) pairs by `keys` keys by `chunks` of the
+    head's values, each chunk by rows in `by_row` parts, and these by keys; the result by chunks, `out_by_row` parts and values.
+
+    `stages` tiles of keys are held, and of two tensors as many of values; with 1 the keys and the values come in turn. `late`: a
+    tile is asked for behind the scores of the one before, which is a barrier less, and less time for it to come.
+    `lazy`: a row's maximum stands until a score is more than 8 above it (powers of 2), and only tiles in which one moves rescale
+    the result, a third of their instructions; for `rows` * `keys` of at least 1,024.
+    """
+
+    rows: int
+    keys: int
+    stages: int
+    chunks: int
+    by_row: int
+    out_by_row: int
+    late: bool = False
+    lazy: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Row:
     """The launches of one head size and store: from float caches, and from fp8, q8_0 and q4_0, which need more registers; from
     these of V alone still more: `turned`, where that takes another launch."""
@@ -78,6 +99,14 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
         ("decode", 64, False): Row(Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
         ("decode", 128, False): Row(Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
     },
+}
+
+# (head_dim, rotated values beside it): prefill over floats on "ampere". Plain Triton gives a warp 16 rows of a tile to itself;
+# where registers hold fewer rows than eight warps need so, those left over do the same work again.
+CROSSED: dict[tuple[int, int], Crossed] = {
+    (256, 0): Crossed(64, 32, 2, 2, 2, 2, lazy=True),
+    (512, 0): Crossed(64, 16, 2, 4, 2, 1, lazy=True),
+    (512, 128): Crossed(64, 16, 3, 4, 2, 1, late=True, lazy=True),
 }
 
 

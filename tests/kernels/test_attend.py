@@ -9,6 +9,8 @@ import itertools
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -226,3 +228,33 @@ def test_no_launch_has_tiles_that_the_compiler_gets_wrong() -> None:
 
     launches = [c for rows in TABLE.values() for row in rows.values() for c in (row.blocks, row.turned) if c]
     assert all(c.keys >= LEAST_BLOCK_KEYS for c in launches)
+
+
+def test_wide_heads_are_prefilled_by_the_kernel_whose_warps_share_a_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What that kernel does not take (a decode, other types, keys of V alone) it would read wrongly."""
+    from headwise.kernels import attend
+    from headwise.kernels.configs import CROSSED
+    from headwise.kernels.stored import Stored
+
+    monkeypatch.setattr(attend, "device_arch", lambda device: "ampere")
+    monkeypatch.setattr(attend.triton, "__version__", "3.6.0")
+
+    def chosen(
+        D: int, R: int = 0, kv: torch.dtype = torch.float16, rows: int = 17, one: bool | None = None, cuda: bool = True
+    ) -> Any:
+        q: Any = SimpleNamespace(is_cuda=cuda, shape=(9, 8, D + R), dtype=torch.float16, device="cuda")
+        k = Stored(torch.empty(64, 2, D + R, dtype=kv))
+        return attend._crossed(q, k, None if (bool(R) if one is None else one) else k, D, rows)
+
+    assert chosen(512, 128) == CROSSED[512, 128]
+    assert chosen(512) == CROSSED[512, 0]
+    refused = [
+        chosen(512, rows=16), chosen(512, kv=torch.bfloat16), chosen(512, kv=torch.int8), chosen(512, one=True), chosen(512, 64),
+        chosen(64), chosen(512, cuda=False),
+    ]  # fmt: skip
+    assert refused == [None] * 7
+    monkeypatch.setattr(attend.triton, "__version__", "3.7.1")
+    assert chosen(512) is None
+    monkeypatch.setattr(attend.triton, "__version__", "3.6.0")
+    monkeypatch.setattr(attend, "device_arch", lambda device: "hopper")
+    assert chosen(512) is None
