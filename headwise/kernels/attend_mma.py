@@ -92,7 +92,7 @@ def _attend(
     H: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, R: gl.constexpr, ONE: gl.constexpr,
     RING: gl.constexpr, PAGE: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, NS: gl.constexpr, C: gl.constexpr, BY_ROW: gl.constexpr, OUT_BY_ROW: gl.constexpr,
-    LATE: gl.constexpr, LAZY: gl.constexpr, dtype: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
     ml3: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C, BY_ROW, 8 // C // BY_ROW], [1, 16, 8])
     ol3: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C, OUT_BY_ROW, 8 // C // OUT_BY_ROW], [1, 16, 8])
@@ -119,10 +119,6 @@ def _attend(
     ss = gl.allocate_shared_memory(gl.float32, [C, BM, BN], gl.SwizzledSharedLayout(8, 32 // BN, BN // 8, [2, 1, 0]))
     sp = gl.allocate_shared_memory(dtype, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
     sa = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-    sg = sa
-    if LAZY:  # the least factor of each warp's rows
-        sg = gl.allocate_shared_memory(gl.float32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     seq = gl.program_id(2)
     q0 = gl.load(starts + seq)
     T = gl.load(starts + seq + 1) - q0
@@ -165,8 +161,6 @@ def _attend(
             to = gl.where(b == 0, NS - 1, b - 1)
             rows = _rows(n0 + (NS - 1) * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             async_copy.wait_group(NS - 2)
-            if not LATE:
-                _tile(sk.index(to), st.index(to), sv.index(to), k_data, v_data, rows, D, R, V_TOO, cl)
         s3 = gl.zeros([C, BM, BN], gl.float32, ml3)
         s3 = mma_v2(q, _chunked(sk.index(b), C).permute((0, 2, 1)).load(kl), s3)
         if R > 0:
@@ -177,7 +171,7 @@ def _attend(
             rows = _rows(n0 + BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             _copy(sk.index(0), k_data, rows, 0, W, cl)
             async_copy.commit_group()
-        elif LATE:
+        else:  # the tile before has been read by all: the sum of the scores is behind a barrier
             _tile(sk.index(to), st.index(to), sv.index(to), k_data, v_data, rows, D, R, V_TOO, cl)
         s = s * scale  # log2(e) is in it
         if SOFTCAP:  # tanh(x) = 1 - 2 / (e^2x + 1)
@@ -190,26 +184,16 @@ def _attend(
             if WINDOWED:
                 seen = seen & (n0 + keys > pos_q - window)
             s = gl.where(seen & (n0 + keys < hi), s, float("-inf"))
-        m_new = gl.max(s, 1)  # m starts finite, so a row that sees nothing yet adds exactly nothing
-        if LAZY:  # p is at most 2^8: nothing overflows, and sums are relative to m, whichever it is
-            m_new = gl.where(m_new > m + 8.0, m_new, m)
-        else:
-            m_new = gl.maximum(m, m_new)
+        m_new = gl.maximum(m, gl.max(s, 1))  # m starts finite, so a row that sees nothing yet adds exactly nothing
         p = gl.exp2(s - gl.expand_dims(m_new, 1))
         a = gl.exp2(m - m_new)
         l = l * gl.expand_dims(a, 1) + p
         m = m_new
         sp.store(p.to(dtype))
         sa.store(a)
-        if LAZY:
-            sg.store(gl.min(gl.min(a.reshape((BM * BN // 1024, 8, 128 // BN)), 2), 0))
         if ALONE:
             async_copy.wait_group(1)
-        if LAZY:
-            if gl.min(sg.load(gl.BlockedLayout([8], [32], [8], [0])), 0) < 1.0:
-                acc = acc * _by_row(sa.load(line))
-        else:
-            acc = acc * _by_row(sa.load(line))
+        acc = acc * _by_row(sa.load(line))
         p3 = _wide(sp.load(gl.SliceLayout(0, pl)), C)
         acc = mma_v2(p3, _chunked(sv.index(b), C).load(vl), acc)
         b = gl.where(b == NS - 1, 0, b + 1)
@@ -240,7 +224,7 @@ def attend_mma(
         slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, q_NHE.stride(0),
         H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, RING=slots.ring > 0, PAGE=slots.page,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None,
-        BM=how.rows, BN=how.keys, NS=how.stages, C=how.chunks, BY_ROW=how.by_row, OUT_BY_ROW=how.out_by_row, LATE=how.late,
-        LAZY=how.lazy, dtype=gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16, num_warps=8,
+        BM=how.rows, BN=how.keys, NS=how.stages, C=how.chunks, BY_ROW=how.by_row, OUT_BY_ROW=how.out_by_row,
+        dtype=gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16, num_warps=8,
     )  # fmt: skip
     return out_NHD

@@ -34,13 +34,10 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Crossed:
-    """One launch of `attend_mma`: eight warps share the scores of `rows` (query, head) pairs by `keys` keys by `chunks` of the
-    head's values, each chunk by rows in `by_row` parts, and these by keys; the result by chunks, `out_by_row` parts and values.
+    """One launch of `attend_mma`: eight warps share `rows` (query, head) pairs by `chunks` of the head's values, each chunk by rows
+    in `by_row` parts, and these by keys; the result by chunks, rows in `out_by_row` parts and values.
 
-    `stages` tiles of keys are held, and of two tensors as many of values; with 1 the keys and the values come in turn. `late`: a
-    tile is asked for behind the scores of the one before, which is a barrier less, and less time for it to come.
-    `lazy`: a row's maximum stands until a score is more than 8 above it (powers of 2), and only tiles in which one moves rescale
-    the result, a third of their instructions; for `rows` * `keys` of at least 1,024.
+    `stages` tiles of `keys` keys are held, and of two tensors as many of values; with 1 the keys and the values come in turn.
     """
 
     rows: int
@@ -49,8 +46,6 @@ class Crossed:
     chunks: int
     by_row: int
     out_by_row: int
-    late: bool = False
-    lazy: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +78,8 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
     },
     "ampere": {
         ("prefill", 64, False): Row(Config(64, 64, 4, 2, 1), Config(64, 32, 4, 2, 1)),
-        ("prefill", 128, False): Row(Config(64, 64, 8, 2, 1), Config(64, 32, 8, 2, 1)),
-        ("prefill", 256, False): Row(Config(64, 32, 8, 1, 2), Config(64, 32, 8, 1, 2)),
+        ("prefill", 128, False): Row(Config(128, 64, 8, 3, 1), Config(64, 32, 4, 2, 1)),
+        ("prefill", 256, False): Row(Config(64, 64, 8, 1, 2), Config(64, 64, 8, 1, 2)),
         ("prefill", 512, False): Row(Config(32, 32, 8, 2, 8), Config(32, 32, 8, 2, 8)),
         ("prefill", 512, True): Row(Config(32, 32, 8, 2, 8), Config(16, 32, 8, 1, 8)),
         ("decode", 64, False): Row(Config(16, 64, 4, 3), Config(16, 64, 4, 3)),
@@ -104,9 +99,9 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
 # (head_dim, rotated values beside it): prefill over floats on "ampere". Plain Triton gives a warp 16 rows of a tile to itself;
 # where registers hold fewer rows than eight warps need so, those left over do the same work again.
 CROSSED: dict[tuple[int, int], Crossed] = {
-    (256, 0): Crossed(64, 32, 2, 2, 2, 2, lazy=True),
-    (512, 0): Crossed(64, 16, 2, 4, 2, 1, lazy=True),
-    (512, 128): Crossed(64, 16, 3, 4, 2, 1, late=True, lazy=True),
+    (256, 0): Crossed(128, 16, 3, 1, 8, 8),
+    (512, 0): Crossed(64, 16, 1, 4, 2, 1),
+    (512, 128): Crossed(64, 16, 3, 4, 2, 1),
 }
 
 

@@ -102,8 +102,8 @@ def _query_column(j, WORDS: gl.constexpr):
 @gluon.jit
 def _fetch_scales(ptr, slot, left, out, G, AT: gl.constexpr, N: gl.constexpr, W: gl.constexpr, CUT: gl.constexpr):
     """Scales of values [AT, AT + N) of 64 slots from `slot` on, two to a word, into shared memory, asynchronously."""
-    columns: gl.constexpr = min(N // 64, 8)
-    layout: gl.constexpr = gl.BlockedLayout([1, 1], [32 // columns, columns], [1, 1], [1, 0])
+    columns: gl.constexpr = N // 128  # of 8 bytes, as a row of scales begins at a multiple of them only
+    layout: gl.constexpr = gl.BlockedLayout([1, 2], [32 // columns, columns], [1, 1], [1, 0])
     column = gl.expand_dims(gl.arange(0, N // 64, gl.SliceLayout(0, layout)), 0)
     row = gl.arange(0, 64, gl.SliceLayout(1, layout))
     if CUT:  # slots past the last are not there
@@ -130,6 +130,12 @@ def _load(
             gdc_wait()
         s = (i - first) % NS
         mbarrier.wait(empty.index(s), (((i - first) // NS) & 1) ^ 1)
+        mbarrier.expect(full.index(s), 64 * BYTES)
+        tma.async_copy_global_to_shared(kd, [slot, g * W], full.index(s), sk.index(s))
+        if R > 0:
+            tma.async_copy_global_to_shared(td, [slot, g * W + 4 * _words_a_row(D, FORMAT)], full.index(s), st.index(s))
+        else:
+            tma.async_copy_global_to_shared(vd, [slot, g * W], full.index(s), sv.index(s))
         if FORMAT != FP8:
             _fetch_scales(ks, slot, n_slots - slot, ak.index(s), G, 0, D, D + R, CUT)
             if R > 0:
@@ -137,12 +143,6 @@ def _load(
             else:
                 _fetch_scales(vs, slot, n_slots - slot, av.index(s), G, 0, D, D, CUT)
             async_copy.mbarrier_arrive(full.index(s), increment_count=False)
-        mbarrier.expect(full.index(s), 64 * BYTES)
-        tma.async_copy_global_to_shared(kd, [slot, g * W], full.index(s), sk.index(s))
-        if R > 0:
-            tma.async_copy_global_to_shared(td, [slot, g * W + 4 * _words_a_row(D, FORMAT)], full.index(s), st.index(s))
-        else:
-            tma.async_copy_global_to_shared(vd, [slot, g * W], full.index(s), sv.index(s))
 
 
 @gluon.jit
@@ -383,25 +383,27 @@ def _consume(
         sp.permute((1, 0)).store(p.to(gl.float16))
         if FORMAT != FP8:  # scales of two keys side by side
             ts.permute((1, 0)).store((ak if R > 0 else av).index(b).load(by_row))
-        scaled = ()
-        for t in gl.static_range(D // 64):
-            scaled = scaled + (accs[t] * a,)
-        accs = scaled
         for key in gl.static_range(0, 64, KEYS):
             y = gl.expand_dims(sp.slice(key, KEYS, dim=1).permute((1, 0)).load(gl.SliceLayout(0, of_p)), 0)
             new = ()
             for t in gl.static_range(D // 128):
                 halves = _for_values(sk.index(b) if R > 0 else sv.index(b), t, key, KEYS, WD, FORMAT, of_v)
+                zero = gl.zeros([4, 16, ROWS], gl.float32, vl)
+                minus = gl.full([4, 16, KEYS], -OFFSET / 2**24, gl.float16, of_v)
                 if FORMAT == FP8:
                     of_block = gl.broadcast(y, gl.zeros([4, KEYS, ROWS], gl.float16, of_p))[0]
                 else:
                     d = ts.slice(t * 4, 4, dim=0).slice(key, KEYS, dim=1).load(gl.SliceLayout(2, of_p))
                     of_block = _product(*gl.broadcast(y, gl.expand_dims(d, 2)))
-                for e in gl.static_range(2):
-                    acc = accs[t * 2 + e]
-                    if FORMAT != FP8:
-                        acc = mma_v2(gl.full([4, 16, KEYS], -OFFSET / 2**24, gl.float16, of_v), of_block, acc)
-                    new = new + (mma_v2(halves[e], of_block, acc),)
+                if KEYS == 64:  # both halves begin with one product
+                    start = zero if FORMAT == FP8 else mma_v2(minus, of_block, zero)
+                    for e in gl.static_range(2):
+                        new = new + (accs[t * 2 + e] * a + mma_v2(halves[e], of_block, start),)
+                else:
+                    for e in gl.static_range(2):
+                        acc = accs[t * 2 + e] * a if key == 0 else accs[t * 2 + e]
+                        acc = acc if FORMAT == FP8 else mma_v2(minus, of_block, acc)
+                        new = new + (mma_v2(halves[e], of_block, acc),)
             accs = new
         mbarrier.arrive(empty.index(b), count=1)
     total = gl.sum(l, 0)
