@@ -98,10 +98,16 @@ def _other_triton(kind: DeviceKind) -> str:
     return f"needs triton 3.6, which PyTorch 2.11 comes with, and there is {seen}: pip install 'torch==2.11.*'"
 
 
-def slower(kind: DeviceKind, dtype: str, *, quantised: bool) -> Iterator[str]:
-    """What is said at a start where kernels that fit the card do not run; of attention's only the version of triton."""
+def slower(kind: DeviceKind, dtype: str, *, wide: bool, quantised: bool) -> Iterator[str]:
+    """What is said at a start where kernels that fit the card do not run; of attention's only the version of triton.
+
+    Args:
+        wide: heads of 256 or more values; quantised: weights that stay so.
+    """
     if kind.api == "cuda" and kind.capability == (9, 0) and kind.triton != GLUON:
         yield f"attention on {kind.label} is not headwise-hopper's: it {_other_triton(kind)}"
+    if kind.api == "cuda" and (8, 0) <= (kind.capability or (0, 0)) != (9, 0) and kind.triton != GLUON and wide and dtype != "f32":
+        yield f"prefill of wide heads on {kind.label} takes twice the time: the kernel for it {_other_triton(kind)}"
     if quantised and (why := skinny_refusal(kind, dtype)):
         yield f"few rows meet quantised weights in slow kernels on {kind.label}: the fast one {why}"
 

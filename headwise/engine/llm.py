@@ -247,7 +247,9 @@ class LLM:
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
         quantised = self.plan.workload.fused and bool(planed(self.spec, self.plan.resident))
         kinds = dict.fromkeys(c.kind for c in used)
-        said = (words for kind in kinds for words in slower(kind, self.plan.workload.dtype, quantised=quantised))
+        wide = any(layer.head_dim >= 256 for layer in self.spec.layers)
+        dtype = self.plan.workload.dtype
+        said = (words for kind in kinds for words in slower(kind, dtype, wide=wide, quantised=quantised))
         self.plan = replace(self.plan, notes=(*self.plan.notes, *said))
         self.devices = tuple(c.seat.device for c in used)
         _, by_kind = work_of({c.kind for c in cards})

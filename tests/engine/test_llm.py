@@ -224,6 +224,7 @@ def test_the_embedded_model_knows_python() -> None:
         (DeviceKind("cuda", (8, 6), "RTX 3090"), "f16", None),
         (DeviceKind("cuda", (9, 0), "H200", triton=(3, 7)), "bf16", "there is triton 3.7: pip install 'torch==2.11.*'"),
         (DeviceKind("cuda", (9, 0), "H200", triton=None), "bf16", "there is no triton"),
+        (DeviceKind("cuda", (8, 6), "RTX 3090", triton=(3, 7)), "f16", "there is triton 3.7: pip install 'torch==2.11.*'"),
         (DeviceKind("cuda", (9, 0), "H200"), "f32", "takes bf16 and f16, not f32"),
         (DeviceKind("cuda", (7, 5), "RTX 2080"), "f16", "compute capability 8.0"),
         (DeviceKind("rocm", (11, 0), "RX 7900"), "f16", "NVIDIA"),
@@ -231,11 +232,12 @@ def test_the_embedded_model_knows_python() -> None:
 )
 def test_slower_products_are_said_with_the_cure(kind: DeviceKind, dtype: str, why: str | None) -> None:
     """pip's newest PyTorch brings another triton: everything ran, and nothing told why so slowly."""
-    said = [*slower(kind, dtype, quantised=True)]
+    said = [*slower(kind, dtype, wide=True, quantised=True)]
 
-    assert len(said) == bool(why) + (why is not None and kind.capability == (9, 0) and dtype == "bf16")
+    assert len(said) == bool(why) + (why is not None and kind.triton != (3, 6))
     assert all(str(why) in words for words in said)
-    assert [*slower(kind, dtype, quantised=False)] == said[:-1]
+    assert [*slower(kind, dtype, wide=True, quantised=False)] == said[:-1]
+    assert len([*slower(kind, dtype, wide=False, quantised=False)]) == (len(said) == 2 and kind.capability == (9, 0))
 
 
 def test_a_known_card_takes_longer_steps_and_says_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
