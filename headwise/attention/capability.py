@@ -178,8 +178,8 @@ BACKENDS: Sequence[Capability] = (
         max_capability=(9, 0),
         triton=GLUON,
         source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
-        "prefill is attend.py's, and so are more than 16 rows of 512 and head_dim 64, and of V alone all but "
-        "decode over floats; Gluon's API changes between versions of triton",
+        "prefill is attend_mma.py's, attend.py's at head_dim 64 and 128, as is decode of more than 16 rows of 512 or of head_dim "
+        "64, and of V alone all but decode over floats; Gluon's API changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",

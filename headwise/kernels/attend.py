@@ -316,14 +316,15 @@ def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn:
 
 
 def _crossed(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Crossed | None:
-    """The launch of `attend_mma`, for prefill over floats where `configs.CROSSED` has one; None: the kernel here takes it."""
+    """The launch of `attend_mma`, for prefill where `configs.CROSSED` has one; None: the kernel here takes it."""
     if not q_NHE.is_cuda or rows <= DECODE_ROWS or triton.__version__.split(".")[:2] != ["3", "6"]:
         return None
-    R, tensors = q_NHE.shape[2] - D, (k,) if v is None else (k, v)
-    same = all(x.data_SGW.dtype == q_NHE.dtype != torch.float32 and x.data_SGW.data_ptr() % 16 == 0 for x in tensors)
-    if device_arch(q_NHE.device) != "ampere" or not same or (v is None) != (R > 0):
+    R, floats = q_NHE.shape[2] - D, int(k.format.value) == int(FLOAT.value)
+    if q_NHE.dtype == torch.float32 or (floats and k.data_SGW.dtype != q_NHE.dtype) or (v is None) != (R > 0):
         return None
-    return CROSSED.get((D, R))
+    if any(x.data_ptr() % 16 for x in (*k, *(v or ())) if x is not None):  # it copies so much at a time
+        return None
+    return CROSSED.get((device_arch(q_NHE.device), D, R, floats))
 
 
 def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None = None) -> int:

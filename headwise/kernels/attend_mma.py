@@ -7,10 +7,17 @@ The result is split by the same chunks. Queries stay in registers, each value of
 
     wait K(i), V(i) | S = Q K(i), a chunk a warp | sum, softmax -> P in shared memory | O = O a + P V(i)
     one stage: wait K(i)   V(i) comes               K(i + 1) comes             wait V(i)
+    stored:    wait K(i), V(i), once made floats, in shared memory too        K(i + stages), V(i + stages) come
 
-Shapes    as in `attend`: K and V in the type of the queries (bf16, f16), one tensor (with rotated values) or two; D 256 or 512.
-Accuracy  as `attend`; the chunks of a score are summed in fp32.
-Cost      64 rows by 16 keys of one tensor, 512 + 128: 126 KB through shared memory, 1,008 clocks, beside 576 products.
+fp8, q8_0 and q4_0 come as bytes, and a tile is made floats once a program, where a warp of plain Triton makes its own. A byte
+becomes a float without a conversion instruction, which are few a clock: it goes into the low bits of one whose exponent makes them
+an integer, and what that adds is taken away with the product, exactly.
+
+Shapes    as in `attend`: K and V in the type of the queries (bf16, f16) or stored in fp8, q8_0 or q4_0; one tensor (with rotated
+          values) or two; D 256 or 512.
+Accuracy  as `attend`; the chunks of a score are summed in fp32. A stored value is its fp32 product with the scale, rounded once.
+Cost      64 rows by 16 keys of one tensor, 512 + 128: 126 KB through shared memory, 1,008 clocks, beside 576 products; stored,
+          30 KB and 2.5 to 3 instructions a value more.
 Source    FlashAttention-2 (Dao 2023); scores split along the head as in split-K products.
 """
 
@@ -23,9 +30,112 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from headwise.kernels.configs import Crossed
-from headwise.kernels.stored import Sequences, Slots, Stored
+from headwise.kernels.stored import FLOAT, FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
 LOG2E = 1.4426950408889634
+
+# A word of stored values to pairs of floats; $n: the word, its scale, and what else the product takes away.
+FP8_TO_F16 = gl.constexpr("""{
+.reg .b32 x, y, k;
+mov.b32 k, 0x5c005c00;
+prmt.b32 x, $2, 0, 0x1404;
+shr.u32 y, x, 1;
+and.b32 y, y, 0x3f803f80;
+lop3.b32 y, x, 0x80008000, y, 0xea;
+mul.f16x2 $0, y, k;
+prmt.b32 x, $2, 0, 0x3424;
+shr.u32 y, x, 1;
+and.b32 y, y, 0x3f803f80;
+lop3.b32 y, x, 0x80008000, y, 0xea;
+mul.f16x2 $1, y, k;
+}""")
+FP8_TO_BF16 = gl.constexpr("""{
+.reg .b32 x, y, k, z;
+mov.b32 k, 0x7b807b80;
+mov.b32 z, 0x80008000;
+prmt.b32 x, $2, 0, 0x1404;
+shr.u32 y, x, 4;
+and.b32 y, y, 0x07f007f0;
+lop3.b32 y, x, 0x80008000, y, 0xea;
+fma.rn.bf16x2 $0, y, k, z;
+prmt.b32 x, $2, 0, 0x3424;
+shr.u32 y, x, 4;
+and.b32 y, y, 0x07f007f0;
+lop3.b32 y, x, 0x80008000, y, 0xea;
+fma.rn.bf16x2 $1, y, k, z;
+}""")
+Q8_0_TO_F16 = gl.constexpr("""{
+.reg .b32 x, y, k, s;
+mov.b32 k, 0x64806480;
+mov.b32 s, {$3, $3};
+xor.b32 x, $2, 0x80808080;
+prmt.b32 y, x, 0x64646464, 0x4140;
+sub.f16x2 y, y, k;
+mul.f16x2 $0, y, s;
+prmt.b32 y, x, 0x64646464, 0x4342;
+sub.f16x2 y, y, k;
+mul.f16x2 $1, y, s;
+}""")
+Q8_0_TO_BF16 = gl.constexpr("""{
+.reg .b32 x, a, b;
+xor.b32 x, $2, 0x80808080;
+prmt.b32 a, x, 0x47000000, 0x7404;
+prmt.b32 b, x, 0x47000000, 0x7414;
+fma.rn.f32 a, a, $3, $4;
+fma.rn.f32 b, b, $3, $4;
+cvt.rn.bf16x2.f32 $0, b, a;
+prmt.b32 a, x, 0x47000000, 0x7424;
+prmt.b32 b, x, 0x47000000, 0x7434;
+fma.rn.f32 a, a, $3, $4;
+fma.rn.f32 b, b, $3, $4;
+cvt.rn.bf16x2.f32 $1, b, a;
+}""")
+Q4_0_TO_F16 = gl.constexpr("""{
+.reg .b32 x, y, k, s;
+mov.b32 k, 0x64086408;
+mov.b32 s, {$5, $5};
+and.b32 x, $4, 0x0f0f0f0f;
+prmt.b32 y, x, 0x64646464, 0x4140;
+sub.f16x2 y, y, k;
+mul.f16x2 $0, y, s;
+prmt.b32 y, x, 0x64646464, 0x4342;
+sub.f16x2 y, y, k;
+mul.f16x2 $1, y, s;
+shr.u32 x, $4, 4;
+and.b32 x, x, 0x0f0f0f0f;
+prmt.b32 y, x, 0x64646464, 0x4140;
+sub.f16x2 y, y, k;
+mul.f16x2 $2, y, s;
+prmt.b32 y, x, 0x64646464, 0x4342;
+sub.f16x2 y, y, k;
+mul.f16x2 $3, y, s;
+}""")
+Q4_0_TO_BF16 = gl.constexpr("""{
+.reg .b32 x, a, b;
+and.b32 x, $4, 0x0f0f0f0f;
+prmt.b32 a, x, 0x43000000, 0x7044;
+prmt.b32 b, x, 0x43000000, 0x7144;
+fma.rn.f32 a, a, $5, $6;
+fma.rn.f32 b, b, $5, $6;
+cvt.rn.bf16x2.f32 $0, b, a;
+prmt.b32 a, x, 0x43000000, 0x7244;
+prmt.b32 b, x, 0x43000000, 0x7344;
+fma.rn.f32 a, a, $5, $6;
+fma.rn.f32 b, b, $5, $6;
+cvt.rn.bf16x2.f32 $1, b, a;
+shr.u32 x, $4, 4;
+and.b32 x, x, 0x0f0f0f0f;
+prmt.b32 a, x, 0x43000000, 0x7044;
+prmt.b32 b, x, 0x43000000, 0x7144;
+fma.rn.f32 a, a, $5, $6;
+fma.rn.f32 b, b, $5, $6;
+cvt.rn.bf16x2.f32 $2, b, a;
+prmt.b32 a, x, 0x43000000, 0x7244;
+prmt.b32 b, x, 0x43000000, 0x7344;
+fma.rn.f32 a, a, $5, $6;
+fma.rn.f32 b, b, $5, $6;
+cvt.rn.bf16x2.f32 $3, b, a;
+}""")
 
 
 @gluon.jit
@@ -62,6 +172,76 @@ def _tile(
 
 
 @gluon.jit
+def _stored_tile(
+    bk, bt, bv, ak, at, av, k_data, v_data, k_scales, v_scales, rows, of_scales, D: gl.constexpr, R: gl.constexpr,
+    ONE: gl.constexpr, FORMAT: gl.constexpr, layout: gl.constexpr, by_scale: gl.constexpr,
+):  # fmt: skip
+    """Words of a tile as they are stored, and its scales."""
+    A_WORD: gl.constexpr = 8 if FORMAT == Q4_0 else 4
+    _copy(bk, k_data, rows, 0, (D + R) // A_WORD, layout)
+    if R > 0:
+        _copy(bt, k_data, rows, D // A_WORD, (D + R) // A_WORD, layout)
+    if not ONE:
+        _copy(bv, v_data, rows, 0, D // A_WORD, layout)
+    if FORMAT != FP8:
+        _copy(ak, k_scales, of_scales, 0, (D + R) // 32, by_scale)
+        if R > 0:
+            _copy(at, k_scales, of_scales, D // 32, (D + R) // 32, by_scale)
+        if not ONE:
+            _copy(av, v_scales, of_scales, 0, D // 32, by_scale)
+    async_copy.commit_group()
+
+
+@gluon.constexpr_function
+def _word_layout(keys, blocks, FORMAT):
+    """(keys, blocks of 32 values, words): two words a thread, which become one store (of q4_0 two) of 16 bytes; banks differ."""
+    if FORMAT != Q4_0:
+        return gl.BlockedLayout([1, 1, 2], [2, 4, 4], [8, 1, 1], [2, 1, 0])
+    more = [[0, 1 << b, 0] for b in range(1, blocks.bit_length() - 1)]
+    far = [[1 << b, 0, 0] for b in range(4, keys.bit_length() - 1)]
+    lanes = [[0, 0, 2], [0, 1, 0], [2, 0, 0], [4, 0, 0], [1, 0, 0]]
+    warps = [[8, 0, 0], *more[:2], *([[0, 0, 0]] * (2 - len(more)))]
+    return gl.DistributedLinearLayout([[0, 0, 1], *more[2:], *far], lanes, warps, [], [keys, blocks, 4])
+
+
+@gluon.jit
+def _widen(to, words, scales, N: gl.constexpr, FORMAT: gl.constexpr, dtype: gl.constexpr):
+    """A tile of N values a key, as they are stored, in `dtype`: the product with the scale is rounded once."""
+    KEYS: gl.constexpr = words.shape[0]
+    layout: gl.constexpr = _word_layout(KEYS, N // 32, FORMAT)
+    half: gl.constexpr = dtype == gl.float16
+    x = words.reshape((KEYS, N // 32, words.shape[1] // (N // 32))).load(layout)
+    if FORMAT == FP8:  # bits moved into the float's exponent and mantissa are the value / 256, for bf16 / 2^120: no rounding
+        a, b = gl.inline_asm_elementwise(
+            FP8_TO_F16 if half else FP8_TO_BF16, "=r,=r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+        )
+        out = gl.join(a, b)
+    else:
+        s = scales.load(gl.SliceLayout(2, layout))
+        if half:
+            s = gl.expand_dims(s, 2).broadcast_to(x.shape)
+            less = s
+        else:  # what puts a byte into a float without a conversion instruction is taken away with the product
+            s = s.to(gl.float32)
+            less = gl.expand_dims(s * (-136.0 if FORMAT == Q4_0 else -32896.0), 2).broadcast_to(x.shape)
+            s = gl.expand_dims(s, 2).broadcast_to(x.shape)
+        if FORMAT == Q8_0:
+            a, b = gl.inline_asm_elementwise(
+                Q8_0_TO_F16 if half else Q8_0_TO_BF16, "=r,=r,r,h,h" if half else "=r,=r,r,f,f", [x, s, less],
+                dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+            out = gl.join(a, b)
+        else:
+            a, b, c, d = gl.inline_asm_elementwise(
+                Q4_0_TO_F16 if half else Q4_0_TO_BF16, "=r,=r,=r,=r,r,h,h" if half else "=r,=r,=r,=r,r,f,f", [x, s, less],
+                dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
+            )  # fmt: skip
+            low, high = gl.join(a, b).reshape((KEYS, N // 32, 8)), gl.join(c, d).reshape((KEYS, N // 32, 8))
+            out = gl.join(low, high).permute((0, 1, 3, 2))
+    to._reinterpret(gl.int32, [KEYS, N // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])).store(out.reshape((KEYS, N // 2)))
+
+
+@gluon.jit
 def _by_row(x):
     """Of rows (C, rows, columns)."""
     return gl.expand_dims(gl.expand_dims(x, 0), 2)
@@ -88,11 +268,12 @@ def _chunked(tile, C: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    q_ptr, k_data, v_data, out_ptr, sinks_ptr, starts, lengths, table, table_stride, ring, G, scale, softcap, window, q_stride,
+    q_ptr, k_data, v_data, k_scales, v_scales, out_ptr, sinks_ptr, starts, lengths, table, table_stride, ring, G, scale, softcap,
+    window, q_stride,
     H: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, D: gl.constexpr, R: gl.constexpr, ONE: gl.constexpr,
     RING: gl.constexpr, PAGE: gl.constexpr, WINDOWED: gl.constexpr, SOFTCAP: gl.constexpr, SINKS: gl.constexpr,
     BM: gl.constexpr, BN: gl.constexpr, NS: gl.constexpr, C: gl.constexpr, BY_ROW: gl.constexpr, OUT_BY_ROW: gl.constexpr,
-    dtype: gl.constexpr,
+    FORMAT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     ml3: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C, BY_ROW, 8 // C // BY_ROW], [1, 16, 8])
     ol3: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [C, OUT_BY_ROW, 8 // C // OUT_BY_ROW], [1, 16, 8])
@@ -105,17 +286,36 @@ def _attend(
     row: gl.constexpr = gl.SliceLayout(1, sl)
     line: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, ol3))
     BY_KEY: gl.constexpr = 8 if BN >= 32 else BN // 4
-    cl: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [BY_KEY, 8 // BY_KEY], [1, 0])  # 128 bytes of four keys a warp
+    STORED: gl.constexpr = FORMAT != FLOAT
+    A_COPY: gl.constexpr = 4 if STORED else 8  # words, or values: 16 bytes
+    cl: gl.constexpr = gl.BlockedLayout([1, A_COPY], [4, 8], [BY_KEY, 8 // BY_KEY], [1, 0])  # 128 bytes of four keys a warp
+    al: gl.constexpr = gl.BlockedLayout([1, 4], [4096 // D, D // 128], [8, 1], [1, 0])
     W: gl.constexpr = D + R
-    ALONE: gl.constexpr = NS == 1  # K and V come in turn
+    ALONE: gl.constexpr = NS == 1 and not STORED  # K and V come in turn
     V_TOO: gl.constexpr = NS > 1 and not ONE
-    sk = gl.allocate_shared_memory(dtype, [NS, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    TILES: gl.constexpr = 1 if STORED else NS
+    sk = gl.allocate_shared_memory(dtype, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     st = sk
     sv = sk
     if R > 0:
-        st = gl.allocate_shared_memory(dtype, [NS, BN, R], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        st = gl.allocate_shared_memory(dtype, [TILES, BN, R], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     if not ONE:
-        sv = gl.allocate_shared_memory(dtype, [NS, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        sv = gl.allocate_shared_memory(dtype, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    bk = sk  # as stored: words, and scales
+    if STORED:
+        A_WORD: gl.constexpr = 8 if FORMAT == Q4_0 else 4
+        bk = gl.allocate_shared_memory(gl.int32, [NS, BN, D // A_WORD], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    bt, bv, ak, at, av = bk, bk, bk, bk, bk
+    if STORED and R > 0:
+        bt = gl.allocate_shared_memory(gl.int32, [NS, BN, R // A_WORD], gl.SwizzledSharedLayout(4, 2, 4, [1, 0]))
+    if STORED and not ONE:
+        bv = gl.allocate_shared_memory(gl.int32, [NS, BN, D // A_WORD], gl.SwizzledSharedLayout(4, 1, 8, [1, 0]))
+    if STORED and FORMAT != FP8:
+        ak = gl.allocate_shared_memory(gl.float16, [NS, BN, D // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        if R > 0:
+            at = gl.allocate_shared_memory(gl.float16, [NS, BN, R // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+        if not ONE:
+            av = gl.allocate_shared_memory(gl.float16, [NS, BN, D // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     ss = gl.allocate_shared_memory(gl.float32, [C, BM, BN], gl.SwizzledSharedLayout(8, 32 // BN, BN // 8, [2, 1, 0]))
     sp = gl.allocate_shared_memory(dtype, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
     sa = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -135,9 +335,16 @@ def _attend(
     lo = 0
     if WINDOWED:
         lo = gl.maximum(0, nearest - window + 1) // BN * BN
-    for i in gl.static_range(NS - 1 if NS > 1 else 1):
+    for i in gl.static_range(NS if STORED or ALONE else NS - 1):
         rows = _rows(lo + i * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
-        _tile(sk.index(i), st.index(i), sv.index(i), k_data, v_data, rows, D, R, V_TOO, cl)
+        if STORED:
+            of_scales = _rows(lo + i * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, al)
+            _stored_tile(
+                bk.index(i), bt.index(i), bv.index(i), ak.index(i), at.index(i), av.index(i), k_data, v_data, k_scales, v_scales,
+                rows, of_scales, D, R, ONE, FORMAT, cl, al,
+            )  # fmt: skip
+        else:
+            _tile(sk.index(i), st.index(i), sv.index(i), k_data, v_data, rows, D, R, V_TOO, cl)
     r_q = block * BM + gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, ql)))
     q_row = q_ptr + _by_row((q0 + r_q // PACK).to(gl.int64) * q_stride + (head + r_q % PACK) * W)
     valid = _by_row(r_q // PACK < T)
@@ -153,7 +360,18 @@ def _attend(
     l = gl.zeros([BM, BN], gl.float32, sl)
     b = 0
     for n0 in range(lo, hi, BN):
-        if ALONE:
+        tile = b
+        if STORED:
+            tile = 0
+            rows = _rows(n0 + NS * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
+            of_scales = _rows(n0 + NS * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, al)
+            async_copy.wait_group(NS - 1)
+            _widen(sk.index(0), bk.index(b), ak.index(b), D, FORMAT, dtype)
+            if R > 0:
+                _widen(st.index(0), bt.index(b), at.index(b), R, FORMAT, dtype)
+            if not ONE:
+                _widen(sv.index(0), bv.index(b), av.index(b), D, FORMAT, dtype)
+        elif ALONE:
             async_copy.wait_group(0)
             _copy(sv.index(0), v_data, rows, 0, W, cl)
             async_copy.commit_group()
@@ -162,12 +380,17 @@ def _attend(
             rows = _rows(n0 + (NS - 1) * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             async_copy.wait_group(NS - 2)
         s3 = gl.zeros([C, BM, BN], gl.float32, ml3)
-        s3 = mma_v2(q, _chunked(sk.index(b), C).permute((0, 2, 1)).load(kl), s3)
+        s3 = mma_v2(q, _chunked(sk.index(tile), C).permute((0, 2, 1)).load(kl), s3)
         if R > 0:
-            s3 = mma_v2(qt, _chunked(st.index(b), C).permute((0, 2, 1)).load(kl), s3)
+            s3 = mma_v2(qt, _chunked(st.index(tile), C).permute((0, 2, 1)).load(kl), s3)
         ss.store(s3)
         s = gl.sum(ss.load(all3), 0)
-        if ALONE:
+        if STORED:  # all have read this tile's words
+            _stored_tile(
+                bk.index(b), bt.index(b), bv.index(b), ak.index(b), at.index(b), av.index(b), k_data, v_data, k_scales, v_scales,
+                rows, of_scales, D, R, ONE, FORMAT, cl, al,
+            )  # fmt: skip
+        elif ALONE:
             rows = _rows(n0 + BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             _copy(sk.index(0), k_data, rows, 0, W, cl)
             async_copy.commit_group()
@@ -195,7 +418,7 @@ def _attend(
             async_copy.wait_group(1)
         acc = acc * _by_row(sa.load(line))
         p3 = _wide(sp.load(gl.SliceLayout(0, pl)), C)
-        acc = mma_v2(p3, _chunked(sv.index(b), C).load(vl), acc)
+        acc = mma_v2(p3, _chunked(sv.index(tile), C).load(vl), acc)
         b = gl.where(b == NS - 1, 0, b + 1)
     async_copy.wait_group(0)
     total = gl.sum(l, 1)
@@ -206,8 +429,8 @@ def _attend(
     acc = acc / _by_row(sa.load(line))
     r_o = block * BM + gl.arange(0, BM, line)
     t = r_o // PACK
-    at = ((q0 + t).to(gl.int64) * H + head + r_o % PACK) * D
-    gl.store(out_ptr + _by_row(at) + _values(C, D, ol3), acc.to(dtype), mask=_by_row(t < T))
+    to = out_ptr + _by_row(((q0 + t).to(gl.int64) * H + head + r_o % PACK) * D)
+    gl.store(to + _values(C, D, ol3), acc.to(dtype), mask=_by_row(t < T))
 
 
 def attend_mma(
@@ -219,12 +442,14 @@ def attend_mma(
     D, G, vs = out_NHD.shape[-1], k.data_SGW.shape[1], k if v is None else v
     group = H // G
     pack = max(n for n in range(1, min(group, 8) + 1) if group % n == 0)
+    of_k, of_v = (x.data_SGW if x.format.value == FLOAT.value else x.data_SGW.view(torch.int32) for x in (k, vs))
+    ak, av = (q_NHE if x.scales_SGB is None else x.scales_SGB for x in (k, vs))
     _attend[(-(-seqs.max_queries * pack // how.rows), H // pack, seqs.lengths_B.shape[0])](
-        q_NHE, k.data_SGW, vs.data_SGW, out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table,
+        q_NHE, of_k, of_v, ak, av, out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table,
         slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, q_NHE.stride(0),
         H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, RING=slots.ring > 0, PAGE=slots.page,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None,
         BM=how.rows, BN=how.keys, NS=how.stages, C=how.chunks, BY_ROW=how.by_row, OUT_BY_ROW=how.out_by_row,
-        dtype=gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16, num_warps=8,
+        FORMAT=k.format, dtype=gl.bfloat16 if q_NHE.dtype == torch.bfloat16 else gl.float16, num_warps=8,
     )  # fmt: skip
     return out_NHD

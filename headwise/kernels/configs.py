@@ -37,7 +37,8 @@ class Crossed:
     """One launch of `attend_mma`: eight warps share `rows` (query, head) pairs by `chunks` of the head's values, each chunk by rows
     in `by_row` parts, and these by keys; the result by chunks, rows in `out_by_row` parts and values.
 
-    `stages` tiles of `keys` keys are held, and of two tensors as many of values; with 1 the keys and the values come in turn.
+    `stages` tiles of `keys` keys are held, and of two tensors as many of values; with 1 the keys and the values come in turn. Of
+    fp8, q8_0 and q4_0 these are bytes, beside one tile of floats.
     """
 
     rows: int
@@ -96,12 +97,18 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
     },
 }
 
-# (head_dim, rotated values beside it): prefill over floats on "ampere". Plain Triton gives a warp 16 rows of a tile to itself;
-# where registers hold fewer rows than eight warps need so, those left over do the same work again.
-CROSSED: dict[tuple[int, int], Crossed] = {
-    (256, 0): Crossed(128, 16, 3, 1, 8, 8),
-    (512, 0): Crossed(64, 16, 1, 4, 2, 1),
-    (512, 128): Crossed(64, 16, 3, 4, 2, 1),
+# (card, head_dim, rotated values beside it, floats or not): prefill. Plain Triton gives a warp 16 rows of a tile to itself; where
+# registers hold fewer rows than eight warps need so, those left over do the same work again, and make floats of the same bytes.
+CROSSED: dict[tuple[Arch, int, int, bool], Crossed] = {
+    ("ampere", 256, 0, True): Crossed(128, 16, 3, 1, 8, 8),
+    ("ampere", 512, 0, True): Crossed(64, 16, 1, 4, 2, 1),
+    ("ampere", 512, 128, True): Crossed(64, 16, 3, 4, 2, 1),
+    ("ampere", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
+    ("ampere", 512, 0, False): Crossed(64, 16, 2, 4, 2, 1),
+    ("ampere", 512, 128, False): Crossed(64, 16, 2, 4, 2, 1),
+    ("hopper", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
+    ("hopper", 512, 0, False): Crossed(64, 16, 2, 4, 2, 1),
+    ("hopper", 512, 128, False): Crossed(64, 16, 2, 4, 2, 1),
 }
 
 

@@ -126,21 +126,28 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
     return out
 
 
-def crossed() -> list[dict[str, object]]:
-    """The Gluon kernel of cards with `mma.sync`, and how many products a warp has of a tile beside how many it needs."""
+def crossed(every: bool = False) -> list[dict[str, object]]:
+    """The Gluon kernel of `mma.sync`, and how many products a warp has of a tile beside how many it needs."""
     import headwise.kernels.attend_mma as mma
 
     kernel, out = mma._attend, []
-    jobs = [(card, *key, how) for key, how in CROSSED.items() for card in CARDS["ampere"]]
-    for card, D, R, how in jobs:
+    jobs = [
+        (card, arch, D, R, kv, how)
+        for i, ((arch, D, R, floats), how) in enumerate(CROSSED.items())
+        for j, kv in enumerate(("bf16",) if floats else ("fp8", "q8_0", "q4_0"))
+        for n, card in enumerate(CARDS[arch])
+        if every or floats or (i + j) % 3 == n
+    ]
+    for card, arch, D, R, kv, how in jobs:
         compiled = Compiled(kernel, card)
         mma._attend = compiled  # type: ignore[assignment]
         q, o = torch.empty(128, 32, D + R, dtype=torch.bfloat16), torch.empty(128, 32, D, dtype=torch.bfloat16)
-        seqs, k = Sequences(ints(0, 128), ints(512), 128, 512), cache(D + R, "bf16")
+        seqs, k = Sequences(ints(0, 128), ints(512), 128, 512), cache(D + R, kv)
         mma.attend_mma(q, k, None if R else k, o, seqs, Slots(ints(0)), how, scale=1.0)
         r = compiled.reports[0]
-        out.append({"crossed": [D, R], "card": card, "registers": r.registers, "spill_bytes": r.spill_bytes,
-                    "shared_bytes": r.shared_bytes, "shared_limit": LEAST[card], "products": r.ptx.count("mma.sync"),
+        out.append({"crossed": [arch, D, R, kv == "bf16"], "card": card, "kv": kv, "registers": r.registers,
+                    "spill_bytes": r.spill_bytes, "shared_bytes": r.shared_bytes, "shared_limit": LEAST[card],
+                    "products": r.ptx.count("mma.sync"),
                     "needed": how.rows * how.keys * (2 * D + R) // (16 * 8 * 16) // 8})  # fmt: skip
     mma._attend = kernel
     return out
@@ -159,7 +166,7 @@ def main(every: bool) -> None:
     ]
     for found in hopper():
         print(json.dumps(found | {"shared_limit": SHARED[90]}), flush=True)
-    for found in crossed():
+    for found in crossed(every):
         print(json.dumps(found), flush=True)
     for job in jobs:
         print(json.dumps(compile_one(kernel, *job)), flush=True)

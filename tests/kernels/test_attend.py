@@ -238,23 +238,32 @@ def test_wide_heads_are_prefilled_by_the_kernel_whose_warps_share_a_tile(monkeyp
 
     monkeypatch.setattr(attend, "device_arch", lambda device: "ampere")
     monkeypatch.setattr(attend.triton, "__version__", "3.6.0")
+    kinds = {"f16": (torch.float16, 1), "bf16": (torch.bfloat16, 1), "fp8": (torch.float8_e4m3fn, 1), "q8_0": (torch.int8, 1),
+             "q4_0": (torch.uint8, 2)}  # fmt: skip
 
     def chosen(
-        D: int, R: int = 0, kv: torch.dtype = torch.float16, rows: int = 17, one: bool | None = None, cuda: bool = True
-    ) -> Any:
-        q: Any = SimpleNamespace(is_cuda=cuda, shape=(9, 8, D + R), dtype=torch.float16, device="cuda")
-        k = Stored(torch.empty(64, 2, D + R, dtype=kv))
+        D: int, R: int = 0, kv: str = "f16", rows: int = 17, one: bool | None = None, cuda: bool = True,
+        of: torch.dtype = torch.float16, off: int = 0,
+    ) -> Any:  # fmt: skip
+        q: Any = SimpleNamespace(is_cuda=cuda, shape=(9, 8, D + R), dtype=of, device="cuda")
+        kind, packed = kinds[kv]
+        scales = torch.empty(off + 64 * 2 * (D + R) // 32, dtype=torch.float16)[off:].view(64, 2, -1)
+        k = Stored(torch.empty(64, 2, (D + R) // packed, dtype=kind), scales if kv[0] == "q" else None)
         return attend._crossed(q, k, None if (bool(R) if one is None else one) else k, D, rows)
 
-    assert chosen(512, 128) == CROSSED[512, 128]
-    assert chosen(512) == CROSSED[512, 0]
+    assert chosen(512, 128) == CROSSED["ampere", 512, 128, True]
+    assert chosen(512) == CROSSED["ampere", 512, 0, True]
+    halves = torch.float16, torch.bfloat16
+    stored = [chosen(512, R, kv, of=of) for kv in ("fp8", "q8_0", "q4_0") for R in (0, 128) for of in halves]
+    assert stored == 3 * [CROSSED["ampere", 512, R, False] for R in (0, 0, 128, 128)]
     refused = [
-        chosen(512, rows=16), chosen(512, kv=torch.bfloat16), chosen(512, kv=torch.int8), chosen(512, one=True), chosen(512, 64),
-        chosen(64), chosen(512, cuda=False),
+        chosen(512, rows=16), chosen(512, kv="bf16"), chosen(512, kv="q8_0", of=torch.float32), chosen(512, one=True),
+        chosen(512, 64), chosen(64), chosen(512, cuda=False), chosen(512, kv="q8_0", off=4),
     ]  # fmt: skip
-    assert refused == [None] * 7
+    assert refused == [None] * 8
     monkeypatch.setattr(attend.triton, "__version__", "3.7.1")
     assert chosen(512) is None
     monkeypatch.setattr(attend.triton, "__version__", "3.6.0")
     monkeypatch.setattr(attend, "device_arch", lambda device: "hopper")
-    assert chosen(512) is None
+    assert chosen(512) is None  # `attend_hopper` takes it
+    assert chosen(512, kv="q8_0") == CROSSED["hopper", 512, 0, False]
