@@ -1,4 +1,4 @@
-"""Is attention right on this card? Decode over every KV type and layout, prefill over floats, ragged batches, against fp64.
+"""Is attention right on this card? Decode and prefill over every KV type and layout, ragged batches, against fp64.
 
     PYTHONPATH=.:tests python benchmarks/attention_check.py [--backend headwise-hopper] [--phase prefill] [--card sm86] [OUT.json]
 
@@ -125,9 +125,10 @@ def main() -> None:
     if args.card and args.backend != "headwise-triton":
         parser.error(f"--card {args.card} is for --backend headwise-triton, not {args.backend}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    stored_prefill = ((KV[1 + i % 3], *c) for i, c in enumerate(product(HEADS, PREFILL, LAYOUTS)))  # the types take turns
     combinations = [
         c
-        for c in chain(product(KV, HEADS, STEPS, LAYOUTS), product(KV[:1], HEADS, PREFILL, LAYOUTS))
+        for c in chain(product(KV, HEADS, STEPS, LAYOUTS), product(KV[:1], HEADS, PREFILL, LAYOUTS), stored_prefill)
         if not (c[1][1] and c[3][1])  # one tensor is a global layer's
         and args.phase in (None, phase(c[2]))
     ]

@@ -293,6 +293,22 @@ def fp8() -> str:
     return table(f"| matrix | rows | {' | '.join(whos)} |", rows, above)
 
 
+def consumer() -> str:
+    """One card's code beside the other's; both beside PyTorch's operator in the same run."""
+    cards = [newest(f"consumer_cards_{card}_h200") for card in ("sm86", "sm89")]
+    most = max(c["shared_bytes"] for c in cards)
+    above = f"{taken(cards[0], 'torch')}: {cards[0]['rows'][0]['length']:,} tokens; at most {most:,} bytes of shared memory."
+    rows = []
+    for each in zip(*(c["rows"] for c in cards), strict=True):
+        row = each[0]
+        what = f"{row['name']}: {row['head_dim']}, {row['heads']}/{row['kv_heads']} heads"
+        what += f", window {row['window']}" if row["window"] else ""
+        figures = (f for r in each for f in (f"{r['us']:,.1f}", f"{r['efficient_us'] / r['us']:.2f}"))
+        rows.append(("decode" if row["decode"] else "prefill", what, row["kv"], *figures))
+    heads = " | ".join(f"as {c['card']}, us | times the speed of memory-efficient" for c in cards)
+    return table(f"| | shape | KV | {heads} |", rows, above)
+
+
 def one_tensor() -> str:
     found = newest("one_tensor_h200")
     above = f"{taken(found, 'torch')}: a global layer of Gemma 4 31B, microseconds; each launch was compared with fp64 first."
@@ -512,6 +528,7 @@ TABLES = {
     "experts-fp8": ("docs/measurements.md", experts_fp8),
     "drawing": ("docs/measurements.md", drawing),
     "one-tensor": ("docs/kernels.md", one_tensor),
+    "consumer": ("docs/kernels.md", consumer),
     "matrix": ("docs/doctor.md", doctor),
     "probe": ("docs/probe.md", probe),
     "cpu": ("docs/measurements.md", cpu),

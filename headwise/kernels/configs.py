@@ -103,12 +103,12 @@ CROSSED: dict[tuple[Arch, int, int, bool], Crossed] = {
     ("ampere", 256, 0, True): Crossed(128, 16, 3, 1, 8, 8),
     ("ampere", 512, 0, True): Crossed(64, 16, 1, 4, 2, 1),
     ("ampere", 512, 128, True): Crossed(64, 16, 3, 4, 2, 1),
-    ("ampere", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
-    ("ampere", 512, 0, False): Crossed(64, 16, 2, 4, 2, 1),
-    ("ampere", 512, 128, False): Crossed(64, 16, 2, 4, 2, 1),
-    ("hopper", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
-    ("hopper", 512, 0, False): Crossed(64, 16, 2, 4, 2, 1),
-    ("hopper", 512, 128, False): Crossed(64, 16, 2, 4, 2, 1),
+    ("ampere", 256, 0, False): Crossed(64, 32, 2, 2, 2, 2),
+    ("ampere", 512, 0, False): Crossed(64, 16, 1, 4, 2, 1),
+    ("ampere", 512, 128, False): Crossed(64, 16, 1, 4, 2, 1),
+    ("hopper", 256, 0, False): Crossed(64, 32, 2, 2, 2, 2),
+    ("hopper", 512, 0, False): Crossed(64, 16, 1, 4, 2, 1),
+    ("hopper", 512, 128, False): Crossed(64, 16, 1, 4, 2, 1),
 }
 
 
