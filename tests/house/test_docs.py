@@ -174,6 +174,14 @@ def test_the_readme_quotes_the_benchmark() -> None:
     )[0]  # fmt: skip
     who = ("headwise-hopper", "ffpa-attn cutedsl", "vLLM's flash-attn-4", "torch efficient", "flashinfer")
     assert [at[name, True] for name in who] + [at[name, False] for name in who[:2]] == [int(x) for x in said]
+    decode = {r["shape"]["kv"]: r["us"] for r in attention["rows"] if r["shape"]["length"] == 131072 and "headwise" in r["who"]}
+    assert f"with q8_0 it takes {decode['q8_0'] / decode['bf16']:.2f} of bf16's time" in text
+    consumer = [json.loads(max((ROOT / "benchmarks/results").glob(f"consumer_cards_{card}_h200_*.json")).read_text())
+                for card in ("sm86", "sm89")]  # fmt: skip
+    times = {kv: [r["efficient_us"] / r["us"] for c in consumer for r in c["rows"] if not r["decode"] and r["kv"] == kv]
+             for kv in ("bf16", "q8_0")}  # fmt: skip
+    said = re.findall(r"prefills ([\d.]+) to ([\d.]+) times .*? over q8_0 ([\d.]+) to ([\d.]+) times", text)[0]
+    assert [f"{f(times[kv]):.1f}" for kv in times for f in (min, max)] == list(said)
     assert max(max(f["max_abs_error"].values()) for f in cuda["families"]) < 2e-5
     streams = json.loads(max((ROOT / "benchmarks/results").glob("streams_h200_*.json")).read_text())
     together = {(r["model"], r["streams"]): r["decode_tok_s"] for r in streams["rows"]}
