@@ -29,113 +29,53 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
+from headwise.kernels.attend import LOG2E
 from headwise.kernels.configs import Crossed
 from headwise.kernels.stored import FLOAT, FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
-LOG2E = 1.4426950408889634
 
-# A word of stored values to pairs of floats; $n: the word, its scale, and what else the product takes away.
-FP8_TO_F16 = gl.constexpr("""{
-.reg .b32 x, y, k;
-mov.b32 k, 0x5c005c00;
-prmt.b32 x, $2, 0, 0x1404;
-shr.u32 y, x, 1;
-and.b32 y, y, 0x3f803f80;
-lop3.b32 y, x, 0x80008000, y, 0xea;
-mul.f16x2 $0, y, k;
-prmt.b32 x, $2, 0, 0x3424;
-shr.u32 y, x, 1;
-and.b32 y, y, 0x3f803f80;
-lop3.b32 y, x, 0x80008000, y, 0xea;
-mul.f16x2 $1, y, k;
-}""")
-FP8_TO_BF16 = gl.constexpr("""{
-.reg .b32 x, y, k, z;
-mov.b32 k, 0x7b807b80;
-mov.b32 z, 0x80008000;
-prmt.b32 x, $2, 0, 0x1404;
-shr.u32 y, x, 4;
-and.b32 y, y, 0x07f007f0;
-lop3.b32 y, x, 0x80008000, y, 0xea;
-fma.rn.bf16x2 $0, y, k, z;
-prmt.b32 x, $2, 0, 0x3424;
-shr.u32 y, x, 4;
-and.b32 y, y, 0x07f007f0;
-lop3.b32 y, x, 0x80008000, y, 0xea;
-fma.rn.bf16x2 $1, y, k, z;
-}""")
-Q8_0_TO_F16 = gl.constexpr("""{
-.reg .b32 x, y, k, s;
-mov.b32 k, 0x64806480;
-mov.b32 s, {$3, $3};
-xor.b32 x, $2, 0x80808080;
-prmt.b32 y, x, 0x64646464, 0x4140;
-sub.f16x2 y, y, k;
-mul.f16x2 $0, y, s;
-prmt.b32 y, x, 0x64646464, 0x4342;
-sub.f16x2 y, y, k;
-mul.f16x2 $1, y, s;
-}""")
-Q8_0_TO_BF16 = gl.constexpr("""{
-.reg .b32 x, a, b;
-xor.b32 x, $2, 0x80808080;
-prmt.b32 a, x, 0x47000000, 0x7404;
-prmt.b32 b, x, 0x47000000, 0x7414;
-fma.rn.f32 a, a, $3, $4;
-fma.rn.f32 b, b, $3, $4;
-cvt.rn.bf16x2.f32 $0, b, a;
-prmt.b32 a, x, 0x47000000, 0x7424;
-prmt.b32 b, x, 0x47000000, 0x7434;
-fma.rn.f32 a, a, $3, $4;
-fma.rn.f32 b, b, $3, $4;
-cvt.rn.bf16x2.f32 $1, b, a;
-}""")
-Q4_0_TO_F16 = gl.constexpr("""{
-.reg .b32 x, y, k, s;
-mov.b32 k, 0x64086408;
-mov.b32 s, {$5, $5};
-and.b32 x, $4, 0x0f0f0f0f;
-prmt.b32 y, x, 0x64646464, 0x4140;
-sub.f16x2 y, y, k;
-mul.f16x2 $0, y, s;
-prmt.b32 y, x, 0x64646464, 0x4342;
-sub.f16x2 y, y, k;
-mul.f16x2 $1, y, s;
-shr.u32 x, $4, 4;
-and.b32 x, x, 0x0f0f0f0f;
-prmt.b32 y, x, 0x64646464, 0x4140;
-sub.f16x2 y, y, k;
-mul.f16x2 $2, y, s;
-prmt.b32 y, x, 0x64646464, 0x4342;
-sub.f16x2 y, y, k;
-mul.f16x2 $3, y, s;
-}""")
-Q4_0_TO_BF16 = gl.constexpr("""{
-.reg .b32 x, a, b;
-and.b32 x, $4, 0x0f0f0f0f;
-prmt.b32 a, x, 0x43000000, 0x7044;
-prmt.b32 b, x, 0x43000000, 0x7144;
-fma.rn.f32 a, a, $5, $6;
-fma.rn.f32 b, b, $5, $6;
-cvt.rn.bf16x2.f32 $0, b, a;
-prmt.b32 a, x, 0x43000000, 0x7244;
-prmt.b32 b, x, 0x43000000, 0x7344;
-fma.rn.f32 a, a, $5, $6;
-fma.rn.f32 b, b, $5, $6;
-cvt.rn.bf16x2.f32 $1, b, a;
-shr.u32 x, $4, 4;
-and.b32 x, x, 0x0f0f0f0f;
-prmt.b32 a, x, 0x43000000, 0x7044;
-prmt.b32 b, x, 0x43000000, 0x7144;
-fma.rn.f32 a, a, $5, $6;
-fma.rn.f32 b, b, $5, $6;
-cvt.rn.bf16x2.f32 $2, b, a;
-prmt.b32 a, x, 0x43000000, 0x7244;
-prmt.b32 b, x, 0x43000000, 0x7344;
-fma.rn.f32 a, a, $5, $6;
-fma.rn.f32 b, b, $5, $6;
-cvt.rn.bf16x2.f32 $3, b, a;
-}""")
+def _assembly(registers: str, *parts: str) -> gl.constexpr:
+    return gl.constexpr("{\n.reg .b32 " + registers + ";\n" + "\n".join(parts) + "\n}")
+
+
+def _of_fp8(shift: int, exponents: str, product: str) -> gl.constexpr:
+    """Bits moved into the float's exponent and mantissa are the value / 256, for bf16 / 2^120: no rounding."""
+    constants = "mov.b32 k, 0x5c005c00;" if shift == 1 else "mov.b32 k, 0x7b807b80;\nmov.b32 z, 0x80008000;"
+    return _assembly("x, y, k, z", constants, *(
+        f"prmt.b32 x, $2, 0, {select};\nshr.u32 y, x, {shift};\nand.b32 y, y, {exponents};\n"
+        f"lop3.b32 y, x, 0x80008000, y, 0xea;\n{product.format(out)}"
+        for out, select in ((0, "0x1404"), (1, "0x3424"))
+    ))  # fmt: skip
+
+
+def _halves(first: int, offset: str, scale: str) -> str:
+    """The bytes of x as f16: 1024 and what 0 is stored as are taken away, exactly, before the product."""
+    return f"mov.b32 k, {offset};\nmov.b32 s, {{{scale}, {scale}}};\n" + "\n".join(
+        f"prmt.b32 y, x, 0x64646464, {select};\nsub.f16x2 y, y, k;\nmul.f16x2 ${out}, y, s;"
+        for out, select in ((first, "0x4140"), (first + 1, "0x4342"))
+    )
+
+
+def _wholes(first: int, exponent: str, selects: tuple[str, ...], scale: str, less: str) -> str:
+    """The bytes of x in fp32 and, with their products rounded once, as bf16; `less` is what they are too large by, scaled."""
+    return "\n".join(
+        f"prmt.b32 a, x, {exponent}, {a};\nprmt.b32 b, x, {exponent}, {b};\nfma.rn.f32 a, a, {scale}, {less};\n"
+        f"fma.rn.f32 b, b, {scale}, {less};\ncvt.rn.bf16x2.f32 ${out}, b, a;"
+        for out, a, b in ((first, *selects[:2]), (first + 1, *selects[2:]))
+    )
+
+
+# A word of stored values to pairs of floats; $n: the pairs, the word, its scale, and what else the product takes away.
+SIGNED, LOW, HIGH = "xor.b32 x, $2, 0x80808080;", "and.b32 x, $4, 0x0f0f0f0f;", "shr.u32 x, $4, 4;\nand.b32 x, x, 0x0f0f0f0f;"
+BYTES, NIBBLES = ("0x7404", "0x7414", "0x7424", "0x7434"), ("0x7044", "0x7144", "0x7244", "0x7344")
+FP8_TO_F16 = _of_fp8(1, "0x3f803f80", "mul.f16x2 ${}, y, k;")
+FP8_TO_BF16 = _of_fp8(4, "0x07f007f0", "fma.rn.bf16x2 ${}, y, k, z;")
+Q8_0_TO_F16 = _assembly("x, y, k, s", SIGNED, _halves(0, "0x64806480", "$3"))
+Q8_0_TO_BF16 = _assembly("x, a, b", SIGNED, _wholes(0, "0x47000000", BYTES, "$3", "$4"))
+Q4_0_TO_F16 = _assembly("x, y, k, s", LOW, _halves(0, "0x64086408", "$5"), HIGH, _halves(2, "0x64086408", "$5"))
+Q4_0_TO_BF16 = _assembly(
+    "x, a, b", LOW, _wholes(0, "0x43000000", NIBBLES, "$5", "$6"), HIGH, _wholes(2, "0x43000000", NIBBLES, "$5", "$6")
+)
 
 
 @gluon.jit
@@ -211,7 +151,7 @@ def _widen(to, words, scales, N: gl.constexpr, FORMAT: gl.constexpr, dtype: gl.c
     layout: gl.constexpr = _word_layout(KEYS, N // 32, FORMAT)
     half: gl.constexpr = dtype == gl.float16
     x = words.reshape((KEYS, N // 32, words.shape[1] // (N // 32))).load(layout)
-    if FORMAT == FP8:  # bits moved into the float's exponent and mantissa are the value / 256, for bf16 / 2^120: no rounding
+    if FORMAT == FP8:
         a, b = gl.inline_asm_elementwise(
             FP8_TO_F16 if half else FP8_TO_BF16, "=r,=r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
         )
