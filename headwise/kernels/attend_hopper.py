@@ -312,8 +312,8 @@ def _pair_right(starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_
             b = i % 2
             mbarrier.wait(p_full.index(b), (i // 2) & 1)
             acc = acc * gl.expand_dims(sa.index(b).load(row), 1)
+            mbarrier.wait(go, i & 1)  # before the values: while they come, the next one must not pass by unseen
             mbarrier.wait(v_full.index(1), i & 1)
-            mbarrier.wait(go, i & 1)
             acc = warpgroup_mma(sp.index(b), sv.index(1), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
             mbarrier.arrive(v_empty.index(1), count=1)
