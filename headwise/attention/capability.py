@@ -13,12 +13,12 @@ from importlib import metadata
 from typing import Literal
 
 from headwise.hardware.gpus import Gpu
+from headwise.kernels.configs import GLUON
 from headwise.spec.kv import KVFormat, q_values
 from headwise.spec.layers import LayerSpec
 
 Api = Literal["cpu", "cuda", "rocm", "metal", "sycl"]
 PACKAGES = ("flash-attn", "flash-attn-4", "flashinfer-python")  # distributions that rows ask for
-GLUON = (3, 6)  # of triton, PyTorch 2.11's: the version whose Gluon our kernels were run with; its API changes between versions
 ALL_KV = ("f32", "f16", "bf16", "fp8", "q8_0", "q4_0")
 
 

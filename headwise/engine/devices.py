@@ -9,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from headwise.attention.capability import CPU, GLUON, DeviceKind
+from headwise.attention.capability import CPU, DeviceKind
 from headwise.errors import UsageError
 from headwise.hardware.gpus import Gpu, known_gpu
 from headwise.hardware.names import device_name
 from headwise.hardware.probe import cpu_memory
+from headwise.kernels.configs import GLUON
 from headwise.planner.memory import CPU_MARGIN_BYTES, GPU_MARGIN_BYTES, Target
 
 

@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from headwise.kernels.configs import CROSSED, DECODE_ROWS, Config, Crossed, config_for
+from headwise.kernels.configs import CROSSED, DECODE_ROWS, GLUON, Config, Crossed, config_for
 from headwise.kernels.stored import (
-    FLOAT,
     Sequences,
     Slots,
     Stored,
@@ -310,21 +309,20 @@ def attend(
 
 
 def _config(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None) -> Config:
-    quantised = int(k.format.value) != int(FLOAT.value)
     arch = device_arch(q_NHE.device)
-    return config_for(D, one=v is None, blocks=quantised, turned=turn is not None, rows=rows, arch=arch)
+    return config_for(D, one=v is None, blocks=not k.floats, turned=turn is not None, rows=rows, arch=arch)
 
 
 def _crossed(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int) -> Crossed | None:
     """The launch of `attend_mma`, for prefill where `configs.CROSSED` has one; None: the kernel here takes it."""
-    if not q_NHE.is_cuda or rows <= DECODE_ROWS or triton.__version__.split(".")[:2] != ["3", "6"]:
+    if not q_NHE.is_cuda or rows <= DECODE_ROWS or tuple(map(int, triton.__version__.split(".")[:2])) != GLUON:
         return None
-    R, floats = q_NHE.shape[2] - D, int(k.format.value) == int(FLOAT.value)
-    if q_NHE.dtype == torch.float32 or (floats and k.data_SGW.dtype != q_NHE.dtype) or (v is None) != (R > 0):
+    R = q_NHE.shape[2] - D
+    if q_NHE.dtype == torch.float32 or (k.floats and k.data_SGW.dtype != q_NHE.dtype) or (v is None) != (R > 0):
         return None
     if any(x.data_ptr() % 16 for x in (*k, *(v or ())) if x is not None):  # it copies so much at a time
         return None
-    return CROSSED.get((device_arch(q_NHE.device), D, R, floats))
+    return CROSSED.get((device_arch(q_NHE.device), D, R, k.floats))
 
 
 def tile_rows(q_NHE: Tensor, k: Stored, v: Stored | None, D: int, rows: int, turn: Turn | None = None) -> int:

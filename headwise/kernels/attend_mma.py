@@ -30,8 +30,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from headwise.kernels.attend import LOG2E
-from headwise.kernels.configs import Crossed
-from headwise.kernels.stored import FLOAT, FP8, Q4_0, Q8_0, Sequences, Slots, Stored
+from headwise.kernels.configs import Crossed, heads_together
+from headwise.kernels.stored import FLOAT, FP8, Q4_0, Q8_0, Sequences, Slots, Stored, slot_of
+
+_slot_of = gluon.jit(slot_of.fn)
 
 
 def _assembly(registers: str, *parts: str) -> gl.constexpr:
@@ -84,13 +86,7 @@ def _rows(
 ):  # fmt: skip
     """Rows of the cache of a tile's keys; those past the end are the last key again, which the mask leaves out."""
     pos = gl.minimum(n0 + gl.arange(0, N, gl.SliceLayout(1, layout)), hi - 1)
-    if PAGE > 0:
-        slot = gl.load(table + seq * table_stride + pos // PAGE).to(gl.int64) * PAGE + pos % PAGE
-    elif RING:
-        slot = gl.load(table + seq).to(gl.int64) + pos % ring
-    else:
-        slot = gl.load(table + seq).to(gl.int64) + pos
-    return gl.expand_dims(slot * G + g, 1)
+    return gl.expand_dims(_slot_of(pos, table, seq, table_stride, ring, RING, PAGE) * G + g, 1)
 
 
 @gluon.jit
@@ -100,15 +96,13 @@ def _copy(to, data, rows, at, W: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _tile(
-    sk, st, sv, k_data, v_data, rows, D: gl.constexpr, R: gl.constexpr, V_TOO: gl.constexpr, layout: gl.constexpr
-):  # fmt: skip
-    _copy(sk, k_data, rows, 0, D + R, layout)
+def _tile(tk, tt, tv, k, v, rows, D: gl.constexpr, R: gl.constexpr, V_TOO: gl.constexpr, layout: gl.constexpr):
+    """Of each key D items, R behind them and D of its value, to shared memory of their own."""
+    _copy(tk, k, rows, 0, D + R, layout)
     if R > 0:
-        _copy(st, k_data, rows, D, D + R, layout)
+        _copy(tt, k, rows, D, D + R, layout)
     if V_TOO:
-        _copy(sv, v_data, rows, 0, D, layout)
-    async_copy.commit_group()
+        _copy(tv, v, rows, 0, D, layout)
 
 
 @gluon.jit
@@ -118,18 +112,9 @@ def _stored_tile(
 ):  # fmt: skip
     """Words of a tile as they are stored, and its scales."""
     A_WORD: gl.constexpr = 8 if FORMAT == Q4_0 else 4
-    _copy(bk, k_data, rows, 0, (D + R) // A_WORD, layout)
-    if R > 0:
-        _copy(bt, k_data, rows, D // A_WORD, (D + R) // A_WORD, layout)
-    if not ONE:
-        _copy(bv, v_data, rows, 0, D // A_WORD, layout)
+    _tile(bk, bt, bv, k_data, v_data, rows, D // A_WORD, R // A_WORD, not ONE, layout)
     if FORMAT != FP8:
-        _copy(ak, k_scales, of_scales, 0, (D + R) // 32, by_scale)
-        if R > 0:
-            _copy(at, k_scales, of_scales, D // 32, (D + R) // 32, by_scale)
-        if not ONE:
-            _copy(av, v_scales, of_scales, 0, D // 32, by_scale)
-    async_copy.commit_group()
+        _tile(ak, at, av, k_scales, v_scales, of_scales, D // 32, R // 32, not ONE, by_scale)
 
 
 @gluon.constexpr_function
@@ -285,6 +270,7 @@ def _attend(
             )  # fmt: skip
         else:
             _tile(sk.index(i), st.index(i), sv.index(i), k_data, v_data, rows, D, R, V_TOO, cl)
+        async_copy.commit_group()
     r_q = block * BM + gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, ql)))
     q_row = q_ptr + _by_row((q0 + r_q // PACK).to(gl.int64) * q_stride + (head + r_q % PACK) * W)
     valid = _by_row(r_q // PACK < T)
@@ -333,9 +319,9 @@ def _attend(
         elif ALONE:
             rows = _rows(n0 + BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             _copy(sk.index(0), k_data, rows, 0, W, cl)
-            async_copy.commit_group()
         else:  # the tile before has been read by all: the sum of the scores is behind a barrier
             _tile(sk.index(to), st.index(to), sv.index(to), k_data, v_data, rows, D, R, V_TOO, cl)
+        async_copy.commit_group()
         s = s * scale  # log2(e) is in it
         if SOFTCAP:  # tanh(x) = 1 - 2 / (e^2x + 1)
             s = softcap * 1.4426950408889634 * (1.0 - 2.0 / (gl.exp2(s * (2.0 / softcap)) + 1.0))
@@ -381,8 +367,8 @@ def attend_mma(
     _, H, E = q_NHE.shape
     D, G, vs = out_NHD.shape[-1], k.data_SGW.shape[1], k if v is None else v
     group = H // G
-    pack = max(n for n in range(1, min(group, 8) + 1) if group % n == 0)
-    of_k, of_v = (x.data_SGW if x.format.value == FLOAT.value else x.data_SGW.view(torch.int32) for x in (k, vs))
+    pack = heads_together(group, 8)
+    of_k, of_v = (x.data_SGW if x.floats else x.data_SGW.view(torch.int32) for x in (k, vs))
     ak, av = (q_NHE if x.scales_SGB is None else x.scales_SGB for x in (k, vs))
     _attend[(-(-seqs.max_queries * pack // how.rows), H // pack, seqs.lengths_B.shape[0])](
         q_NHE, of_k, of_v, ak, av, out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table,

@@ -13,8 +13,14 @@ from typing import Literal
 
 Phase = Literal["prefill", "decode"]
 Arch = Literal["hopper", "ampere", "rdna3"]
+GLUON = (3, 6)  # of triton, PyTorch 2.11's: the version whose Gluon our kernels were run with; its API changes between versions
 DECODE_ROWS = 16  # (query, head) pairs of a group up to which a launch is a decode
 FEW_ROWS = 32  # up to which programs share the keys of a sequence
+
+
+def heads_together(group: int, most: int) -> int:
+    """The largest divisor of `group` up to `most`: heads whose queries share a tile."""
+    return max(n for n in range(1, group + 1) if group % n == 0 and n <= most)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +34,8 @@ class Config:
     heads_packed: int = 16  # most heads of a group whose queries share a tile
 
     def pack(self, group: int) -> int:
-        """Heads of a group in one tile: the largest divisor of `group` up to `heads_packed`."""
-        return max(n for n in range(1, group + 1) if group % n == 0 and n <= self.heads_packed)
+        """Heads of a group in one tile."""
+        return heads_together(group, self.heads_packed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,6 +83,11 @@ class Stored(NamedTuple):
         return FORMATS.get(self.data_SGW.dtype, FLOAT)
 
     @property
+    def floats(self) -> bool:
+        """Whether a kernel reads values as they are: neither fp8 nor blocks."""
+        return self.data_SGW.dtype not in FORMATS
+
+    @property
     def n_values(self) -> int:
         return self.data_SGW.shape[2] * (2 if self.data_SGW.dtype == torch.uint8 else 1)
 
