@@ -193,7 +193,8 @@ BACKENDS: Sequence[Capability] = (
         dtypes=("f16", "bf16"),
         softcap=True,
         min_capability=(8, 0),
-        source="headwise/kernels/attend.py: every KV type read in the kernel; head sizes are powers of two",
+        source="headwise/kernels/attend.py and, for prefill of 256 and 512 under triton 3.6, attend_mma.py: every KV type read in "
+        "the kernel; head sizes are powers of two",
     ),
     Capability(
         name="flash-attn-2",
