@@ -7,13 +7,13 @@ multiprocessor, so two warpgroups hold half of it each, and the products of one 
     warpgroup 2                 | right half of O += P(i-1) V(i-1) |
     producer      loads a half of tile i + 2 as soon as that half of tile i is done with
 
-`_pair512` is the same with a tensor each for K and V, one tile of both in flight: K(i + 1) comes in quarters, each as soon as its
-quarter of S(i) is done, and before what V(i) still has to wait for. `_two` is for two tensors up to head_dim 256: two warpgroups
+`_pair512` is for a tensor each for K and V: one warpgroup makes scores, with three quarters of the queries in its registers, two
+others half of the result each, and all of them load what they free. `_two` is for two tensors up to head_dim 256: two warpgroups
 with 64 queries each, products of the next tile issued before the softmax of this one. In a window its programs go on from one block
 of queries to the next: the next one's keys and queries come while results leave.
 
 Shapes    as in `attend`; K and V in the type of the queries (bf16, f16); pages of 64 slots, or contiguous.
-Cost      512: a key of 64 queries is 1,152 to 2,048 bytes from L2, and 36 to 41 clocks of shared memory beside 32 of products.
+Cost      512: a key of 64 queries is 1,152 to 2,048 bytes from L2, and 36 clocks of shared memory beside 32 of products.
 Source    roles after FlashAttention-3 (Shah et al. 2024) and FlashMLA (DeepSeek 2025).
 """
 
@@ -259,100 +259,56 @@ def attend_one512(q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, sl
 
 
 @gluon.jit
-def _pair_k(kd, sk, k_full, k_empty, slot, g, ph):
-    for c in gl.static_range(4):
-        mbarrier.wait(k_empty.index(c), ph)
-        mbarrier.expect(k_full.index(c), 64 * 128 * 2)
-        tma.async_copy_global_to_shared(kd, [slot, g * 512 + c * 128], k_full.index(c), sk.index(c))
+def _halves(desc, row, column, full, left, right):
+    mbarrier.expect(full, 64 * 512 * 2)
+    tma.async_copy_global_to_shared(desc, [row, column], full, left)
+    tma.async_copy_global_to_shared(desc, [row, column + 256], full, right)
 
 
 @gluon.jit
-def _pair_v(vd, sv, v_full, v_empty, slot, g, half: gl.constexpr, ph):
-    mbarrier.wait(v_empty.index(half), ph)
-    mbarrier.expect(v_full.index(half), 64 * 256 * 2)
-    tma.async_copy_global_to_shared(vd, [slot, g * 512 + half * 256], v_full.index(half), sv.index(half))
-
-
-@gluon.jit
-def _pair_load(
-    qd, kd, vd, starts, lengths, table, table_stride, GROUP: gl.constexpr, sq, sk, sv, bq, k_full, k_empty, v_full, v_empty,
-    PAGED: gl.constexpr,
+def _pair_scores(
+    qd, qcd, kd, starts, lengths, table, table_stride, sq, sk, sp, sa, q_full, k_full, k_free, p_full, p_empty, go, scale,
+    GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
+    """Queries stay in registers; a tile of keys makes room for the next but one as soon as it is multiplied."""
     seq, q0, T, past, block = _extent(starts, lengths)
     h = gl.program_id(0)
     g = h // GROUP
-    if block * 64 < T:
-        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
-        mbarrier.expect(bq, 64 * 512 * 2)
-        for c in gl.static_range(4):
-            tma.async_copy_global_to_shared(qd, [q0 + block * 64, h * 512 + c * 128], bq, sq.index(c))
-        slot = _slot(table, seq, table_stride, 0, PAGED)
-        _pair_k(kd, sk, k_full, k_empty, slot, g, 1)
-        _pair_v(vd, sv, v_full, v_empty, slot, g, 0, 1)
-        for i in range(tiles):  # in the order in which room falls free
-            after = slot
-            if i + 1 < tiles:
-                after = _slot(table, seq, table_stride, i + 1, PAGED)
-                _pair_k(kd, sk, k_full, k_empty, after, g, i & 1)
-            _pair_v(vd, sv, v_full, v_empty, slot, g, 1, (i & 1) ^ 1)
-            if i + 1 < tiles:
-                _pair_v(vd, sv, v_full, v_empty, after, g, 0, i & 1)
-            slot = after
-
-
-@gluon.jit
-def _pair_right(starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype: gl.constexpr):
-    seq, q0, T, past, block = _extent(starts, lengths)
-    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
-    row: gl.constexpr = gl.SliceLayout(1, accl)
-    if block * 64 < T:
-        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
-        acc = gl.zeros([64, 256], gl.float32, accl)
-        for i in range(tiles):
-            b = i % 2
-            mbarrier.wait(p_full.index(b), (i // 2) & 1)
-            acc = acc * gl.expand_dims(sa.index(b).load(row), 1)
-            mbarrier.wait(go, i & 1)  # before the values: while they come, the next one must not pass by unseen
-            mbarrier.wait(v_full.index(1), i & 1)
-            acc = warpgroup_mma(sp.index(b), sv.index(1), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(1), count=1)
-            mbarrier.arrive(p_empty.index(b), count=1)
-        b = tiles % 2
-        mbarrier.wait(p_full.index(b), (tiles // 2) & 1)
-        acc = acc / gl.expand_dims(sa.index(b).load(row), 1)
-        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 256, 512, 256, accl)
-
-
-@gluon.jit
-def _pair_left(
-    starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
-    dtype: gl.constexpr,
-):  # fmt: skip
-    seq, q0, T, past, block = _extent(starts, lengths)
-    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    dot: gl.constexpr = gl.DotOperandLayout(0, sl, 2)
     if block * 64 < T:
         tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
-        acc = gl.zeros([64, 256], gl.float32, accl)
-        zero = gl.zeros([64, 64], gl.float32, sl)
+        mbarrier.expect(q_full, 64 * 128 * 2)
+        tma.async_copy_global_to_shared(qcd, [q0 + block * 64, h * 512 + 384], q_full, sq)
+        _halves(qd, q0 + block * 64, h * 512, k_full.index(1), sk.index(2), sk.index(3))
+        _halves(kd, _slot(table, seq, table_stride, 0, PAGED), g * 512, k_full.index(0), sk.index(0), sk.index(1))
         m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
         l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
         pos_q = past + block * 64 + gl.arange(0, 64, gl.SliceLayout(1, sl))
         cols = gl.arange(0, 64, gl.SliceLayout(0, sl))
-        mbarrier.wait(bq, 0)
+        mbarrier.wait(k_full.index(1), 0)
+        q = (sk.index(2).slice(0, 128, dim=1).load(dot), sk.index(2).slice(128, 128, dim=1).load(dot),
+             sk.index(3).slice(0, 128, dim=1).load(dot), sq)  # fmt: skip
+        mbarrier.wait(q_full, 0)
+        mbarrier.arrive(k_free, count=1)
+        mbarrier.wait(k_free, 0)
+        if tiles > 1:
+            _halves(kd, _slot(table, seq, table_stride, 1, PAGED), g * 512, k_full.index(1), sk.index(2), sk.index(3))
         for i in range(tiles):
             b = i % 2
-            mbarrier.wait(k_full.index(0), i & 1)
-            s = warpgroup_mma(sq.index(0), sk.index(0).permute((1, 0)), zero, use_acc=False, is_async=True)
-            for c in gl.static_range(1, 4):
-                mbarrier.wait(k_full.index(c), i & 1)
-                s = warpgroup_mma(sq.index(c), sk.index(c).permute((1, 0)), s, is_async=True)
+            mbarrier.wait(k_full.index(b), ((i // 2) & 1) ^ b)  # the second tile's room was the queries' first
+            s = gl.zeros([64, 64], gl.float32, sl)
             for c in gl.static_range(4):
-                s = warpgroup_mma_wait(3 - c, deps=(s,))
-                mbarrier.arrive(k_empty.index(c), count=1)
-            if i > 0:
-                mbarrier.arrive(go, count=1)
+                keys = sk.index(2 * b + c // 2).slice(c % 2 * 128, 128, dim=1).permute((1, 0))
+                s = warpgroup_mma(q[c], keys, s, use_acc=c > 0, is_async=True)
+            s = warpgroup_mma_wait(0, deps=(s,))
+            if i > 0:  # the matrix unit is free for the values of the tile before
+                mbarrier.arrive(go.index((i - 1) % 2), count=1)
+            mbarrier.arrive(k_free, count=1)
+            mbarrier.wait(k_free, (i & 1) ^ 1)
+            if i + 2 < tiles:
+                slot = _slot(table, seq, table_stride, i + 2, PAGED)
+                _halves(kd, slot, g * 512, k_full.index(b), sk.index(2 * b), sk.index(2 * b + 1))
             if i * 64 + 63 > past + block * 64:
                 s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
             m_new = gl.maximum(m, gl.max(s, 1) * scale)
@@ -360,56 +316,84 @@ def _pair_left(
             a = gl.exp2(m - m_new)
             l = l * a + gl.sum(p, 1)
             m = m_new
-            p16 = p.to(dtype)
             mbarrier.wait(p_empty.index(b), ((i // 2) & 1) ^ 1)
-            sp.index(b).store(p16)
+            sp.index(b).store(p.to(dtype))
             sa.index(b).store(a)
             fence_async_shared()
             mbarrier.arrive(p_full.index(b), count=1)
-            acc = acc * gl.expand_dims(gl.convert_layout(a, gl.SliceLayout(1, accl)), 1)
-            mbarrier.wait(v_full.index(0), i & 1)
-            acc = warpgroup_mma(gl.convert_layout(p16, gl.DotOperandLayout(0, accl, 2)), sv.index(0), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(v_empty.index(0), count=1)
-        mbarrier.arrive(go, count=1)
+        mbarrier.arrive(go.index((tiles - 1) % 2), count=1)
         b = tiles % 2
         mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
         sa.index(b).store(l)
         mbarrier.arrive(p_full.index(b), count=1)
-        acc = acc / gl.expand_dims(gl.convert_layout(l, gl.SliceLayout(1, accl)), 1)
-        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), 0, 512, 256, accl)
+
+
+@gluon.jit
+def _pair_values(
+    vd, starts, lengths, table, table_stride, out, H, sv, sp, sa, v_full, v_free, p_full, p_empty, go, HALF: gl.constexpr,
+    GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    """Half of the result, and the loads of its half of the values."""
+    seq, q0, T, past, block = _extent(starts, lengths)
+    at = gl.program_id(0) // GROUP * 512 + HALF * 256
+    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16])
+    row: gl.constexpr = gl.SliceLayout(1, accl)
+    if block * 64 < T:
+        tiles = gl.cdiv(past + gl.minimum((block + 1) * 64, T), 64)
+        mbarrier.expect(v_full, 64 * 256 * 2)
+        tma.async_copy_global_to_shared(vd, [_slot(table, seq, table_stride, 0, PAGED), at], v_full, sv)
+        acc = gl.zeros([64, 256], gl.float32, accl)
+        for i in range(tiles):
+            b = i % 2
+            ph = (i // 2) & 1
+            mbarrier.wait(p_full.index(b), ph)
+            acc = acc * gl.expand_dims(sa.index(b).load(row), 1)
+            mbarrier.wait(go.index(b), ph)
+            mbarrier.wait(v_full, i & 1)
+            acc = warpgroup_mma(sp.index(b), sv, acc, is_async=True)
+            acc = warpgroup_mma_wait(0, deps=(acc,))
+            mbarrier.arrive(p_empty.index(b), count=1)
+            mbarrier.arrive(v_free, count=1)
+            mbarrier.wait(v_free, i & 1)
+            if i + 1 < tiles:
+                mbarrier.expect(v_full, 64 * 256 * 2)
+                tma.async_copy_global_to_shared(vd, [_slot(table, seq, table_stride, i + 1, PAGED), at], v_full, sv)
+        b = tiles % 2
+        mbarrier.wait(p_full.index(b), (tiles // 2) & 1)
+        acc = acc / gl.expand_dims(sa.index(b).load(row), 1)
+        _store(out, acc.to(dtype), q0, block * 64, T, H, gl.program_id(0), HALF * 256, 512, 256, accl)
 
 
 @gluon.jit
 def _pair512(
-    qd, kd, vd, out, starts, lengths, table, table_stride, H, scale, GROUP: gl.constexpr, PAGED: gl.constexpr, dtype: gl.constexpr,
+    qd, qcd, kd, vd, out, starts, lengths, table, table_stride, H, scale, GROUP: gl.constexpr, PAGED: gl.constexpr,
+    dtype: gl.constexpr,
 ):  # fmt: skip
-    sq = gl.allocate_shared_memory(dtype, [4, 64, 128], qd.layout)
-    sk = gl.allocate_shared_memory(dtype, [4, 64, 128], kd.layout)
+    sq = gl.allocate_shared_memory(dtype, [64, 128], qcd.layout)
+    sk = gl.allocate_shared_memory(dtype, [4, 64, 256], kd.layout)
     sv = gl.allocate_shared_memory(dtype, [2, 64, 256], vd.layout)
-    play: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    sp = gl.allocate_shared_memory(dtype, [2, 64, 64], play)
+    sp = gl.allocate_shared_memory(dtype, [2, 64, 64], gl.NVMMASharedLayout(128, 16, 2))
     sa = gl.allocate_shared_memory(gl.float32, [2, 64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    bq, go = _barriers(1, 1).index(0), _barriers(1, 1).index(0)
-    k_full, k_empty, v_full, v_empty = _barriers(4, 1), _barriers(4, 1), _barriers(2, 1), _barriers(2, 1)
-    p_full, p_empty = _barriers(2, 1), _barriers(2, 1)
+    q_full, k_free, v_full, v_free = _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(2, 1), _barriers(2, 1)
+    k_full, p_full, p_empty, go = _barriers(2, 1), _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
     fence_async_shared()
     gl.warp_specialize([
-        (_pair_left, (starts, lengths, out, H, sq, sk, sv, sp, sa, bq, k_full, k_empty, v_full, v_empty, p_full, p_empty, go, scale,
-                      dtype)),
-        (_pair_right, (starts, lengths, out, H, sv, sp, sa, p_full, p_empty, v_full, v_empty, go, dtype)),
-        (_pair_load, (qd, kd, vd, starts, lengths, table, table_stride, GROUP, sq, sk, sv, bq, k_full, k_empty, v_full, v_empty,
-                      PAGED)),
-    ], [4, 1], [216, 24])  # fmt: skip
+        (_pair_scores, (qd, qcd, kd, starts, lengths, table, table_stride, sq, sk, sp, sa, q_full, k_full, k_free, p_full,
+                        p_empty, go, scale, GROUP, PAGED, dtype)),
+        (_pair_values, (vd, starts, lengths, table, table_stride, out, H, sv.index(0), sp, sa, v_full.index(0), v_free.index(0),
+                        p_full, p_empty, go, 0, GROUP, PAGED, dtype)),
+        (_pair_values, (vd, starts, lengths, table, table_stride, out, H, sv.index(1), sp, sa, v_full.index(1), v_free.index(1),
+                        p_full, p_empty, go, 1, GROUP, PAGED, dtype)),
+    ], [4, 4], [160, 160])  # fmt: skip
 
 
 def attend_pair512(q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float) -> Tensor:
     """Prefill at head_dim 512 with a tensor each for K and V (Gemma 4 E2B, E4B); no window, softcap or sinks."""
     H, G = q_NHE.shape[1], k.data_SGW.shape[1]
     _pair512[(H, -(-seqs.max_queries // BM), seqs.lengths_B.shape[0])](
-        _described(q_NHE, 64, 128), _described(k.data_SGW, 64, 128), _described(v.data_SGW, 64, 256), out_NHD, seqs.starts_B1,
-        seqs.lengths_B, slots.table, slots.table.stride(0), H, scale * LOG2E, GROUP=H // G, PAGED=slots.page > 0,
-        dtype=_kind(q_NHE), num_warps=4,
+        _described(q_NHE, 64, 256), _described(q_NHE, 64, 128), _described(k.data_SGW, 64, 256), _described(v.data_SGW, 64, 256),
+        out_NHD, seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0), H, scale * LOG2E, GROUP=H // G,
+        PAGED=slots.page > 0, dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD
 
