@@ -36,6 +36,10 @@ from headwise.bench.attention import CHECKED, ERROR, SHAPES, Ours, Shape, cache_
 SHARED = 99 * 1024
 LENGTH = 8192
 KV = ("fp8", "q8_0", "q4_0")
+NARROW = tuple(
+    Shape(name=f"gpt-oss {kind}", head_dim=64, heads=64, kv_heads=8, length=LENGTH, window=window)
+    for kind, window in (("sliding", 128), ("full", None))
+)
 
 
 def as_card(card: str) -> None:
@@ -45,10 +49,10 @@ def as_card(card: str) -> None:
 
 
 def shapes() -> list[Shape]:
-    """Each layer of the table at one length: prefill and decode over each store, prefill of the narrow head over floats alone."""
-    layers = {(s.name, s.decode): replace(s, length=LENGTH, kv="bf16") for s in SHAPES}
-    found = [replace(s, decode=decode) for (_, was), s in layers.items() if not was for decode in (False, True)]
-    return [*found, *(replace(s, kv=kv) for s in found if s.decode or s.head_dim >= 256 for kv in KV)]
+    """Each layer of the table, and gpt-oss's without their sinks, at one length: prefill and decode over each store."""
+    layers = {s.name: replace(s, length=LENGTH) for s in SHAPES if not s.decode}
+    found = [replace(s, decode=decode) for s in (*layers.values(), *NARROW) for decode in (False, True)]
+    return [*found, *(replace(s, kv=kv) for s in found for kv in KV)]
 
 
 def compiled() -> int:

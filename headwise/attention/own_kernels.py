@@ -81,9 +81,9 @@ def launch(
     pair = v is not None and D == 512
     if few:  # of floats, two tiles of both do not fit shared memory
         by_portable = not hopper or (pair if native else turn is not None or not packed_takes(D, rows))
-    else:  # the prefill kernels of 512 have no window and no sinks, and none of these makes keys of V alone
+    else:  # the prefill kernels of 512 have no window and no sinks, others no quantised cache, and none makes keys of V alone
         only_512 = D == 512 and (window is not None or sinks_H is not None)
-        by_portable = not hopper or not native or only_512 or turn is not None
+        by_portable = not hopper or only_512 or turn is not None or (not native and (k.floats or D != 512))
     merged = not by_portable and rows <= MERGED_ROWS and done is not None  # by the launch itself
     share = 2.0 if by_portable or not native else 0.75 if merged else 1.0
     tile = portable.tile_rows(q_NHE, k, v, D, rows, turn) if by_portable else max(16, 1 << (rows - 1).bit_length())
@@ -94,7 +94,7 @@ def launch(
             n_splits=n_splits, scratch=partial, turn=turn,
         )  # fmt: skip
         return
-    from headwise.kernels import attend_hopper, decode_hopper, decode_packed  # Gluon's modules exist in triton 3.6 only
+    from headwise.kernels import attend_hopper, attend_packed, decode_hopper, decode_packed  # Gluon's modules are of triton 3.6
 
     if few:
         decode = partial_of(decode_hopper.attend_decode, turn=turn) if native else decode_packed.attend_packed
@@ -102,6 +102,8 @@ def launch(
             q_NHE, k, v, out_NHD, seqs, slots, scale=scale, window=window, sinks_H=sinks_H, n_splits=n_splits, scratch=partial,
             count=done if merged else None, overlap=overlap,
         )  # fmt: skip
+    elif not native:
+        attend_packed.attend_packed(q_NHE, k, v, out_NHD, seqs, slots, scale=scale)
     elif v is None:
         attend_hopper.attend_one512(q_NHE, k, out_NHD, seqs, slots, scale=scale)
     elif pair:

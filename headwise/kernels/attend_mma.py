@@ -1,4 +1,5 @@
-"""Prefill attention of wide heads on cards with `mma.sync` alone (sm80 to sm89, sm120): warps share a tile in three directions.
+"""Prefill attention of wide heads, and over quantised caches, with `mma.sync` (sm80 to sm89, sm120): warps share a tile in three
+directions.
 
 Plain Triton gives a warp 16 rows of a tile to itself, and registers hold 32 to 64 rows of 512 or 256 values, so that some of eight
 warps do others' work again. Here scores are split along the head too, into C chunks of its values: a batch of products, [C, rows,
@@ -9,13 +10,15 @@ The result is split by the same chunks. Queries stay in registers, each value of
     one stage: wait K(i)   V(i) comes               K(i + 1) comes             wait V(i)
     stored:    wait K(i), V(i), once made floats, in shared memory too        K(i + stages), V(i + stages) come
 
-fp8, q8_0 and q4_0 come as bytes, and a tile is made floats once a program, where a warp of plain Triton makes its own. A byte
-becomes a float without a conversion instruction, which are few a clock: it goes into the low bits of one whose exponent makes them
-an integer, and what that adds is taken away with the product, exactly.
+fp8, q8_0 and q4_0 come as bytes, and a tile is made floats once a program, where a warp of plain Triton makes its own. These are
+f16 whatever the activations are, which queries become too: fewer instructions than bf16 takes, and more of a value is kept. A byte
+becomes one without a conversion instruction, which are few a clock: it goes into the low bits of one whose exponent makes them an
+integer, and what that adds is taken away, exactly.
 
 Shapes    as in `attend`: K and V in the type of the queries (bf16, f16) or stored in fp8, q8_0 or q4_0; one tensor (with rotated
-          values) or two; D 256 or 512.
-Accuracy  as `attend`; the chunks of a score are summed in fp32. A stored value is its fp32 product with the scale, rounded once.
+          values) or two; D 256 or 512, of stored values 64 and 128 too.
+Accuracy  as `attend`; the chunks of a score are summed in fp32. A stored value is its product with the scale, rounded to f16 once:
+          queries and values over 65,504 become infinite, and results NaN.
 Cost      64 rows by 16 keys of one tensor, 512 + 128: 126 KB through shared memory, 1,008 clocks, beside 576 products; stored,
           30 KB and 2.5 to 3 instructions a value more.
 Source    FlashAttention-2 (Dao 2023); scores split along the head as in split-K products.
@@ -40,16 +43,6 @@ def _assembly(registers: str, *parts: str) -> gl.constexpr:
     return gl.constexpr("{\n.reg .b32 " + registers + ";\n" + "\n".join(parts) + "\n}")
 
 
-def _of_fp8(shift: int, exponents: str, product: str) -> gl.constexpr:
-    """Bits moved into the float's exponent and mantissa are the value / 256, for bf16 / 2^120: no rounding."""
-    constants = "mov.b32 k, 0x5c005c00;" if shift == 1 else "mov.b32 k, 0x7b807b80;\nmov.b32 z, 0x80008000;"
-    return _assembly("x, y, k, z", constants, *(
-        f"prmt.b32 x, $2, 0, {select};\nshr.u32 y, x, {shift};\nand.b32 y, y, {exponents};\n"
-        f"lop3.b32 y, x, 0x80008000, y, 0xea;\n{product.format(out)}"
-        for out, select in ((0, "0x1404"), (1, "0x3424"))
-    ))  # fmt: skip
-
-
 def _halves(first: int, offset: str, scale: str) -> str:
     """The bytes of x as f16: 1024 and what 0 is stored as are taken away, exactly, before the product."""
     return f"mov.b32 k, {offset};\nmov.b32 s, {{{scale}, {scale}}};\n" + "\n".join(
@@ -58,26 +51,17 @@ def _halves(first: int, offset: str, scale: str) -> str:
     )
 
 
-def _wholes(first: int, exponent: str, selects: tuple[str, ...], scale: str, less: str) -> str:
-    """The bytes of x in fp32 and, with their products rounded once, as bf16; `less` is what they are too large by, scaled."""
-    return "\n".join(
-        f"prmt.b32 a, x, {exponent}, {a};\nprmt.b32 b, x, {exponent}, {b};\nfma.rn.f32 a, a, {scale}, {less};\n"
-        f"fma.rn.f32 b, b, {scale}, {less};\ncvt.rn.bf16x2.f32 ${out}, b, a;"
-        for out, a, b in ((first, *selects[:2]), (first + 1, *selects[2:]))
-    )
-
-
-# A word of stored values to pairs of floats; $n: the pairs, the word, its scale, and what else the product takes away.
-SIGNED, LOW, HIGH = "xor.b32 x, $2, 0x80808080;", "and.b32 x, $4, 0x0f0f0f0f;", "shr.u32 x, $4, 4;\nand.b32 x, x, 0x0f0f0f0f;"
-BYTES, NIBBLES = ("0x7404", "0x7414", "0x7424", "0x7434"), ("0x7044", "0x7144", "0x7244", "0x7344")
-FP8_TO_F16 = _of_fp8(1, "0x3f803f80", "mul.f16x2 ${}, y, k;")
-FP8_TO_BF16 = _of_fp8(4, "0x07f007f0", "fma.rn.bf16x2 ${}, y, k, z;")
-Q8_0_TO_F16 = _assembly("x, y, k, s", SIGNED, _halves(0, "0x64806480", "$3"))
-Q8_0_TO_BF16 = _assembly("x, a, b", SIGNED, _wholes(0, "0x47000000", BYTES, "$3", "$4"))
-Q4_0_TO_F16 = _assembly("x, y, k, s", LOW, _halves(0, "0x64086408", "$5"), HIGH, _halves(2, "0x64086408", "$5"))
-Q4_0_TO_BF16 = _assembly(
-    "x, a, b", LOW, _wholes(0, "0x43000000", NIBBLES, "$5", "$6"), HIGH, _wholes(2, "0x43000000", NIBBLES, "$5", "$6")
-)
+# A word of stored values to pairs of f16; $n: the pairs, the word, its scale. Bits of fp8, moved into the exponent and mantissa,
+# are the value / 256: scores and results are taken times 256.
+FP8_TO_F16 = _assembly("x, y", *(
+    f"prmt.b32 x, $2, 0, {select};\nshr.u32 y, x, 1;\nand.b32 y, y, 0x3f803f80;\nlop3.b32 ${out}, x, 0x80008000, y, 0xea;"
+    for out, select in ((0, "0x1404"), (1, "0x3424"))
+))  # fmt: skip
+Q8_0_TO_F16 = _assembly("x, y, k, s", "xor.b32 x, $2, 0x80808080;", _halves(0, "0x64806480", "$3"))
+Q4_0_TO_F16 = _assembly(
+    "x, y, k, s", "and.b32 x, $4, 0x0f0f0f0f;", _halves(0, "0x64086408", "$5"),
+    "shr.u32 x, $4, 4;\nand.b32 x, x, 0x0f0f0f0f;", _halves(2, "0x64086408", "$5"),
+)  # fmt: skip
 
 
 @gluon.jit
@@ -130,40 +114,38 @@ def _word_layout(keys, blocks, FORMAT):
 
 
 @gluon.jit
-def _widen(to, words, scales, N: gl.constexpr, FORMAT: gl.constexpr, dtype: gl.constexpr):
-    """A tile of N values a key, as they are stored, in `dtype`: the product with the scale is rounded once."""
-    KEYS: gl.constexpr = words.shape[0]
-    layout: gl.constexpr = _word_layout(KEYS, N // 32, FORMAT)
-    half: gl.constexpr = dtype == gl.float16
-    x = words.reshape((KEYS, N // 32, words.shape[1] // (N // 32))).load(layout)
+def widened(x, s, FORMAT: gl.constexpr):
+    """Stored words (keys, blocks of 32 values, words) and the scales of their blocks as pairs of f16, (keys, values / 2) of int32:
+    the product with the scale, rounded once; of fp8 the value / 256."""
     if FORMAT == FP8:
-        a, b = gl.inline_asm_elementwise(
-            FP8_TO_F16 if half else FP8_TO_BF16, "=r,=r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-        )
+        a, b = gl.inline_asm_elementwise(FP8_TO_F16, "=r,=r,r", [x], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
         out = gl.join(a, b)
     else:
-        s = scales.load(gl.SliceLayout(2, layout))
-        if half:
-            s = gl.expand_dims(s, 2).broadcast_to(x.shape)
-            less = s
-        else:  # what puts a byte into a float without a conversion instruction is taken away with the product
-            s = s.to(gl.float32)
-            less = gl.expand_dims(s * (-136.0 if FORMAT == Q4_0 else -32896.0), 2).broadcast_to(x.shape)
-            s = gl.expand_dims(s, 2).broadcast_to(x.shape)
+        s = gl.expand_dims(s, 2).broadcast_to(x.shape)
         if FORMAT == Q8_0:
             a, b = gl.inline_asm_elementwise(
-                Q8_0_TO_F16 if half else Q8_0_TO_BF16, "=r,=r,r,h,h" if half else "=r,=r,r,f,f", [x, s, less],
-                dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
+                Q8_0_TO_F16, "=r,=r,r,h", [x, s], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
             )  # fmt: skip
             out = gl.join(a, b)
         else:
             a, b, c, d = gl.inline_asm_elementwise(
-                Q4_0_TO_F16 if half else Q4_0_TO_BF16, "=r,=r,=r,=r,r,h,h" if half else "=r,=r,=r,=r,r,f,f", [x, s, less],
-                dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
-            )  # fmt: skip
-            low, high = gl.join(a, b).reshape((KEYS, N // 32, 8)), gl.join(c, d).reshape((KEYS, N // 32, 8))
+                Q4_0_TO_F16, "=r,=r,=r,=r,r,h", [x, s], dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1
+            )
+            low, high = gl.join(a, b).reshape((x.shape[0], x.shape[1], 8)), gl.join(c, d).reshape((x.shape[0], x.shape[1], 8))
             out = gl.join(low, high).permute((0, 1, 3, 2))
-    to._reinterpret(gl.int32, [KEYS, N // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])).store(out.reshape((KEYS, N // 2)))
+    return out.reshape((x.shape[0], 16 * x.shape[1]))
+
+
+@gluon.jit
+def _widen(to, words, scales, N: gl.constexpr, FORMAT: gl.constexpr):
+    """A tile of N values a key, as they are stored, to floats in `to`."""
+    KEYS: gl.constexpr = words.shape[0]
+    layout: gl.constexpr = _word_layout(KEYS, N // 32, FORMAT)
+    x = words.reshape((KEYS, N // 32, words.shape[1] // (N // 32))).load(layout)
+    s = x
+    if FORMAT != FP8:
+        s = scales.load(gl.SliceLayout(2, layout))
+    to._reinterpret(gl.int32, [KEYS, N // 2], gl.SwizzledSharedLayout(4, 1, 8, [1, 0])).store(widened(x, s, FORMAT))
 
 
 @gluon.jit
@@ -214,18 +196,20 @@ def _attend(
     STORED: gl.constexpr = FORMAT != FLOAT
     A_COPY: gl.constexpr = 4 if STORED else 8  # words, or values: 16 bytes
     cl: gl.constexpr = gl.BlockedLayout([1, A_COPY], [4, 8], [BY_KEY, 8 // BY_KEY], [1, 0])  # 128 bytes of four keys a warp
-    al: gl.constexpr = gl.BlockedLayout([1, 4], [4096 // D, D // 128], [8, 1], [1, 0])
+    A_SCALE: gl.constexpr = 4 if D >= 128 else 2
+    al: gl.constexpr = gl.BlockedLayout([1, A_SCALE], [1024 * A_SCALE // D, D // (32 * A_SCALE)], [8, 1], [1, 0])
     W: gl.constexpr = D + R
     ALONE: gl.constexpr = NS == 1 and not STORED  # K and V come in turn
     V_TOO: gl.constexpr = NS > 1 and not ONE
     TILES: gl.constexpr = 1 if STORED else NS
-    sk = gl.allocate_shared_memory(dtype, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+    kind: gl.constexpr = gl.float16 if STORED else dtype
+    sk = gl.allocate_shared_memory(kind, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     st = sk
     sv = sk
     if R > 0:
-        st = gl.allocate_shared_memory(dtype, [TILES, BN, R], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        st = gl.allocate_shared_memory(kind, [TILES, BN, R], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     if not ONE:
-        sv = gl.allocate_shared_memory(dtype, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
+        sv = gl.allocate_shared_memory(kind, [TILES, BN, D], gl.SwizzledSharedLayout(8, 1, 8, [1, 0]))
     bk = sk  # as stored: words, and scales
     if STORED:
         A_WORD: gl.constexpr = 8 if FORMAT == Q4_0 else 4
@@ -242,7 +226,7 @@ def _attend(
         if not ONE:
             av = gl.allocate_shared_memory(gl.float16, [NS, BN, D // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     ss = gl.allocate_shared_memory(gl.float32, [C, BM, BN], gl.SwizzledSharedLayout(8, 32 // BN, BN // 8, [2, 1, 0]))
-    sp = gl.allocate_shared_memory(dtype, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
+    sp = gl.allocate_shared_memory(kind, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
     sa = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     seq = gl.program_id(2)
     q0 = gl.load(starts + seq)
@@ -274,10 +258,10 @@ def _attend(
     r_q = block * BM + gl.arange(0, BM, gl.SliceLayout(0, gl.SliceLayout(2, ql)))
     q_row = q_ptr + _by_row((q0 + r_q // PACK).to(gl.int64) * q_stride + (head + r_q % PACK) * W)
     valid = _by_row(r_q // PACK < T)
-    q = gl.load(q_row + _values(C, D, ql), mask=valid, other=0.0)
+    q = gl.load(q_row + _values(C, D, ql), mask=valid, other=0.0).to(kind)
     qt = q
     if R > 0:
-        qt = gl.load(q_row + D + _values(C, R, ql), mask=valid, other=0.0)
+        qt = gl.load(q_row + D + _values(C, R, ql), mask=valid, other=0.0).to(kind)
     r_s = block * BM + gl.arange(0, BM, row)
     pos_q = gl.expand_dims(past + r_s // PACK, 1)
     keys = gl.expand_dims(gl.arange(0, BN, gl.SliceLayout(0, sl)), 0)
@@ -292,11 +276,11 @@ def _attend(
             rows = _rows(n0 + NS * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, cl)
             of_scales = _rows(n0 + NS * BN, hi, table, seq, table_stride, ring, g, G, BN, RING, PAGE, al)
             async_copy.wait_group(NS - 1)
-            _widen(sk.index(0), bk.index(b), ak.index(b), D, FORMAT, dtype)
+            _widen(sk.index(0), bk.index(b), ak.index(b), D, FORMAT)
             if R > 0:
-                _widen(st.index(0), bt.index(b), at.index(b), R, FORMAT, dtype)
+                _widen(st.index(0), bt.index(b), at.index(b), R, FORMAT)
             if not ONE:
-                _widen(sv.index(0), bv.index(b), av.index(b), D, FORMAT, dtype)
+                _widen(sv.index(0), bv.index(b), av.index(b), D, FORMAT)
         elif ALONE:
             async_copy.wait_group(0)
             _copy(sv.index(0), v_data, rows, 0, W, cl)
@@ -338,7 +322,7 @@ def _attend(
         a = gl.exp2(m - m_new)
         l = l * gl.expand_dims(a, 1) + p
         m = m_new
-        sp.store(p.to(dtype))
+        sp.store(p.to(kind))
         sa.store(a)
         if ALONE:
             async_copy.wait_group(1)
@@ -351,6 +335,8 @@ def _attend(
     if SINKS:
         here = r_s // PACK < T
         total += gl.exp2(gl.load(sinks_ptr + head + r_s % PACK, mask=here, other=0.0).to(gl.float32) * 1.4426950408889634 - m)
+    if FORMAT == FP8:
+        total = total / 256.0
     sa.store(total)
     acc = acc / _by_row(sa.load(line))
     r_o = block * BM + gl.arange(0, BM, line)
@@ -369,10 +355,11 @@ def attend_mma(
     group = H // G
     pack = heads_together(group, 8)
     of_k, of_v = (x.data_SGW if x.floats else x.data_SGW.view(torch.int32) for x in (k, vs))
+    scale *= LOG2E * (256 if k.format.value == FP8.value else 1)
     ak, av = (q_NHE if x.scales_SGB is None else x.scales_SGB for x in (k, vs))
     _attend[(-(-seqs.max_queries * pack // how.rows), H // pack, seqs.lengths_B.shape[0])](
         q_NHE, of_k, of_v, ak, av, out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table,
-        slots.table.stride(0), max(1, slots.ring), G, scale * LOG2E, softcap or 1.0, window or 0, q_NHE.stride(0),
+        slots.table.stride(0), max(1, slots.ring), G, scale, softcap or 1.0, window or 0, q_NHE.stride(0),
         H=H, GROUP=group, PACK=pack, D=D, R=E - D, ONE=v is None, RING=slots.ring > 0, PAGE=slots.page,
         WINDOWED=window is not None, SOFTCAP=softcap is not None, SINKS=sinks_H is not None,
         BM=how.rows, BN=how.keys, NS=how.stages, C=how.chunks, BY_ROW=how.by_row, OUT_BY_ROW=how.out_by_row,

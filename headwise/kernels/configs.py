@@ -109,6 +109,8 @@ CROSSED: dict[tuple[Arch, int, int, bool], Crossed] = {
     ("ampere", 256, 0, True): Crossed(128, 16, 3, 1, 8, 8),
     ("ampere", 512, 0, True): Crossed(64, 16, 1, 4, 2, 1),
     ("ampere", 512, 128, True): Crossed(64, 16, 3, 4, 2, 1),
+    ("ampere", 64, 0, False): Crossed(128, 32, 1, 1, 8, 8),
+    ("ampere", 128, 0, False): Crossed(128, 32, 1, 1, 8, 8),
     ("ampere", 256, 0, False): Crossed(64, 32, 2, 2, 2, 2),
     ("ampere", 512, 0, False): Crossed(64, 16, 1, 4, 2, 1),
     ("ampere", 512, 128, False): Crossed(64, 16, 1, 4, 2, 1),

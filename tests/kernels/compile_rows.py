@@ -1,13 +1,14 @@
 """Compiles every row of the table for its cards; a JSON line each. A program of its own: it stands in for the driver.
 
-    python -m kernels.compile_rows        each configuration once: its cards and quantised types take turns, as CI has time for
-    python -m kernels.compile_rows all    for each of its cards and types
+python -m kernels.compile_rows        each configuration once: its cards and quantised types take turns, as CI has time for
+python -m kernels.compile_rows all    for each of its cards and types
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 
 import torch
 from kernels.compiling import Compiled
@@ -21,6 +22,7 @@ CARDS = {"ampere": (80, 86, 89), "hopper": (90,), "rdna3": ("gfx1100",)}
 SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, "gfx1100": 64 * 1024}
 LEAST = SHARED | {80: SHARED[86]}  # a row is one for all cards of its architecture
 BLOCKS = {"q8_0": (torch.int8, 1), "q4_0": (torch.uint8, 2)}
+STORED = ("fp8", *BLOCKS)
 
 
 def ints(*x: int) -> torch.Tensor:
@@ -64,6 +66,7 @@ def config(row: Row, kv: str, turned: bool) -> Config:
 def hopper(capability: int = 90) -> list[dict[str, object]]:
     """The Gluon kernels, in the shapes of Gemma 4, Llama and gpt-oss."""
     import headwise.kernels.attend_hopper as prefill
+    import headwise.kernels.attend_packed as bytes_prefill
     import headwise.kernels.decode_hopper as decode
     import headwise.kernels.decode_packed as packed
     from headwise.attention.own_kernels import packed_takes
@@ -90,6 +93,10 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
     compiled(prefill, "_one512", lambda: prefill.attend_one512(q, cache(640, "bf16"), o, seqs, flat, scale=1.0), "one tensor, 512")
     pair, k512 = tensors(32, 512, 512, 128), cache(512, "bf16")
     compiled(prefill, "_pair512", lambda: prefill.attend_pair512(pair[0], k512, k512, pair[1], seqs, flat, scale=1.0), "pair, 512")
+    for kv, (label, E) in product(STORED, (("one tensor", 640), ("pair", 512))):
+        (q2, o2), k, v = tensors(32, E, 512, 128), cache(E, kv), cache(512, kv) if E == 512 else None
+        compiled(bytes_prefill, "_attend", lambda q=q2, o=o2, k=k, v=v: bytes_prefill.attend_packed(
+            q, k, v, o, seqs, flat, scale=1.0), f"{label}, 512, {kv}")  # fmt: skip
     for D, window, ring in ((64, 128, 700), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
         q2, o2 = tensors(32, D, D, 128)
         k, slots = cache(D, "bf16"), Slots(ints(0), ring)
@@ -113,7 +120,7 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         compiled(decode, "_decode", lambda q=qm, o=om, k=k, f=few, n=n, c=zeros: decode.attend_decode(
             q, k, k, o, f, flat, scale=1.0, n_splits=n, scratch=scratch, count=c), f"decode, merges {n}")  # fmt: skip
     for D, one, window, T in shapes:
-        for kv in ("bf16", "fp8", "q8_0", "q4_0"):
+        for kv in ("bf16", *STORED):
             E = D + 128 * one
             q1, o1 = tensors(32, E, D, T)
             k, v, slots = cache(E, kv), None if one else cache(D, kv), Slots(ints(0), 1600 if window else 0)
@@ -134,7 +141,7 @@ def crossed(every: bool = False) -> list[dict[str, object]]:
     jobs = [
         (card, arch, D, R, kv, how)
         for i, ((arch, D, R, floats), how) in enumerate(CROSSED.items())
-        for j, kv in enumerate(("bf16",) if floats else ("fp8", "q8_0", "q4_0"))
+        for j, kv in enumerate(("bf16",) if floats else STORED)
         for n, card in enumerate(CARDS[arch])
         if every or floats or (i + j) % 3 == n
     ]
@@ -161,7 +168,7 @@ def main(every: bool) -> None:
         for i, (arch, (phase, D, one), row) in enumerate(rows)
         for turned in ((False, True) if one else (False,))
         for j, card in enumerate(CARDS[arch])
-        for k, kv in enumerate(("bf16", "fp8", "q8_0", "q4_0"))
+        for k, kv in enumerate(("bf16", *STORED))
         if every or ((i + bool(k)) % len(CARDS[arch]) == j and k in (0, 1 + (i + turned) % 3))
     ]
     for found in hopper():
