@@ -50,7 +50,7 @@ def as_card(card: str) -> None:
 
 def shapes() -> list[Shape]:
     """Each layer of the table, and gpt-oss's without their sinks, at one length: prefill and decode over each store."""
-    layers = {s.name: replace(s, length=LENGTH) for s in SHAPES if not s.decode}
+    layers = {s.name: replace(s, length=LENGTH) for s in SHAPES if not s.decode and s.kv == "bf16"}
     found = [replace(s, decode=decode) for s in (*layers.values(), *NARROW) for decode in (False, True)]
     return [*found, *(replace(s, kv=kv) for s in found for kv in KV)]
 
