@@ -177,9 +177,10 @@ BACKENDS: Sequence[Capability] = (
         min_capability=(9, 0),
         max_capability=(9, 0),
         triton=GLUON,
-        source="headwise/kernels/attend_hopper.py, decode_hopper.py, decode_packed.py: TMA and wgmma; with fp8, q8_0 and q4_0 "
-        "prefill is attend_mma.py's, attend.py's at head_dim 64 and 128, as is decode of more than 16 rows of 512 or of head_dim "
-        "64, and of V alone all but decode over floats; Gluon's API changes between versions of triton",
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py and, over fp8, q8_0 and q4_0, attend_packed.py (prefill at "
+        "512) and decode_packed.py: TMA and wgmma; other prefill over those is attend_mma.py's at 256, attend.py's at 64 and "
+        "128, as is decode of more than 16 rows of 512 or of head_dim 64, and of V alone all but decode over floats; Gluon's API "
+        "changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",
@@ -193,8 +194,8 @@ BACKENDS: Sequence[Capability] = (
         dtypes=("f16", "bf16"),
         softcap=True,
         min_capability=(8, 0),
-        source="headwise/kernels/attend.py and, for prefill of 256 and 512 under triton 3.6, attend_mma.py: every KV type read in "
-        "the kernel; head sizes are powers of two",
+        source="headwise/kernels/attend.py and, under triton 3.6, attend_mma.py for prefill of 256 and 512 and, on other cards "
+        "than Hopper, over fp8, q8_0 and q4_0: every KV type read in the kernel; head sizes are powers of two",
     ),
     Capability(
         name="flash-attn-2",
@@ -249,7 +250,7 @@ BACKENDS: Sequence[Capability] = (
         windowed=False,
         min_capability=(9, 0),
         max_capability=(9, 0),
-        by_name="605 TFLOP/s where headwise-hopper has 639 (causal 256 at 16K, one H200), and a plan for every new length",
+        by_name="630 TFLOP/s where headwise-hopper has 653 (causal 256 at 16K, one H200), and a plan for every new length",
         source="PyTorch 2.11 _scaled_dot_product_cudnn_attention, called at 8, 128, 136 and 256 on an H200",
     ),
     Capability(
@@ -288,14 +289,14 @@ BACKENDS: Sequence[Capability] = (
                 of="headwise-hopper",
                 head_dim=256,
                 window=None,
-                why="in steps of more than 1,024 tokens, 649 TFLOP/s where headwise-hopper has 639 (causal 256 at 16K, one H200)",
+                why="in steps of more than 1,024 tokens, 678 TFLOP/s where headwise-hopper has 653 (causal 256 at 16K, one H200)",
             ),
             Ahead(
                 of="headwise-hopper",
                 head_dim=256,
                 window=1024,
-                why="in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 541 TFLOP/s "
-                "where headwise-hopper has 494 (window 1024 at 32K, one H200)",
+                why="in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 548 TFLOP/s "
+                "where headwise-hopper has 499 (window 1024 at 32K, one H200)",
             ),
         ),
         source="flash-attn-4 4.0.0b36 flash_attn/cute/interface.py _validate_head_dims: 8 to 256 in steps of 16 bytes on SM90",
@@ -326,7 +327,7 @@ BACKENDS: Sequence[Capability] = (
         kv=("f32", "f16", "bf16"),
         sinks=False,
         floats_as_activations=True,
-        by_name="255 TFLOP/s where headwise-hopper has 494 (window 1024 at 32K, one H200), and it compiles at the first call",
+        by_name="255 TFLOP/s where headwise-hopper has 499 (window 1024 at 32K, one H200), and it compiles at the first call",
         source="torch.nn.attention.flex_attention under torch.compile: no log-sum-exp on a CPU (torch 2.13), so no sinks; out of "
         "shared memory at 512 on an H200",
     ),

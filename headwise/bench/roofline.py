@@ -134,8 +134,10 @@ def svg(result: Mapping[str, Any]) -> str:
     matrix, read = result["matrix_tflops"], result["read_tb_s"]
     axes = axes_for(found, matrix, read)
     title, heading = f"Roofline of attention on {result['gpu']}", f"Attention on one {result['gpu']}, {result['date']}"
+    rivals = list(dict.fromkeys(p.who for p in found if not p.ours))
+    legend, bottom = _legend(shapes, found, rivals, result["rows"])
     lines = [
-        *opening(PAGE, STYLE, title),
+        *opening((PAGE[0], max(PAGE[1], ceil(bottom))), STYLE, title),
         text(LEFT, 24, heading, "t"),
         *_grid(axes),
         *_roof(axes, matrix, read),
@@ -146,9 +148,8 @@ def svg(result: Mapping[str, Any]) -> str:
         if abs(x - px) + abs(y - py) > 20:
             lines.append(f'<path class="lead" d="M{px:.1f} {py:.1f}L{x:.1f} {y:.1f}"/>')
         lines.append(text(x, box.bottom - 2, str(p.shape), "b", "middle"))
-    rivals = list(dict.fromkeys(p.who for p in found if not p.ours))
     lines += [_marker(p.who, rivals, axes.x(p.intensity), axes.y(p.tflops)) for p in sorted(found, key=lambda p: not p.ours)]
-    lines += _legend(shapes, found, rivals, result["rows"])
+    lines += legend
     return "\n".join([*lines, "</svg>", ""])
 
 
@@ -211,7 +212,10 @@ def _marker(who: str, rivals: Sequence[str], x: float, y: float) -> str:
     return f'<path class="rival" transform="translate({x:.1f} {y:.1f})" d="{form}"/>'
 
 
-def _legend(shapes: Sequence[Shape], found: Sequence[Point], rivals: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _legend(
+    shapes: Sequence[Shape], found: Sequence[Point], rivals: Sequence[str], rows: Sequence[Mapping[str, Any]]
+) -> tuple[list[str], float]:
+    """Its lines, and how far down they go."""
     out, y = [], TOP + 6
     ours = {p.shape: row for p, row in zip(found, rows, strict=True) if p.ours}
     for phase in ("prefill", "decode"):
@@ -231,7 +235,7 @@ def _legend(shapes: Sequence[Shape], found: Sequence[Point], rivals: Sequence[st
         out.append(_marker(who, rivals, LEGEND + 12, y - 4))
         out.append(text(LEGEND + 24, y, who))
         y += ROW
-    return out
+    return out, y
 
 
 def words(shape: Shape) -> str:

@@ -103,12 +103,13 @@ def slower(kind: DeviceKind, dtype: str, *, wide: bool, quantised: bool) -> Iter
     """What is said at a start where kernels that fit the card do not run; of attention's only the version of triton.
 
     Args:
-        wide: heads of 256 or more values; quantised: weights that stay so.
+        wide: heads of 256 or more values, or a quantised cache; quantised: weights that stay so.
     """
     if kind.api == "cuda" and kind.capability == (9, 0) and kind.triton != GLUON:
         yield f"attention on {kind.label} is not headwise-hopper's: it {_other_triton(kind)}"
     if kind.api == "cuda" and (8, 0) <= (kind.capability or (0, 0)) != (9, 0) and kind.triton != GLUON and wide and dtype != "f32":
-        yield f"prefill of wide heads on {kind.label} takes twice the time: the kernel for it {_other_triton(kind)}"
+        what = "wide heads and quantised caches"
+        yield f"prefill of {what} on {kind.label} takes up to twice the time: the kernel {_other_triton(kind)}"
     if quantised and (why := skinny_refusal(kind, dtype)):
         yield f"few rows meet quantised weights in slow kernels on {kind.label}: the fast one {why}"
 

@@ -247,7 +247,8 @@ class LLM:
         used = [c for c in cards if any(c.target is t for t in self.plan.targets)]  # a card that gets no layer is left out
         quantised = self.plan.workload.fused and bool(planed(self.spec, self.plan.resident))
         kinds = dict.fromkeys(c.kind for c in used)
-        wide = any(layer.head_dim >= 256 for layer in self.spec.layers)
+        formats = self.plan.workload.kv
+        wide = any(layer.head_dim >= 256 or formats[layer.kind].bytes_per_value < 2 for layer in self.spec.layers)
         dtype = self.plan.workload.dtype
         said = (words for kind in kinds for words in slower(kind, dtype, wide=wide, quantised=quantised))
         self.plan = replace(self.plan, notes=(*self.plan.notes, *said))

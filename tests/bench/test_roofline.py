@@ -77,6 +77,7 @@ def test_every_row_has_its_marker_and_every_shape_its_line() -> None:
     for row in ours:
         assert any(t.endswith(f", {row['fraction']:.0%}") for t in texts)
     assert {"headwise", *rivals} <= set(texts)
+    assert all(float(t.get("y", 0)) < float(root.get("height", 0)) for t in root.iter(f"{SVG}text"))  # rows were cut off once
 
 
 def test_a_name_with_signs_of_markup_is_text() -> None:
