@@ -259,6 +259,33 @@ def attend_one512(q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, sl
 
 
 @gluon.jit
+def _shares(s, m, l, i, nearest, pos_q, cols, scale, sp, sa, p_full, p_empty):
+    """Tile `i`: the softmax's shares, and the factor of what was summed before, to shared memory; the running maximum and sum."""
+    b = i % 2
+    if i * 64 + 63 > nearest:
+        s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, 1) * scale)
+    p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
+    a = gl.exp2(m - m_new)
+    l = l * a + gl.sum(p, 1)
+    mbarrier.wait(p_empty.index(b), ((i // 2) & 1) ^ 1)
+    sp.index(b).store(p.to(sp.dtype))
+    sa.index(b).store(a)
+    fence_async_shared()
+    mbarrier.arrive(p_full.index(b), count=1)
+    return m_new, l
+
+
+@gluon.jit
+def _sums(l, tiles, sa, p_full, p_empty):
+    """After the last tile's shares: what the results are divided by."""
+    b = tiles % 2
+    mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
+    sa.index(b).store(l)
+    mbarrier.arrive(p_full.index(b), count=1)
+
+
+@gluon.jit
 def _halves(desc, row, column, full, left, right):
     mbarrier.expect(full, 64 * 512 * 2)
     tma.async_copy_global_to_shared(desc, [row, column], full, left)
@@ -309,23 +336,9 @@ def _pair_scores(
             if i + 2 < tiles:
                 slot = _slot(table, seq, table_stride, i + 2, PAGED)
                 _halves(kd, slot, g * 512, k_full.index(b), sk.index(2 * b), sk.index(2 * b + 1))
-            if i * 64 + 63 > past + block * 64:
-                s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
-            m_new = gl.maximum(m, gl.max(s, 1) * scale)
-            p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
-            a = gl.exp2(m - m_new)
-            l = l * a + gl.sum(p, 1)
-            m = m_new
-            mbarrier.wait(p_empty.index(b), ((i // 2) & 1) ^ 1)
-            sp.index(b).store(p.to(dtype))
-            sa.index(b).store(a)
-            fence_async_shared()
-            mbarrier.arrive(p_full.index(b), count=1)
+            m, l = _shares(s, m, l, i, past + block * 64, pos_q, cols, scale, sp, sa, p_full, p_empty)
         mbarrier.arrive(go.index((tiles - 1) % 2), count=1)
-        b = tiles % 2
-        mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
-        sa.index(b).store(l)
-        mbarrier.arrive(p_full.index(b), count=1)
+        _sums(l, tiles, sa, p_full, p_empty)
 
 
 @gluon.jit

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from headwise.kernels.attend_hopper import BM, LOG2E, _barriers, _described, _extent, _kind, _slot, _store
+from headwise.kernels.attend_hopper import BM, LOG2E, _barriers, _described, _extent, _kind, _shares, _slot, _store, _sums
 from headwise.kernels.attend_mma import widened
 from headwise.kernels.stored import FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
@@ -253,23 +253,9 @@ def _scores(
             else:
                 mbarrier.arrive(empty.index(0), count=1)
                 mbarrier.arrive(empty.index(1), count=1)
-            if i * 64 + 63 > past + block * 64:
-                s = gl.where(gl.expand_dims(pos_q, 1) >= gl.expand_dims(i * 64 + cols, 0), s, float("-inf"))
-            m_new = gl.maximum(m, gl.max(s, 1) * scale)
-            p = gl.exp2(s * scale - gl.expand_dims(m_new, 1))
-            a = gl.exp2(m - m_new)
-            l = l * a + gl.sum(p, 1)
-            m = m_new
-            mbarrier.wait(p_empty.index(b), ((i // 2) & 1) ^ 1)
-            sp.index(b).store(p.to(gl.float16))
-            sa.index(b).store(a)
-            fence_async_shared()
-            mbarrier.arrive(p_full.index(b), count=1)
+            m, l = _shares(s, m, l, i, past + block * 64, pos_q, cols, scale, sp, sa, p_full, p_empty)
         mbarrier.arrive(go.index((tiles - 1) % 2), count=1)
-        b = tiles % 2
-        mbarrier.wait(p_empty.index(b), ((tiles // 2) & 1) ^ 1)
-        sa.index(b).store(l)
-        mbarrier.arrive(p_full.index(b), count=1)
+        _sums(l, tiles, sa, p_full, p_empty)
 
 
 @gluon.jit
