@@ -31,11 +31,10 @@ from torch.nn.functional import scaled_dot_product_attention
 import headwise.bench.attention as bench
 import headwise.kernels.attend as portable
 import headwise.kernels.attend_mma as crossed
-from headwise.bench.attention import CHECKED, ERROR, SHAPES, Ours, Shape, cache_bytes, formula, in_turn, recorded, relative
+from headwise.bench.attention import BYTES, CHECKED, ERROR, SHAPES, Ours, Shape, cache_bytes, formula, in_turn, recorded, relative
 
 SHARED = 99 * 1024
 LENGTH = 8192
-KV = ("fp8", "q8_0", "q4_0")
 NARROW = tuple(
     Shape(name=f"gpt-oss {kind}", head_dim=64, heads=64, kv_heads=8, length=LENGTH, window=window)
     for kind, window in (("sliding", 128), ("full", None))
@@ -52,7 +51,7 @@ def shapes() -> list[Shape]:
     """Each layer of the table, and gpt-oss's without their sinks, at one length: prefill and decode over each store."""
     layers = {s.name: replace(s, length=LENGTH) for s in SHAPES if not s.decode and s.kv == "bf16"}
     found = [replace(s, decode=decode) for s in (*layers.values(), *NARROW) for decode in (False, True)]
-    return [*found, *(replace(s, kv=kv) for s in found for kv in KV)]
+    return [*found, *(replace(s, kv=kv) for s in found for kv in BYTES)]
 
 
 def compiled() -> int:

@@ -20,7 +20,7 @@ Shapes    as in `attend`: K and V in the type of the queries (bf16, f16) or stor
 Accuracy  as `attend`; the chunks of a score are summed in fp32. A stored value is its product with the scale, rounded to f16 once:
           queries and values over 65,504 become infinite, and results NaN.
 Cost      64 rows by 16 keys of one tensor, 512 + 128: 126 KB through shared memory, 1,008 clocks, beside 576 products; stored,
-          30 KB and 2.5 to 3 instructions a value more.
+          30 KB and 1.75 to 2 instructions a value more.
 Source    FlashAttention-2 (Dao 2023); scores split along the head as in split-K products.
 """
 

@@ -109,49 +109,6 @@ def _signal(full):
 
 
 @gluon.jit
-def _widen_one(
-    qd, data, scales, starts, lengths, table, table_stride, H, sq, sk, st, bq, full, empty, t_full, t_empty, GROUP: gl.constexpr,
-    PAGED: gl.constexpr, FORMAT: gl.constexpr,
-):  # fmt: skip
-    """Of each tile the left half, the rotated values, the right half: ten parts, of which three or four are on their way."""
-    seq, q0, T, past, block = _extent(starts, lengths)
-    h = gl.program_id(0)
-    g = h // GROUP
-    G = H // GROUP
-    if block * 64 < T:
-        n = past + gl.minimum((block + 1) * 64, T)
-        tiles = gl.cdiv(n, 64)
-        _queries(qd, q0 + block * 64, h * 640, sq, bq, True)
-        fk, ft = _parts_of(sk, 16), _parts_of(st, 2)
-        x, s = _starts_of(data, scales, _rows(table, seq, table_stride, 0, tiles, n, g, G, FORMAT, PAGED), 640, FORMAT)
-        a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
-        for i in range(tiles):
-            left = i % 2 * 2
-            ph = ((i // 2) & 1) ^ 1
-            after = _rows(table, seq, table_stride, i + 1, tiles, n, g, G, FORMAT, PAGED)
-            mbarrier.wait(empty.index(left), ph)
-            b0, b1, b2 = _part(x, s, 3, FORMAT), _part(x, s, 8, FORMAT), _part(x, s, 9, FORMAT)
-            _give(fk, 4 * left, a0, FORMAT)
-            _give(fk, 4 * left + 1, a1, FORMAT)
-            _give(fk, 4 * left + 2, a2, FORMAT)
-            c0, c1, c2, c3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
-            _give(fk, 4 * left + 3, b0, FORMAT)
-            _signal(full.index(left))
-            mbarrier.wait(t_empty, (i & 1) ^ 1)
-            _give(ft, 0, b1, FORMAT)
-            _give(ft, 1, b2, FORMAT)
-            _signal(t_full)
-            mbarrier.wait(empty.index(left + 1), ph)
-            x, s = _starts_of(data, scales, after, 640, FORMAT)
-            a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
-            _give(fk, 4 * left + 4, c0, FORMAT)
-            _give(fk, 4 * left + 5, c1, FORMAT)
-            _give(fk, 4 * left + 6, c2, FORMAT)
-            _give(fk, 4 * left + 7, c3, FORMAT)
-            _signal(full.index(left + 1))
-
-
-@gluon.jit
 def _in_turn(e, tiles):
     """Whether tile `e` of K(0), K(1), V(0), K(2), V(1) ... is one of keys, and its number: room for keys is free once scores are
     made of those before, for values once the values before are multiplied, which is later."""
@@ -160,46 +117,76 @@ def _in_turn(e, tiles):
 
 
 @gluon.jit
-def _widen_pair(
-    qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, H, sq, sk, bq, full, empty, GROUP: gl.constexpr,
-    PAGED: gl.constexpr, FORMAT: gl.constexpr,
+def _widen(
+    qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, H, sq, sk, st, bq, full, empty, t_full, t_empty,
+    ONE: gl.constexpr, GROUP: gl.constexpr, PAGED: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
-    """Half a tile is on its way while the one before becomes floats."""
+    """Of one tensor each tile's left half, rotated values and right half, three or four of ten parts on their way; of two half a
+    tile is on its way while the one before becomes floats."""
     seq, q0, T, past, block = _extent(starts, lengths)
     h = gl.program_id(0)
     g = h // GROUP
     G = H // GROUP
+    W: gl.constexpr = 640 if ONE else 512
     if block * 64 < T:
         n = past + gl.minimum((block + 1) * 64, T)
         tiles = gl.cdiv(n, 64)
-        _queries(qd, q0 + block * 64, h * 512, sq, bq, False)
+        _queries(qd, q0 + block * 64, h * W, sq, bq, ONE)
         fk = _parts_of(sk, 16)
-        x, s = _starts_of(k_data, k_scales, _rows(table, seq, table_stride, 0, tiles, n, g, G, FORMAT, PAGED), 512, FORMAT)
-        a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
-        for e in range(2 * tiles):
-            keys, i = _in_turn(e, tiles)
-            left = gl.where(keys, 0, 2)
-            ph = (i & 1) ^ 1
-            of_keys, after = _in_turn(e + 1, tiles)
-            rows = _rows(table, seq, table_stride, after, tiles, n, g, G, FORMAT, PAGED)
-            mbarrier.wait(empty.index(left), ph)
-            _give(fk, 4 * left, a0, FORMAT)
-            b0, b1, b2, b3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
-            _give(fk, 4 * left + 1, a1, FORMAT)
-            _give(fk, 4 * left + 2, a2, FORMAT)
-            _give(fk, 4 * left + 3, a3, FORMAT)
-            _signal(full.index(left))
-            mbarrier.wait(empty.index(left + 1), ph)
-            _give(fk, 4 * left + 4, b0, FORMAT)
-            if of_keys:
-                x, s = _starts_of(k_data, k_scales, rows, 512, FORMAT)
-            else:
-                x, s = _starts_of(v_data, v_scales, rows, 512, FORMAT)
-            a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
-            _give(fk, 4 * left + 5, b1, FORMAT)
-            _give(fk, 4 * left + 6, b2, FORMAT)
-            _give(fk, 4 * left + 7, b3, FORMAT)
-            _signal(full.index(left + 1))
+        x, s = _starts_of(k_data, k_scales, _rows(table, seq, table_stride, 0, tiles, n, g, G, FORMAT, PAGED), W, FORMAT)
+        a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
+        if ONE:
+            ft = _parts_of(st, 2)
+            for i in range(tiles):
+                left = i % 2 * 2
+                ph = ((i // 2) & 1) ^ 1
+                after = _rows(table, seq, table_stride, i + 1, tiles, n, g, G, FORMAT, PAGED)
+                mbarrier.wait(empty.index(left), ph)
+                b0, b1, b2 = _part(x, s, 3, FORMAT), _part(x, s, 8, FORMAT), _part(x, s, 9, FORMAT)
+                _give(fk, 4 * left, a0, FORMAT)
+                _give(fk, 4 * left + 1, a1, FORMAT)
+                _give(fk, 4 * left + 2, a2, FORMAT)
+                c0, c1, c2, c3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
+                _give(fk, 4 * left + 3, b0, FORMAT)
+                _signal(full.index(left))
+                mbarrier.wait(t_empty, (i & 1) ^ 1)
+                _give(ft, 0, b1, FORMAT)
+                _give(ft, 1, b2, FORMAT)
+                _signal(t_full)
+                mbarrier.wait(empty.index(left + 1), ph)
+                x, s = _starts_of(k_data, k_scales, after, W, FORMAT)
+                a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
+                _give(fk, 4 * left + 4, c0, FORMAT)
+                _give(fk, 4 * left + 5, c1, FORMAT)
+                _give(fk, 4 * left + 6, c2, FORMAT)
+                _give(fk, 4 * left + 7, c3, FORMAT)
+                _signal(full.index(left + 1))
+        else:
+            a3 = _part(x, s, 3, FORMAT)
+            for e in range(2 * tiles):
+                keys, i = _in_turn(e, tiles)
+                left = gl.where(keys, 0, 2)
+                ph = (i & 1) ^ 1
+                of_keys, after = _in_turn(e + 1, tiles)
+                rows = _rows(table, seq, table_stride, after, tiles, n, g, G, FORMAT, PAGED)
+                mbarrier.wait(empty.index(left), ph)
+                _give(fk, 4 * left, a0, FORMAT)
+                b0, b1, b2, b3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
+                _give(fk, 4 * left + 1, a1, FORMAT)
+                _give(fk, 4 * left + 2, a2, FORMAT)
+                _give(fk, 4 * left + 3, a3, FORMAT)
+                _signal(full.index(left))
+                mbarrier.wait(empty.index(left + 1), ph)
+                _give(fk, 4 * left + 4, b0, FORMAT)
+                if of_keys:
+                    x, s = _starts_of(k_data, k_scales, rows, W, FORMAT)
+                else:
+                    x, s = _starts_of(v_data, v_scales, rows, W, FORMAT)
+                a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+                _give(fk, 4 * left + 5, b1, FORMAT)
+                _give(fk, 4 * left + 6, b2, FORMAT)
+                _give(fk, 4 * left + 7, b3, FORMAT)
+                _signal(full.index(left + 1))
 
 
 @gluon.jit
@@ -308,22 +295,13 @@ def _attend(
     bq, t_full, t_empty = _barriers(1, 1).index(0), _barriers(1, 1).index(0), _barriers(1, 1).index(0)
     full, empty, p_full, p_empty, go = _barriers(4, 1), _barriers(4, 1), _barriers(2, 1), _barriers(2, 2), _barriers(2, 1)
     fence_async_shared()
-    if ONE:
-        gl.warp_specialize([
-            (_scores, (starts, lengths, sq, sk, st, sp, sa, bq, full, empty, t_full, t_empty, p_full, p_empty, go, scale, ONE)),
-            (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 0, ONE, dtype)),
-            (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 1, ONE, dtype)),
-            (_widen_one, (qd, k_data, k_scales, starts, lengths, table, table_stride, H, sq, sk, st, bq, full, empty, t_full,
-                          t_empty, GROUP, PAGED, FORMAT)),
-        ], [4, 4, 4], [160, 160, 96])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_scores, (starts, lengths, sq, sk, st, sp, sa, bq, full, empty, t_full, t_empty, p_full, p_empty, go, scale, ONE)),
-            (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 0, ONE, dtype)),
-            (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 1, ONE, dtype)),
-            (_widen_pair, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, H, sq, sk, bq, full, empty,
-                           GROUP, PAGED, FORMAT)),
-        ], [4, 4, 4], [160, 160, 104])  # fmt: skip
+    gl.warp_specialize([
+        (_scores, (starts, lengths, sq, sk, st, sp, sa, bq, full, empty, t_full, t_empty, p_full, p_empty, go, scale, ONE)),
+        (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 0, ONE, dtype)),
+        (_values, (starts, lengths, out, H, sk, sp, sa, full, empty, p_full, p_empty, go, 1, ONE, dtype)),
+        (_widen, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, H, sq, sk, st, bq, full, empty,
+                  t_full, t_empty, ONE, GROUP, PAGED, FORMAT)),
+    ], [4, 4, 4], [160, 160, 96 if ONE else 104])  # fmt: skip
 
 
 def attend_packed(

@@ -166,20 +166,19 @@ def test_the_readme_quotes_the_benchmark() -> None:
     assert [f"{rows[key]['decode_tok_s']:.1f}" for key in order] == [*said[3:6], *said[8::2]]
     assert f"{100 * rows[order[0]]['decode_of_card']:.0f}" == said[6]
     attention = json.loads(max((ROOT / "benchmarks/results").glob("attention_h200_*.json")).read_text())
-    at = {(r["who"], r["shape"]["one"]): round(r["tflops"]) for r in attention["rows"]
-          if r["shape"]["head_dim"] == 512 and r["shape"]["length"] == 32768 and not r["shape"]["decode"]
-          and r["shape"]["kv"] == "bf16"}  # fmt: skip
+    at = {(r["who"], r["shape"]["one"], r["shape"]["kv"]): r for r in attention["rows"]
+          if r["shape"]["head_dim"] == 512 and r["shape"]["length"] == 32768 and not r["shape"]["decode"]}  # fmt: skip
     said = re.findall(
         r"run at (\d+) TFLOP/s with one tensor, where ffpa-attn reaches (\d+), vLLM.s branch of flash-attn-4 (\d+), PyTorch.s "
         r"fused operator (\d+) and FlashInfer (\d+); with two tensors at (\d+), ffpa-attn at (\d+)\.", text
     )[0]  # fmt: skip
     who = ("headwise-hopper", "ffpa-attn cutedsl", "vLLM's flash-attn-4", "torch efficient", "flashinfer")
-    assert [at[name, True] for name in who] + [at[name, False] for name in who[:2]] == [int(x) for x in said]
+    rates = [round(at[name, one, "bf16"]["tflops"]) for one, names in ((True, who), (False, who[:2])) for name in names]
+    assert rates == [int(x) for x in said]
     decode = {r["shape"]["kv"]: r["us"] for r in attention["rows"] if r["shape"]["length"] == 131072 and "headwise" in r["who"]}
-    bytes_at = {(r["shape"]["one"], r["shape"]["kv"]): r["us"] for r in attention["rows"] if r["who"] == "headwise-hopper"
-                and r["shape"]["head_dim"] == 512 and r["shape"]["length"] == 32768 and not r["shape"]["decode"]}  # fmt: skip
+    one = {kv: at["headwise-hopper", True, kv]["us"] for kv in ("bf16", "fp8", "q4_0", "q8_0")}
     said = re.findall(r"in fp8 such a prompt takes ([\d.]+) times bf16's time, in q4_0 ([\d.]+), in q8_0 (\d\.\d+)", text)[0]
-    assert [f"{bytes_at[True, kv] / bytes_at[True, 'bf16']:.2f}" for kv in ("fp8", "q4_0", "q8_0")] == list(said)
+    assert [f"{one[kv] / one['bf16']:.2f}" for kv in ("fp8", "q4_0", "q8_0")] == list(said)
     assert f"with q8_0 it takes {decode['q8_0'] / decode['bf16']:.2f} of bf16's time" in text
     consumer = [json.loads(max((ROOT / "benchmarks/results").glob(f"consumer_cards_{card}_h200_*.json")).read_text())
                 for card in ("sm86", "sm89")]  # fmt: skip

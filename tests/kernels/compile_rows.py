@@ -1,7 +1,7 @@
 """Compiles every row of the table for its cards; a JSON line each. A program of its own: it stands in for the driver.
 
-python -m kernels.compile_rows        each configuration once: its cards and quantised types take turns, as CI has time for
-python -m kernels.compile_rows all    for each of its cards and types
+    python -m kernels.compile_rows        each configuration once: its cards and quantised types take turns, as CI has time for
+    python -m kernels.compile_rows all    for each of its cards and types
 """
 
 from __future__ import annotations
