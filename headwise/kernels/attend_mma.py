@@ -189,7 +189,8 @@ def _attend(
     pl: gl.constexpr = gl.DotOperandLayout(0, ol3, 2)
     vl: gl.constexpr = gl.DotOperandLayout(1, ol3, 2)
     all3: gl.constexpr = gl.BlockedLayout([C, 1, 4], [1, 128 // BN, BN // 4], [1, 8, 1], [2, 1, 0])  # whole rows to a warp
-    sl: gl.constexpr = gl.SliceLayout(0, all3)
+    WHOLE: gl.constexpr = C == 1 and BY_ROW == 8 and OUT_BY_ROW == 8  # rows are whole as they come out of the product
+    sl: gl.constexpr = gl.SliceLayout(0, ml3 if WHOLE else all3)
     row: gl.constexpr = gl.SliceLayout(1, sl)
     line: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, ol3))
     BY_KEY: gl.constexpr = 8 if BN >= 32 else BN // 4
@@ -225,9 +226,11 @@ def _attend(
             at = gl.allocate_shared_memory(gl.float16, [NS, BN, R // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
         if not ONE:
             av = gl.allocate_shared_memory(gl.float16, [NS, BN, D // 32], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-    ss = gl.allocate_shared_memory(gl.float32, [C, BM, BN], gl.SwizzledSharedLayout(8, 32 // BN, BN // 8, [2, 1, 0]))
-    sp = gl.allocate_shared_memory(kind, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
-    sa = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ss, sp, sa = sk, sk, sk
+    if not WHOLE:
+        ss = gl.allocate_shared_memory(gl.float32, [C, BM, BN], gl.SwizzledSharedLayout(8, 32 // BN, BN // 8, [2, 1, 0]))
+        sp = gl.allocate_shared_memory(kind, [BM, BN], gl.SwizzledSharedLayout(8, 64 // BN, BN // 8, [1, 0]))
+        sa = gl.allocate_shared_memory(gl.float32, [BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     seq = gl.program_id(2)
     q0 = gl.load(starts + seq)
     T = gl.load(starts + seq + 1) - q0
@@ -293,8 +296,11 @@ def _attend(
         s3 = mma_v2(q, _chunked(sk.index(tile), C).permute((0, 2, 1)).load(kl), s3)
         if R > 0:
             s3 = mma_v2(qt, _chunked(st.index(tile), C).permute((0, 2, 1)).load(kl), s3)
-        ss.store(s3)
-        s = gl.sum(ss.load(all3), 0)
+        if WHOLE:
+            s = gl.sum(s3, 0)
+        else:
+            ss.store(s3)
+            s = gl.sum(ss.load(all3), 0)
         if STORED:  # all have read this tile's words
             _stored_tile(
                 bk.index(b), bt.index(b), bv.index(b), ak.index(b), at.index(b), av.index(b), k_data, v_data, k_scales, v_scales,
@@ -322,12 +328,18 @@ def _attend(
         a = gl.exp2(m - m_new)
         l = l * gl.expand_dims(a, 1) + p
         m = m_new
-        sp.store(p.to(kind))
-        sa.store(a)
+        if WHOLE:
+            p3 = gl.convert_layout(gl.expand_dims(p.to(kind), 0), pl)
+            a = gl.convert_layout(a, line)
+        else:
+            sp.store(p.to(kind))
+            sa.store(a)
         if ALONE:
             async_copy.wait_group(1)
-        acc = acc * _by_row(sa.load(line))
-        p3 = _wide(sp.load(gl.SliceLayout(0, pl)), C)
+        if not WHOLE:
+            p3 = _wide(sp.load(gl.SliceLayout(0, pl)), C)
+            a = sa.load(line)
+        acc = acc * _by_row(a)
         acc = mma_v2(p3, _chunked(sv.index(tile), C).load(vl), acc)
         b = gl.where(b == NS - 1, 0, b + 1)
     async_copy.wait_group(0)
@@ -337,8 +349,12 @@ def _attend(
         total += gl.exp2(gl.load(sinks_ptr + head + r_s % PACK, mask=here, other=0.0).to(gl.float32) * 1.4426950408889634 - m)
     if FORMAT == FP8:
         total = total / 256.0
-    sa.store(total)
-    acc = acc / _by_row(sa.load(line))
+    if WHOLE:
+        total = gl.convert_layout(total, line)
+    else:
+        sa.store(total)
+        total = sa.load(line)
+    acc = acc / _by_row(total)
     r_o = block * BM + gl.arange(0, BM, line)
     t = r_o // PACK
     to = out_ptr + _by_row(((q0 + t).to(gl.int64) * H + head + r_o % PACK) * D)
