@@ -29,7 +29,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from headwise.kernels.attend_hopper import BM, LOG2E, _barriers, _described, _extent, _kind, _shares, _slot, _store, _sums
+from headwise.kernels.attend_hopper import (
+    BM,
+    LOG2E,
+    _barriers,
+    _described,
+    _extent,
+    _kind,
+    _shares,
+    _slot,
+    _softmax,
+    _store,
+    _sums,
+    _work,
+)
 from headwise.kernels.attend_mma import widened
 from headwise.kernels.stored import FP8, Q4_0, Q8_0, Sequences, Slots, Stored
 
@@ -302,6 +315,179 @@ def _attend(
         (_widen, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, H, sq, sk, st, bq, full, empty,
                   t_full, t_empty, ONE, GROUP, PAGED, FORMAT)),
     ], [4, 4, 4], [160, 160, 96 if ONE else 104])  # fmt: skip
+
+
+@gluon.jit
+def _ring_rows(
+    table, seq, table_stride, i, lo, hi, run, tiles_run, ring, g, G, FORMAT: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr
+):  # fmt: skip
+    """Rows of the cache of tile `i` of the keys from position `lo` on; past the end of its run of slots the last one again."""
+    j = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, _layout(FORMAT))))
+    left = hi - lo - i * 64  # keys from here on
+    if PAGED:
+        slot = gl.load(table + seq * table_stride + (lo + i * 64) // 64) * 64
+    else:
+        slot = gl.load(table + seq)
+        if RING:
+            slot += gl.where(i < tiles_run, lo % ring + i * 64, (i - tiles_run) * 64)
+            left = gl.where(i < tiles_run, run - i * 64, hi - lo - run - (i - tiles_run) * 64)
+        else:
+            slot += lo + i * 64
+    return (slot + gl.minimum(j, left - 1)).to(gl.int64) * G + g
+
+
+@gluon.jit
+def _widen_two(
+    qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works, blocks, pairs, short,
+    sq, sk, sv, q_full, q_empty, k_full, v_full, k_empty, v_empty, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr, FORMAT: gl.constexpr,
+):  # fmt: skip
+    """Tiles of both, block after block; a tile's rows are asked for while the one before becomes floats."""
+    G = H // GROUP
+    n = 0  # tiles so far
+    done = 0  # blocks so far
+    fk, fv = _parts_of(sk, 2 * D // 64), _parts_of(sv, 2 * D // 64)
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+            w, starts, lengths, blocks, pairs, short, window, ring, HEADS, 64, WINDOWED, RING
+        )
+        g = h // GROUP
+        if tiles > 0:
+            for who in gl.static_range(2):
+                mbarrier.wait(q_empty.index(who), (done & 1) ^ 1)
+                mbarrier.expect(q_full.index(who), 64 * D * 2)
+                if HEADS == 2:
+                    tma.async_copy_global_to_shared(qd, [q0 + first, (h + who) * D], q_full.index(who), sq.index(who))
+                else:
+                    tma.async_copy_global_to_shared(qd, [q0 + first + 64 * who, h * D], q_full.index(who), sq.index(who))
+            done += 1
+            rows = _ring_rows(table, seq, table_stride, 0, lo, hi, run, tiles_run, ring, g, G, FORMAT, RING, PAGED)
+            x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
+            a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+            for i in range(tiles):
+                b = n % 2
+                ph = ((n // 2) & 1) ^ 1
+                mbarrier.wait(k_empty.index(b), ph)
+                _give(fk, 4 * b, a0, FORMAT)
+                _give(fk, 4 * b + 1, a1, FORMAT)
+                x, s = _starts_of(v_data, v_scales, rows, D, FORMAT)
+                b0, b1, b2, b3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+                _give(fk, 4 * b + 2, a2, FORMAT)
+                _give(fk, 4 * b + 3, a3, FORMAT)
+                _signal(k_full.index(b))
+                after = gl.minimum(i + 1, tiles - 1)
+                rows = _ring_rows(table, seq, table_stride, after, lo, hi, run, tiles_run, ring, g, G, FORMAT, RING, PAGED)
+                mbarrier.wait(v_empty.index(b), ph)
+                _give(fv, 4 * b, b0, FORMAT)
+                _give(fv, 4 * b + 1, b1, FORMAT)
+                x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
+                a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+                _give(fv, 4 * b + 2, b2, FORMAT)
+                _give(fv, 4 * b + 3, b3, FORMAT)
+                _signal(v_full.index(b))
+                n += 1
+
+
+@gluon.jit
+def _two_consume(
+    out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full, q_empty, k_full, v_full,
+    k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
+    SINKS: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+    sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    q16 = sq._reinterpret(gl.float16, [2, 64, D], sq.layout).index(WHO)
+    zero = gl.zeros([64, 64], gl.float32, sl)
+    cols = gl.arange(0, 64, gl.SliceLayout(0, sl))
+    n = 0
+    done = 0
+    for w in range(gl.program_id(0), works, gl.num_programs(0)):
+        seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
+            w, starts, lengths, blocks, pairs, short, window, ring, HEADS, 64, WINDOWED, RING
+        )
+        if tiles > 0:
+            if HEADS == 2:
+                h += WHO
+            else:
+                first += WHO * 64
+            nearest = past + first
+            pos_q = nearest + gl.arange(0, 64, gl.SliceLayout(1, sl))
+            acc = gl.zeros([64, D], gl.float32, accl)
+            m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
+            l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
+            mbarrier.wait(q_full.index(WHO), done & 1)
+            if sq.dtype != gl.float16:
+                for c in gl.static_range(D // 64):
+                    x = sq.index(WHO).slice(64 * c, 64, dim=1).load(sl)
+                    q16.slice(64 * c, 64, dim=1).store(x.to(gl.float32).to(gl.float16))
+                fence_async_shared()
+            for i in range(tiles):
+                b = n % 2
+                ph = (n // 2) & 1
+                mbarrier.wait(k_full.index(b), ph)
+                s = warpgroup_mma(q16, sk.index(b).permute((1, 0)), zero, use_acc=False, is_async=True)
+                s = warpgroup_mma_wait(0, deps=(s,))
+                mbarrier.arrive(k_empty.index(b), count=1)
+                if i == tiles - 1:
+                    mbarrier.arrive(q_empty.index(WHO), count=1)
+                p, a, m, l = _softmax(
+                    s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, 64, WINDOWED, RING, gl.float16, accl
+                )
+                acc = acc * gl.expand_dims(a, 1)
+                mbarrier.wait(v_full.index(b), ph)
+                acc = warpgroup_mma(p, sv.index(b), acc, is_async=True)
+                acc, p = warpgroup_mma_wait(0, deps=(acc, p))
+                mbarrier.arrive(v_empty.index(b), count=1)
+                n += 1
+            if SINKS:
+                l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
+            part = gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, accl)), 1)
+            _store(out, (acc * part).to(dtype), q0, first, T, H, h, 0, D, D, accl)
+            done += 1
+
+
+@gluon.jit
+def _two(
+    qd, k_data, k_scales, v_data, v_scales, out, sinks, starts, lengths, table, table_stride, ring, window, H, works, blocks, pairs,
+    short, scale, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
+    PAGED: gl.constexpr, SINKS: gl.constexpr, FORMAT: gl.constexpr, dtype: gl.constexpr,
+):  # fmt: skip
+    sq = gl.allocate_shared_memory(dtype, [2, 64, D], qd.layout)
+    sk = gl.allocate_shared_memory(gl.float16, [2, 64, D], qd.layout)
+    sv = gl.allocate_shared_memory(gl.float16, [2, 64, D], qd.layout)
+    q_full, q_empty, k_full, v_full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
+    k_empty, v_empty = _barriers(2, 2), _barriers(2, 2)
+    fence_async_shared()
+    gl.warp_specialize([
+        (_two_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
+                        q_empty, k_full, v_full, k_empty, v_empty, 0, D, HEADS, WINDOWED, RING, SINKS, dtype)),
+        (_two_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
+                        q_empty, k_full, v_full, k_empty, v_empty, 1, D, HEADS, WINDOWED, RING, SINKS, dtype)),
+        (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works, blocks,
+                      pairs, short, sq, sk, sv, q_full, q_empty, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED, RING,
+                      PAGED, FORMAT)),
+    ], [4, 4], [208, 88])  # fmt: skip
+
+
+def attend_packed_two(
+    q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, window: int | None = None,
+    sinks_H: Tensor | None = None, processors: int = 132,
+) -> Tensor:  # fmt: skip
+    """Prefill at head_dim 256 over fp8, q8_0 or q4_0, as `attend_hopper.attend_two`."""
+    H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
+    heads = 2 if (H // G) % 2 == 0 else 1
+    rows = 128 // heads
+    blocks, pairs = -(-seqs.max_queries // rows), H // heads
+    works = blocks * pairs * seqs.lengths_B.shape[0]
+    short = 0 if window is None else min(blocks, -(-window // rows))
+    held = [(x.data_SGW.view(torch.int32), q_NHE if x.scales_SGB is None else x.scales_SGB) for x in (k, v)]
+    _two[(works if window is None else min(processors, works),)](
+        _described(q_NHE, 64, D), *held[0], *held[1], out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1,
+        seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E,
+        GROUP=H // G, D=D, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
+        SINKS=sinks_H is not None, FORMAT=k.format, dtype=_kind(q_NHE), num_warps=4,
+    )  # fmt: skip
+    return out_NHD
 
 
 def attend_packed(
