@@ -483,8 +483,8 @@ def attend_packed_two(
     held = [(x.data_SGW.view(torch.int32), q_NHE if x.scales_SGB is None else x.scales_SGB) for x in (k, v)]
     _two[(works if window is None else min(processors, works),)](
         _described(q_NHE, 64, D), *held[0], *held[1], out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1,
-        seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E,
-        GROUP=H // G, D=D, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
+        seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short,
+        scale * LOG2E, GROUP=H // G, D=D, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
         SINKS=sinks_H is not None, FORMAT=k.format, dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD
