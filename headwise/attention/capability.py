@@ -178,9 +178,9 @@ BACKENDS: Sequence[Capability] = (
         max_capability=(9, 0),
         triton=GLUON,
         source="headwise/kernels/attend_hopper.py, decode_hopper.py and, over fp8, q8_0 and q4_0, attend_packed.py (prefill at "
-        "512) and decode_packed.py: TMA and wgmma; other prefill over those is attend_mma.py's at 256, attend.py's at 64 and "
-        "128, as is decode of more than 16 rows of 512 or of head_dim 64, and of V alone all but decode over floats; Gluon's API "
-        "changes between versions of triton",
+        "256 and 512) and decode_packed.py: TMA and wgmma; prefill over those at 64 and 128 is attend_mma.py's, decode of more "
+        "than 16 rows of 512 or of head_dim 64 attend.py's, as is, of V alone, all but decode over floats; Gluon's API changes "
+        "between versions of triton",
     ),
     Capability(
         name="headwise-triton",
@@ -194,8 +194,8 @@ BACKENDS: Sequence[Capability] = (
         dtypes=("f16", "bf16"),
         softcap=True,
         min_capability=(8, 0),
-        source="headwise/kernels/attend.py and, under triton 3.6, attend_mma.py for prefill of 256 and 512 and, on other cards "
-        "than Hopper, over fp8, q8_0 and q4_0: every KV type read in the kernel; head sizes are powers of two",
+        source="headwise/kernels/attend.py and, under triton 3.6, attend_mma.py for prefill over fp8, q8_0 and q4_0 and, on "
+        "other cards than Hopper, of 64, 256 and 512: every KV type read in the kernel; head sizes are powers of two",
     ),
     Capability(
         name="flash-attn-2",

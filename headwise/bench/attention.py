@@ -61,17 +61,19 @@ class Shape:
 
 
 _GLOBAL = Shape(name="Gemma 4 31B global", head_dim=512, heads=32, kv_heads=4, one=True, length=131072, decode=True)
+_SLIDING = Shape(name="Gemma 4 31B sliding", head_dim=256, heads=32, kv_heads=16, window=1024, length=32768)
 _PAIR = Shape(name="Gemma 4 E4B global", head_dim=512, heads=8, kv_heads=2, length=32768)
 BYTES = ("fp8", "q8_0", "q4_0")
 SHAPES = (
-    Shape(name="Gemma 4 31B sliding", head_dim=256, heads=32, kv_heads=16, window=1024, length=32768),
+    _SLIDING,
     Shape(name="causal 256", head_dim=256, heads=32, kv_heads=16, length=16384),
     *(replace(_GLOBAL, length=n, decode=False) for n in (8192, 32768)),
     _PAIR,
     Shape(name="Llama, Qwen3, EXAONE", head_dim=128, heads=32, kv_heads=8, length=16384),
     *(replace(_GLOBAL, kv=kv, length=32768, decode=False) for kv in BYTES),
     *(replace(_PAIR, kv=kv) for kv in BYTES),
-    Shape(name="Gemma 4 31B sliding", head_dim=256, heads=32, kv_heads=16, window=1024, length=32768, decode=True),
+    *(replace(_SLIDING, kv=kv) for kv in BYTES),
+    replace(_SLIDING, decode=True),
     *(replace(_GLOBAL, length=n) for n in (8192, 32768, 131072)),
     *(replace(_GLOBAL, kv=kv) for kv in BYTES),
 )  # fmt: skip

@@ -1,10 +1,11 @@
-"""Prefill attention of wide heads, and over quantised caches, with `mma.sync` (sm80 to sm89, sm120): warps share a tile in three
-directions.
+"""Prefill attention on consumer cards, and over quantised caches, with `mma.sync` (sm80 to sm89, sm120): warps share a tile in
+three directions.
 
 Plain Triton gives a warp 16 rows of a tile to itself, and registers hold 32 to 64 rows of 512 or 256 values, so that some of eight
 warps do others' work again. Here scores are split along the head too, into C chunks of its values: a batch of products, [C, rows,
 keys], whose sum goes through shared memory and comes out with whole rows to a warp, so that softmax needs no other exchange.
 The result is split by the same chunks. Queries stay in registers, each value of a row in as few warps as there are parts of keys.
+With one chunk (up to 256) a warp has whole rows of every product, and scores and shares never leave its registers.
 
     wait K(i), V(i) | S = Q K(i), a chunk a warp | sum, softmax -> P in shared memory | O = O a + P V(i)
     one stage: wait K(i)   V(i) comes               K(i + 1) comes             wait V(i)
@@ -16,7 +17,7 @@ becomes one without a conversion instruction, which are few a clock: it goes int
 integer, and what that adds is taken away, exactly.
 
 Shapes    as in `attend`: K and V in the type of the queries (bf16, f16) or stored in fp8, q8_0 or q4_0; one tensor (with rotated
-          values) or two; D 256 or 512, of stored values 64 and 128 too.
+          values) or two; D 64, 256 or 512, of stored values 128 too.
 Accuracy  as `attend`; the chunks of a score are summed in fp32. A stored value is its product with the scale, rounded to f16 once:
           queries and values over 65,504 become infinite, and results NaN.
 Cost      64 rows by 16 keys of one tensor, 512 + 128: 126 KB through shared memory, 1,008 clocks, beside 576 products; stored,

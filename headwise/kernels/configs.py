@@ -106,15 +106,18 @@ TABLE: dict[Arch, dict[tuple[Phase, int, bool], Row]] = {
 # (card, head_dim, rotated values beside it, floats or not): prefill. Plain Triton gives a warp 16 rows of a tile to itself; where
 # registers hold fewer rows than eight warps need so, those left over do the same work again, and make floats of the same bytes.
 CROSSED: dict[tuple[Arch, int, int, bool], Crossed] = {
+    ("ampere", 64, 0, True): Crossed(256, 32, 2, 1, 8, 8),
     ("ampere", 256, 0, True): Crossed(128, 16, 3, 1, 8, 8),
     ("ampere", 512, 0, True): Crossed(64, 16, 1, 4, 2, 1),
     ("ampere", 512, 128, True): Crossed(64, 16, 3, 4, 2, 1),
-    ("ampere", 64, 0, False): Crossed(128, 32, 1, 1, 8, 8),
+    ("ampere", 64, 0, False): Crossed(256, 32, 1, 1, 8, 8),
     ("ampere", 128, 0, False): Crossed(128, 32, 1, 1, 8, 8),
-    ("ampere", 256, 0, False): Crossed(64, 32, 2, 2, 2, 2),
+    ("ampere", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
     ("ampere", 512, 0, False): Crossed(64, 16, 1, 4, 2, 1),
     ("ampere", 512, 128, False): Crossed(64, 16, 1, 4, 2, 1),
-    ("hopper", 256, 0, False): Crossed(64, 32, 2, 2, 2, 2),
+    ("hopper", 64, 0, False): Crossed(256, 32, 1, 1, 8, 8),
+    ("hopper", 128, 0, False): Crossed(128, 32, 1, 1, 8, 8),
+    ("hopper", 256, 0, False): Crossed(128, 16, 2, 1, 8, 8),
     ("hopper", 512, 0, False): Crossed(64, 16, 1, 4, 2, 1),
     ("hopper", 512, 128, False): Crossed(64, 16, 1, 4, 2, 1),
 }

@@ -252,14 +252,14 @@ def test_wide_heads_are_prefilled_by_the_kernel_whose_warps_share_a_tile(monkeyp
         return attend._crossed(q, k, None if (bool(R) if one is None else one) else k, D, rows)
 
     assert chosen(512, 128) == CROSSED["ampere", 512, 128, True]
-    assert chosen(512) == CROSSED["ampere", 512, 0, True]
+    assert [chosen(D) for D in (64, 256, 512)] == [CROSSED["ampere", D, 0, True] for D in (64, 256, 512)]
     halves = torch.float16, torch.bfloat16
     stored = [chosen(512, R, kv, of=of) for kv in ("fp8", "q8_0", "q4_0") for R in (0, 128) for of in halves]
     assert stored == 3 * [CROSSED["ampere", 512, R, False] for R in (0, 0, 128, 128)]
     assert [chosen(D, kv="q8_0") for D in (64, 128)] == [CROSSED["ampere", D, 0, False] for D in (64, 128)]
     refused = [
         chosen(512, rows=16), chosen(512, kv="bf16"), chosen(512, kv="q8_0", of=torch.float32), chosen(512, one=True),
-        chosen(512, 64), chosen(64), chosen(512, cuda=False), chosen(512, kv="q8_0", off=4),
+        chosen(512, 64), chosen(128), chosen(512, cuda=False), chosen(512, kv="q8_0", off=4),
     ]  # fmt: skip
     assert refused == [None] * 8
     monkeypatch.setattr(attend.triton, "__version__", "3.7.1")
