@@ -250,7 +250,7 @@ BACKENDS: Sequence[Capability] = (
         windowed=False,
         min_capability=(9, 0),
         max_capability=(9, 0),
-        by_name="630 TFLOP/s where headwise-hopper has 653 (causal 256 at 16K, one H200), and a plan for every new length",
+        by_name="632 TFLOP/s where headwise-hopper has 652 (causal 256 at 16K, one H200), and a plan for every new length",
         source="PyTorch 2.11 _scaled_dot_product_cudnn_attention, called at 8, 128, 136 and 256 on an H200",
     ),
     Capability(
@@ -289,14 +289,14 @@ BACKENDS: Sequence[Capability] = (
                 of="headwise-hopper",
                 head_dim=256,
                 window=None,
-                why="in steps of more than 1,024 tokens, 678 TFLOP/s where headwise-hopper has 653 (causal 256 at 16K, one H200)",
+                why="in steps of more than 1,024 tokens, 665 TFLOP/s where headwise-hopper has 652 (causal 256 at 16K, one H200)",
             ),
             Ahead(
                 of="headwise-hopper",
                 head_dim=256,
                 window=1024,
-                why="in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 548 TFLOP/s "
-                "where headwise-hopper has 499 (window 1024 at 32K, one H200)",
+                why="in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 552 TFLOP/s "
+                "where headwise-hopper has 509 (window 1024 at 32K, one H200)",
             ),
         ),
         source="flash-attn-4 4.0.0b36 flash_attn/cute/interface.py _validate_head_dims: 8 to 256 in steps of 16 bytes on SM90",
@@ -327,7 +327,7 @@ BACKENDS: Sequence[Capability] = (
         kv=("f32", "f16", "bf16"),
         sinks=False,
         floats_as_activations=True,
-        by_name="255 TFLOP/s where headwise-hopper has 499 (window 1024 at 32K, one H200), and it compiles at the first call",
+        by_name="255 TFLOP/s where headwise-hopper has 509 (window 1024 at 32K, one H200), and it compiles at the first call",
         source="torch.nn.attention.flex_attention under torch.compile: no log-sum-exp on a CPU (torch 2.13), so no sinks; out of "
         "shared memory at 512 on an H200",
     ),

@@ -45,10 +45,10 @@ from headwise.spec.layers import Kind, ModelSpec
 
 OURS, THEIRS = ROWS["headwise-hopper"], ROWS["flash-attn-4"]
 CAUSAL = replace(NEED, head_dim=256, key_dim=256)
-FIGURES = "in steps of more than 1,024 tokens, 678 TFLOP/s where headwise-hopper has 653 (causal 256 at 16K, one H200)"
+FIGURES = "in steps of more than 1,024 tokens, 665 TFLOP/s where headwise-hopper has 652 (causal 256 at 16K, one H200)"
 IN_A_WINDOW = (
-    "in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 548 TFLOP/s where "
-    "headwise-hopper has 499 (window 1024 at 32K, one H200)"
+    "in steps of more than 1,024 tokens whose keys lie in a row of the ring, as in a prompt's first, 552 TFLOP/s where "
+    "headwise-hopper has 509 (window 1024 at 32K, one H200)"
 )
 CPU = torch.device("cpu")
 F16: dict[Kind, KVFormat] = {"global": KV_FORMATS["f16"], "sliding": KV_FORMATS["f16"]}

@@ -215,7 +215,7 @@ def test_backends_taken_by_name_quote_the_benchmark() -> None:
     rates = {
         ("causal 256 at 16K" if r["shape"]["window"] is None else "window 1024 at 32K", r["who"]): round(r["tflops"])
         for r in found["rows"]
-        if r["shape"]["head_dim"] == 256 and not r["shape"]["decode"]
+        if r["shape"]["head_dim"] == 256 and r["shape"]["kv"] == "bf16" and not r["shape"]["decode"]
     }
     names = {"torch-cudnn": "torch cuDNN", "flash-attn-4": "flash-attn-4", "flex-attention": "FlexAttention"}
     words = {b.name: " ".join([b.by_name or "", *(a.why for a in b.ahead)]) for b in BACKENDS}
