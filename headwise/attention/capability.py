@@ -177,10 +177,9 @@ BACKENDS: Sequence[Capability] = (
         min_capability=(9, 0),
         max_capability=(9, 0),
         triton=GLUON,
-        source="headwise/kernels/attend_hopper.py, decode_hopper.py and, over fp8, q8_0 and q4_0, attend_packed.py (prefill at "
-        "256 and 512) and decode_packed.py: TMA and wgmma; prefill over those at 64 and 128 is attend_mma.py's, decode of more "
-        "than 16 rows of 512 or of head_dim 64 attend.py's, as is, of V alone, all but decode over floats; Gluon's API changes "
-        "between versions of triton",
+        source="headwise/kernels/attend_hopper.py, decode_hopper.py and, over fp8, q8_0 and q4_0, attend_packed.py (prefill) "
+        "and decode_packed.py: TMA and wgmma; decode over those of more than 16 rows of 512 or of head_dim 64 is attend.py's, as "
+        "is, of V alone, all but decode over floats; Gluon's API changes between versions of triton",
     ),
     Capability(
         name="headwise-triton",

@@ -81,9 +81,9 @@ def launch(
     pair = v is not None and D == 512
     if few:  # of floats, two tiles of both do not fit shared memory
         by_portable = not hopper or (pair if native else turn is not None or not packed_takes(D, rows))
-    else:  # the prefill kernels of 512 have no window and no sinks, narrow ones no quantised cache, and none makes keys of V alone
+    else:  # the prefill kernels of 512 have no window and no sinks, and none makes keys of V alone or reads floats of another type
         only_512 = D == 512 and (window is not None or sinks_H is not None)
-        by_portable = not hopper or only_512 or turn is not None or (not native and (k.floats or D < 256))
+        by_portable = not hopper or only_512 or turn is not None or (not native and k.floats)
     merged = not by_portable and rows <= MERGED_ROWS and done is not None  # by the launch itself
     share = 2.0 if by_portable or not native else 0.75 if merged else 1.0
     tile = portable.tile_rows(q_NHE, k, v, D, rows, turn) if by_portable else max(16, 1 << (rows - 1).bit_length())

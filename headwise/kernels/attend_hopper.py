@@ -535,21 +535,32 @@ def _leave(
 
 
 @gluon.jit
+def _as_keys(x, y, D: gl.constexpr):
+    """64 queries in shared memory in the type of the keys, where they lie."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    if x.dtype != y.dtype:
+        for c in gl.static_range(D // 64):
+            part = x.slice(64 * c, 64, dim=1).load(layout)
+            y.slice(64 * c, 64, dim=1).store(part.to(gl.float32).to(y.dtype))
+        fence_async_shared()
+
+
+@gluon.jit
 def _two_consume(
     od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full, k_full,
     v_full, k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr,
-    RING: gl.constexpr, SINKS: gl.constexpr, dtype: gl.constexpr,
+    RING: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
     HALVES: gl.constexpr = 2 if D == 256 else 1  # of the columns: the first leaves while the second is multiplied
     N: gl.constexpr = D // HALVES
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, N, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    q = sq.index(WHO)
+    q = sq._reinterpret(sk.dtype, [2, 64, D], sq.layout).index(WHO)
     zero = gl.zeros([64, BN], gl.float32, sl)
     cols = gl.arange(0, BN, gl.SliceLayout(0, sl))
     n = 0
     done = 0  # blocks so far
-    o0 = gl.zeros([64, N], dtype, accl)  # a block's results, which leave while the next one begins
+    o0 = gl.zeros([64, N], so.dtype, accl)  # a block's results, which leave while the next one begins
     o1 = o0
     o_row = 0
     o_rest = 0
@@ -571,6 +582,7 @@ def _two_consume(
             m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
             l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
             mbarrier.wait(q_full.index(WHO), done & 1)
+            _as_keys(sq.index(WHO), q, D)
             mbarrier.wait(k_full.index(n % 2), (n // 2) & 1)
             s = warpgroup_mma(q, sk.index(n % 2).permute((1, 0)), zero, use_acc=False, is_async=True)
             if done > 0:
@@ -578,7 +590,7 @@ def _two_consume(
             s = warpgroup_mma_wait(0, deps=(s,))
             mbarrier.arrive(k_empty.index(n % 2), count=1)
             p, a, m, l = _softmax(
-                s, m, l, 0, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
+                s, m, l, 0, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, sv.dtype, accl
             )
             for i in range(1, tiles):
                 before = n % 2
@@ -593,7 +605,7 @@ def _two_consume(
                 s = warpgroup_mma_wait(HALVES, deps=(s,))
                 mbarrier.arrive(k_empty.index(b), count=1)
                 p_next, a, m, l = _softmax(
-                    s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, dtype, accl
+                    s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, BN, WINDOWED, RING, sv.dtype, accl
                 )
                 if HALVES == 2:
                     acc0, acc1, p = warpgroup_mma_wait(0, deps=(acc0, acc1, p))
@@ -618,10 +630,10 @@ def _two_consume(
                 after, starts, lengths, blocks, pairs, short, window, ring, HEADS, BN, WINDOWED, RING
             )
             acc0, p = warpgroup_mma_wait(HALVES - 1, deps=(acc0, p))
-            o0 = (acc0 * part).to(dtype)
+            o0 = (acc0 * part).to(so.dtype)
             if HALVES == 2:
                 acc1 = warpgroup_mma_wait(0, deps=(acc1,))
-                o1 = (acc1 * part).to(dtype)
+                o1 = (acc1 * part).to(so.dtype)
             mbarrier.arrive(v_empty.index(b), count=1)
             n += 1
             done += 1
@@ -649,9 +661,9 @@ def _two(
     fence_async_shared()
     gl.warp_specialize([
         (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
-                        q_full, k_full, v_full, k_empty, v_empty, 0, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
+                        q_full, k_full, v_full, k_empty, v_empty, 0, D, BN, HEADS, WINDOWED, RING, SINKS)),
         (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
-                        q_full, k_full, v_full, k_empty, v_empty, 1, D, BN, HEADS, WINDOWED, RING, SINKS, dtype)),
+                        q_full, k_full, v_full, k_empty, v_empty, 1, D, BN, HEADS, WINDOWED, RING, SINKS)),
         (_two_load, (qd, kd, vd, starts, lengths, table, table_stride, ring, window, works, blocks, pairs, short, GROUP, D, BN,
                      HEADS, WINDOWED, RING, PAGED, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty)),
     ], [4, 1], [240, 24])  # fmt: skip

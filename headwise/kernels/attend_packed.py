@@ -1,15 +1,18 @@
-"""Prefill at head_dim 512 over quantised caches (fp8, q8_0, q4_0) on Hopper: a warpgroup makes floats of bytes while three multiply
-those of the tiles before.
+"""Prefill over quantised caches (fp8, q8_0, q4_0) on Hopper: a warpgroup makes floats of bytes while others multiply those of the
+tiles before. At head_dim 512 (`_attend`):
 
     scores    S(i) = Q K(i), softmax -> P(i) in shared memory
     values    half of O += P(i) V(i): with one tensor the right half under the softmax of the next tile, with two both
     widen     a part comes in registers while those before it become floats in shared memory, as soon as there is room
 
-With one tensor for K and V two tiles are in shared memory, whose halves are values; with two, one tile of each. A part is 64 values
-of 64 keys; bytes go through shared memory as floats only. These are f16 whatever the activations are, which the queries become too:
-fewer instructions than bf16 takes, and more of a value is kept.
+With one tensor for K and V two tiles are in shared memory, whose halves are values; with two, one tile of each. Below 512 (`_two`)
+two warpgroups have 64 queries each, as in `attend_hopper`; at 256 registers hold no scores ahead of the softmax.
 
-Shapes    as in `attend`: one tensor (512 + 128 rotated values) or two; no window, softcap or sinks; contiguous, or pages of 64.
+A part is 64 values of 64 keys; bytes go through shared memory as floats only. These are f16 whatever the activations are, which the
+queries become too: fewer instructions than bf16 takes, and more of a value is kept.
+
+Shapes    as in `attend`: one tensor (512 + 128 rotated values) or two; no softcap, at 512 no window or sinks; contiguous, a
+          ring, or pages of 64.
 Accuracy  a stored value is its product with the scale, rounded to f16 once: queries and values over 65,504 become infinite.
 Cost      64 keys of one tensor: 40,960 values, 1 (fp8) to 2 instructions each on four warps, beside 2,048 clocks of products.
 Source    roles after FlashAttention-3 (Shah et al. 2024) and FlashMLA (DeepSeek 2025), which widens fp8 so.
@@ -32,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from headwise.kernels.attend_hopper import (
     BM,
     LOG2E,
+    _as_keys,
     _barriers,
     _described,
     _extent,
@@ -41,6 +45,7 @@ from headwise.kernels.attend_hopper import (
     _softmax,
     _store,
     _sums,
+    _two_consume,
     _work,
 )
 from headwise.kernels.attend_mma import widened
@@ -86,6 +91,16 @@ def _part(x, s, at: gl.constexpr, FORMAT: gl.constexpr):
     if FORMAT != FP8:
         of_blocks = gl.load(s + at * 2)
     return words, of_blocks
+
+
+@gluon.jit
+def _all_parts(x, s, N: gl.constexpr, FORMAT: gl.constexpr):
+    if N == 1:
+        return (_part(x, s, 0, FORMAT),)
+    elif N == 2:
+        return _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT)
+    else:
+        return _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
 
 
 @gluon.jit
@@ -339,58 +354,58 @@ def _ring_rows(
 @gluon.jit
 def _widen_two(
     qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works, blocks, pairs, short,
-    sq, sk, sv, q_full, q_empty, k_full, v_full, k_empty, v_empty, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
+    sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr,
     WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr, FORMAT: gl.constexpr,
 ):  # fmt: skip
     """Tiles of both, block after block; a tile's rows are asked for while the one before becomes floats."""
     G = H // GROUP
     n = 0  # tiles so far
-    done = 0  # blocks so far
-    fk, fv = _parts_of(sk, 2 * D // 64), _parts_of(sv, 2 * D // 64)
+    PARTS: gl.constexpr = D // 64
+    FIRST: gl.constexpr = (PARTS + 1) // 2  # of a tile, before more are asked for: registers hold a tile and a half
+    fk, fv = _parts_of(sk, 2 * PARTS), _parts_of(sv, 2 * PARTS)
     for w in range(gl.program_id(0), works, gl.num_programs(0)):
         seq, q0, T, past, first, h, lo, hi, run, tiles_run, tiles = _work(
             w, starts, lengths, blocks, pairs, short, window, ring, HEADS, 64, WINDOWED, RING
         )
         g = h // GROUP
         if tiles > 0:
+            mbarrier.wait(k_empty.index((n + 1) % 2), (((n + 1) // 2) & 1) ^ 1)  # the block before has met its last keys
             for who in gl.static_range(2):
-                mbarrier.wait(q_empty.index(who), (done & 1) ^ 1)
                 mbarrier.expect(q_full.index(who), 64 * D * 2)
                 if HEADS == 2:
                     tma.async_copy_global_to_shared(qd, [q0 + first, (h + who) * D], q_full.index(who), sq.index(who))
                 else:
                     tma.async_copy_global_to_shared(qd, [q0 + first + 64 * who, h * D], q_full.index(who), sq.index(who))
-            done += 1
             rows = _ring_rows(table, seq, table_stride, 0, lo, hi, run, tiles_run, ring, g, G, FORMAT, RING, PAGED)
             x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
-            a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+            asked = _all_parts(x, s, PARTS, FORMAT)
             for i in range(tiles):
                 b = n % 2
                 ph = ((n // 2) & 1) ^ 1
                 mbarrier.wait(k_empty.index(b), ph)
-                _give(fk, 4 * b, a0, FORMAT)
-                _give(fk, 4 * b + 1, a1, FORMAT)
+                for c in gl.static_range(FIRST):
+                    _give(fk, PARTS * b + c, asked[c], FORMAT)
                 x, s = _starts_of(v_data, v_scales, rows, D, FORMAT)
-                b0, b1, b2, b3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
-                _give(fk, 4 * b + 2, a2, FORMAT)
-                _give(fk, 4 * b + 3, a3, FORMAT)
+                of_v = _all_parts(x, s, PARTS, FORMAT)
+                for c in gl.static_range(FIRST, PARTS):
+                    _give(fk, PARTS * b + c, asked[c], FORMAT)
                 _signal(k_full.index(b))
                 after = gl.minimum(i + 1, tiles - 1)
                 rows = _ring_rows(table, seq, table_stride, after, lo, hi, run, tiles_run, ring, g, G, FORMAT, RING, PAGED)
                 mbarrier.wait(v_empty.index(b), ph)
-                _give(fv, 4 * b, b0, FORMAT)
-                _give(fv, 4 * b + 1, b1, FORMAT)
+                for c in gl.static_range(FIRST):
+                    _give(fv, PARTS * b + c, of_v[c], FORMAT)
                 x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
-                a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
-                _give(fv, 4 * b + 2, b2, FORMAT)
-                _give(fv, 4 * b + 3, b3, FORMAT)
+                asked = _all_parts(x, s, PARTS, FORMAT)
+                for c in gl.static_range(FIRST, PARTS):
+                    _give(fv, PARTS * b + c, of_v[c], FORMAT)
                 _signal(v_full.index(b))
                 n += 1
 
 
 @gluon.jit
-def _two_consume(
-    out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full, q_empty, k_full, v_full,
+def _256_consume(
+    out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full, k_full, v_full,
     k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
     SINKS: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
@@ -416,11 +431,7 @@ def _two_consume(
             m = gl.full([64], -1e30, gl.float32, gl.SliceLayout(1, sl))
             l = gl.zeros([64], gl.float32, gl.SliceLayout(1, sl))
             mbarrier.wait(q_full.index(WHO), done & 1)
-            if sq.dtype != gl.float16:
-                for c in gl.static_range(D // 64):
-                    x = sq.index(WHO).slice(64 * c, 64, dim=1).load(sl)
-                    q16.slice(64 * c, 64, dim=1).store(x.to(gl.float32).to(gl.float16))
-                fence_async_shared()
+            _as_keys(sq.index(WHO), q16, D)
             for i in range(tiles):
                 b = n % 2
                 ph = (n // 2) & 1
@@ -428,8 +439,6 @@ def _two_consume(
                 s = warpgroup_mma(q16, sk.index(b).permute((1, 0)), zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=(s,))
                 mbarrier.arrive(k_empty.index(b), count=1)
-                if i == tiles - 1:
-                    mbarrier.arrive(q_empty.index(WHO), count=1)
                 p, a, m, l = _softmax(
                     s, m, l, i, lo, hi, run, tiles_run, pos_q, cols, nearest, window, scale, 64, WINDOWED, RING, gl.float16, accl
                 )
@@ -448,32 +457,44 @@ def _two_consume(
 
 @gluon.jit
 def _two(
-    qd, k_data, k_scales, v_data, v_scales, out, sinks, starts, lengths, table, table_stride, ring, window, H, works, blocks, pairs,
-    short, scale, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
+    qd, k_data, k_scales, v_data, v_scales, od, out, sinks, starts, lengths, table, table_stride, ring, window, H, works, blocks,
+    pairs, short, scale, GROUP: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
     PAGED: gl.constexpr, SINKS: gl.constexpr, FORMAT: gl.constexpr, dtype: gl.constexpr,
 ):  # fmt: skip
     sq = gl.allocate_shared_memory(dtype, [2, 64, D], qd.layout)
     sk = gl.allocate_shared_memory(gl.float16, [2, 64, D], qd.layout)
     sv = gl.allocate_shared_memory(gl.float16, [2, 64, D], qd.layout)
-    q_full, q_empty, k_full, v_full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
+    q_full, k_full, v_full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
     k_empty, v_empty = _barriers(2, 2), _barriers(2, 2)
     fence_async_shared()
-    gl.warp_specialize([
-        (_two_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
-                        q_empty, k_full, v_full, k_empty, v_empty, 0, D, HEADS, WINDOWED, RING, SINKS, dtype)),
-        (_two_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
-                        q_empty, k_full, v_full, k_empty, v_empty, 1, D, HEADS, WINDOWED, RING, SINKS, dtype)),
-        (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works, blocks,
-                      pairs, short, sq, sk, sv, q_full, q_empty, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED, RING,
-                      PAGED, FORMAT)),
-    ], [4, 4], [208, 88])  # fmt: skip
+    if D == 256:  # registers hold no tile of scores ahead, nor results that leave while the next block begins
+        gl.warp_specialize([
+            (_256_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
+                            k_full, v_full, k_empty, v_empty, 0, D, HEADS, WINDOWED, RING, SINKS, dtype)),
+            (_256_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
+                            k_full, v_full, k_empty, v_empty, 1, D, HEADS, WINDOWED, RING, SINKS, dtype)),
+            (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works,
+                          blocks, pairs, short, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED,
+                          RING, PAGED, FORMAT)),
+        ], [4, 4], [208, 88])  # fmt: skip
+    else:
+        so = gl.allocate_shared_memory(dtype, [2, 64, D], od.layout)
+        gl.warp_specialize([
+            (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
+                            q_full, k_full, v_full, k_empty, v_empty, 0, D, 64, HEADS, WINDOWED, RING, SINKS)),
+            (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
+                            q_full, k_full, v_full, k_empty, v_empty, 1, D, 64, HEADS, WINDOWED, RING, SINKS)),
+            (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works,
+                          blocks, pairs, short, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED,
+                          RING, PAGED, FORMAT)),
+        ], [4, 4], [208, 88])  # fmt: skip
 
 
 def attend_packed_two(
     q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, window: int | None = None,
     sinks_H: Tensor | None = None, processors: int = 132,
 ) -> Tensor:  # fmt: skip
-    """Prefill at head_dim 256 over fp8, q8_0 or q4_0, as `attend_hopper.attend_two`."""
+    """Prefill at head_dim 64, 128 or 256 over fp8, q8_0 or q4_0, as `attend_hopper.attend_two`."""
     H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
     heads = 2 if (H // G) % 2 == 0 else 1
     rows = 128 // heads
@@ -482,10 +503,11 @@ def attend_packed_two(
     short = 0 if window is None else min(blocks, -(-window // rows))
     held = [(x.data_SGW.view(torch.int32), q_NHE if x.scales_SGB is None else x.scales_SGB) for x in (k, v)]
     _two[(works if window is None else min(processors, works),)](
-        _described(q_NHE, 64, D), *held[0], *held[1], out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1,
-        seqs.lengths_B, slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short,
-        scale * LOG2E, GROUP=H // G, D=D, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
-        SINKS=sinks_H is not None, FORMAT=k.format, dtype=_kind(q_NHE), num_warps=4,
+        _described(q_NHE, 64, D), *held[0], *held[1], _described(out_NHD, 64, min(D, 128)), out_NHD,
+        q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0),
+        max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E, GROUP=H // G, D=D, HEADS=heads,
+        WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0, SINKS=sinks_H is not None, FORMAT=k.format,
+        dtype=_kind(q_NHE), num_warps=4,
     )  # fmt: skip
     return out_NHD
 

@@ -97,10 +97,10 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         (q2, o2), k, v = tensors(32, E, 512, 128), cache(E, kv), cache(512, kv) if E == 512 else None
         compiled(bytes_prefill, "_attend", lambda q=q2, o=o2, k=k, v=v: bytes_prefill.attend_packed(
             q, k, v, o, seqs, flat, scale=1.0), f"{label}, 512, {kv}")  # fmt: skip
-    for kv, (window, ring) in product(STORED, ((1024, 1600), (None, 0))):
-        (q2, o2), k, slots = tensors(32, 256, 256, 128), cache(256, kv), Slots(ints(0), ring)
+    for kv, D, (window, ring) in product(STORED, (64, 128, 256), ((1024, 1600), (None, 0))):
+        (q2, o2), k, slots = tensors(32, D, D, 128), cache(D, kv), Slots(ints(0), ring)
         compiled(bytes_prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: bytes_prefill.attend_packed_two(
-            q, k, k, o, seqs, s, scale=1.0, window=w), f"two tensors, 256, {kv}, window {window}")  # fmt: skip
+            q, k, k, o, seqs, s, scale=1.0, window=w), f"two tensors, {D}, {kv}, window {window}")  # fmt: skip
     for D, window, ring in ((64, 128, 700), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
         q2, o2 = tensors(32, D, D, 128)
         k, slots = cache(D, "bf16"), Slots(ints(0), ring)
