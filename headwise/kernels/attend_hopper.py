@@ -36,6 +36,7 @@ from headwise.kernels.stored import Sequences, Slots, Stored
 
 LOG2E = 1.4426950408889634
 BM, BN = 64, 64  # queries of a warpgroup; keys of a tile, which is a page
+LEAST_WIDE = 1024  # windows of less meet too few keys for tiles of 128
 
 
 @gluon.jit
@@ -680,7 +681,7 @@ def attend_two(
     """
     H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
     heads = 2 if (H // G) % 2 == 0 else 1
-    keys, rows = 64 if D == 256 or slots.page else 128, 128 // heads
+    keys, rows = 64 if D == 256 or slots.page or (window or LEAST_WIDE) < LEAST_WIDE else 128, 128 // heads
     blocks, pairs = -(-seqs.max_queries // rows), H // heads
     works = blocks * pairs * seqs.lengths_B.shape[0]
     short = 0 if window is None else min(blocks, -(-window // rows))

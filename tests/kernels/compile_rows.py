@@ -101,7 +101,7 @@ def hopper(capability: int = 90) -> list[dict[str, object]]:
         (q2, o2), k, slots = tensors(32, D, D, 128), cache(D, kv), Slots(ints(0), ring)
         compiled(bytes_prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: bytes_prefill.attend_packed_two(
             q, k, k, o, seqs, s, scale=1.0, window=w), f"two tensors, {D}, {kv}, window {window}")  # fmt: skip
-    for D, window, ring in ((64, 128, 700), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
+    for D, window, ring in ((64, 128, 700), (128, 4096, 5000), (128, None, 0), (256, 1024, 1600), (256, None, 0)):
         q2, o2 = tensors(32, D, D, 128)
         k, slots = cache(D, "bf16"), Slots(ints(0), ring)
         compiled(prefill, "_two", lambda q=q2, o=o2, k=k, s=slots, w=window: prefill.attend_two(q, k, k, o, seqs, s, scale=1.0,

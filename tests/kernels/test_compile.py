@@ -34,7 +34,7 @@ def test_no_row_spills(rows: list[dict[str, Any]]) -> None:
 
 def test_the_hopper_kernels_use_the_asynchronous_matrix_unit(rows: list[dict[str, Any]]) -> None:
     gluon = [r for r in rows if "kernel" in r]
-    assert len(gluon) == 6 + 24 + 10 + 15  # prefill over floats, and over bytes; decode over both
+    assert len(gluon) == 7 + 24 + 10 + 15  # prefill over floats, and over bytes; decode over both
     assert all(r["wgmma"] for r in gluon)
 
 
