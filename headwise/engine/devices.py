@@ -109,7 +109,7 @@ def slower(kind: DeviceKind, dtype: str, *, wide: bool, quantised: bool) -> Iter
         yield f"attention on {kind.label} is not headwise-hopper's: it {_other_triton(kind)}"
     if kind.api == "cuda" and (8, 0) <= (kind.capability or (0, 0)) != (9, 0) and kind.triton != GLUON and wide and dtype != "f32":
         what = "wide heads and quantised caches"
-        yield f"prefill of {what} on {kind.label} takes up to twice the time: the kernel {_other_triton(kind)}"
+        yield f"prefill of {what} on {kind.label} takes two to four times as long: the kernel {_other_triton(kind)}"
     if quantised and (why := skinny_refusal(kind, dtype)):
         yield f"few rows meet quantised weights in slow kernels on {kind.label}: the fast one {why}"
 
