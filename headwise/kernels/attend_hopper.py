@@ -450,6 +450,36 @@ def _work(
 
 
 @gluon.jit
+def _half_of(first, h, WHO: gl.constexpr, HEADS: gl.constexpr):
+    """First query and head of a consumer's 64 of a block: two heads' queries, or twice as many of one."""
+    if HEADS == 2:
+        return first, h + WHO
+    else:
+        return first + WHO * 64, h
+
+
+@gluon.jit
+def _two_queries(qd, q0, first, h, sq, q_full, D: gl.constexpr, HEADS: gl.constexpr):
+    for who in gl.static_range(2):
+        row, head = _half_of(first, h, who, HEADS)
+        mbarrier.expect(q_full.index(who), 64 * D * 2)
+        tma.async_copy_global_to_shared(qd, [q0 + row, head * D], q_full.index(who), sq.index(who))
+
+
+@gluon.jit
+def _tile_slot(
+    table, seq, table_stride, i, lo, tiles_run, ring, BN: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr
+):  # fmt: skip
+    """The first slot of tile `i` of the keys from position `lo` on."""
+    if PAGED:
+        return gl.load(table + seq * table_stride + (lo + i * BN) // 64) * 64
+    elif RING:
+        return gl.load(table + seq) + gl.where(i < tiles_run, lo % ring + i * BN, (i - tiles_run) * BN)
+    else:
+        return gl.load(table + seq) + lo + i * BN
+
+
+@gluon.jit
 def _two_load(
     qd, kd, vd, starts, lengths, table, table_stride, ring, window, works, blocks, pairs, short, GROUP: gl.constexpr,
     D: gl.constexpr, BN: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, PAGED: gl.constexpr,
@@ -464,25 +494,13 @@ def _two_load(
         for i in range(tiles):
             s = n % 2
             ph = ((n // 2) & 1) ^ 1
-            if PAGED:
-                slot = gl.load(table + seq * table_stride + (lo + i * BN) // 64) * 64
-            else:
-                slot = gl.load(table + seq)
-                if RING:
-                    slot += gl.where(i < tiles_run, lo % ring + i * BN, (i - tiles_run) * BN)
-                else:
-                    slot += lo + i * BN
+            slot = _tile_slot(table, seq, table_stride, i, lo, tiles_run, ring, BN, RING, PAGED)
             mbarrier.wait(k_empty.index(s), ph)
             mbarrier.expect(k_full.index(s), BN * D * 2)
             tma.async_copy_global_to_shared(kd, [slot, g * D], k_full.index(s), sk.index(s))
             if i == 0:  # once the block before has met its last keys, which are those of the other stage
                 mbarrier.wait(k_empty.index((n + 1) % 2), (((n + 1) // 2) & 1) ^ 1)
-                for who in gl.static_range(2):
-                    mbarrier.expect(q_full.index(who), 64 * D * 2)
-                    if HEADS == 2:
-                        tma.async_copy_global_to_shared(qd, [q0 + first, (h + who) * D], q_full.index(who), sq.index(who))
-                    else:
-                        tma.async_copy_global_to_shared(qd, [q0 + first + 64 * who, h * D], q_full.index(who), sq.index(who))
+                _two_queries(qd, q0, first, h, sq, q_full, D, HEADS)
             mbarrier.wait(v_empty.index(s), ph)
             mbarrier.expect(v_full.index(s), BN * D * 2)
             tma.async_copy_global_to_shared(vd, [slot, g * D], v_full.index(s), sv.index(s))
@@ -572,10 +590,7 @@ def _two_consume(
     for w in range(gl.program_id(0), works, gl.num_programs(0)):
         after = gl.minimum(w + gl.num_programs(0), works - 1)
         if tiles > 0:
-            if HEADS == 2:
-                h += WHO
-            else:
-                first += WHO * 64
+            first, h = _half_of(first, h, WHO, HEADS)
             nearest = past + first
             pos_q = nearest + gl.arange(0, 64, gl.SliceLayout(1, sl))
             acc0 = gl.zeros([64, N], gl.float32, accl)
@@ -670,6 +685,28 @@ def _two(
     ], [4, 1], [240, 24])  # fmt: skip
 
 
+def _two_launch(
+    q_NHE: Tensor, k: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, scale: float, window: int | None,
+    sinks_H: Tensor | None, processors: int,
+) -> tuple[tuple[int], tuple[object, ...], dict[str, object]]:  # fmt: skip
+    """Programs, and arguments from the results on, by position and by name: of floats and of bytes."""
+    H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
+    heads = 2 if (H // G) % 2 == 0 else 1
+    rows = 128 // heads
+    blocks, pairs = -(-seqs.max_queries // rows), H // heads
+    works = blocks * pairs * seqs.lengths_B.shape[0]
+    short = 0 if window is None else min(blocks, -(-window // rows))
+    args = (
+        _described(out_NHD, 64, min(D, 128)), out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B,
+        slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E,
+    )  # fmt: skip
+    options = {
+        "GROUP": H // G, "D": D, "HEADS": heads, "WINDOWED": window is not None, "RING": slots.ring > 0, "PAGED": slots.page > 0,
+        "SINKS": sinks_H is not None, "dtype": _kind(q_NHE), "num_warps": 4,
+    }  # fmt: skip
+    return (works if window is None else min(processors, works),), args, options
+
+
 def attend_two(
     q_NHE: Tensor, k: Stored, v: Stored, out_NHD: Tensor, seqs: Sequences, slots: Slots, *, scale: float, window: int | None = None,
     sinks_H: Tensor | None = None, processors: int = 132,
@@ -679,17 +716,10 @@ def attend_two(
     Args:
         processors: programs of a window's launch, each with block after block; without a window blocks differ too much in length.
     """
-    H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
-    heads = 2 if (H // G) % 2 == 0 else 1
-    keys, rows = 64 if D == 256 or slots.page or (window or LEAST_WIDE) < LEAST_WIDE else 128, 128 // heads
-    blocks, pairs = -(-seqs.max_queries // rows), H // heads
-    works = blocks * pairs * seqs.lengths_B.shape[0]
-    short = 0 if window is None else min(blocks, -(-window // rows))
-    _two[(works if window is None else min(processors, works),)](
-        _described(q_NHE, 64, D), _described(k.data_SGW, keys, D), _described(v.data_SGW, keys, D),
-        _described(out_NHD, 64, min(D, 128)), out_NHD, q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B,
-        slots.table, slots.table.stride(0), max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E,
-        GROUP=H // G, D=D, BN=keys, HEADS=heads, WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0,
-        SINKS=sinks_H is not None, dtype=_kind(q_NHE), num_warps=4,
-    )  # fmt: skip
+    D = q_NHE.shape[2]
+    narrow = window is not None and window < LEAST_WIDE
+    keys = 64 if D == 256 or slots.page or narrow else 128
+    programs, args, options = _two_launch(q_NHE, k, out_NHD, seqs, slots, scale, window, sinks_H, processors)
+    tiles = _described(q_NHE, 64, D), _described(k.data_SGW, keys, D), _described(v.data_SGW, keys, D)
+    _two[programs](*tiles, *args, BN=keys, **options)
     return out_NHD

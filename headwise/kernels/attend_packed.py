@@ -39,13 +39,17 @@ from headwise.kernels.attend_hopper import (
     _barriers,
     _described,
     _extent,
+    _half_of,
     _kind,
     _shares,
     _slot,
     _softmax,
     _store,
     _sums,
+    _tile_slot,
     _two_consume,
+    _two_launch,
+    _two_queries,
     _work,
 )
 from headwise.kernels.attend_mma import widened
@@ -94,13 +98,12 @@ def _part(x, s, at: gl.constexpr, FORMAT: gl.constexpr):
 
 
 @gluon.jit
-def _all_parts(x, s, N: gl.constexpr, FORMAT: gl.constexpr):
-    if N == 1:
-        return (_part(x, s, 0, FORMAT),)
-    elif N == 2:
-        return _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT)
-    else:
-        return _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+def _parts(x, s, at: gl.constexpr, N: gl.constexpr, FORMAT: gl.constexpr):
+    """N of them from value 64 * `at` on."""
+    parts = ()
+    for c in gl.static_range(N):
+        parts = parts + (_part(x, s, at + c, FORMAT),)
+    return parts
 
 
 @gluon.jit
@@ -162,7 +165,7 @@ def _widen(
         _queries(qd, q0 + block * 64, h * W, sq, bq, ONE)
         fk = _parts_of(sk, 16)
         x, s = _starts_of(k_data, k_scales, _rows(table, seq, table_stride, 0, tiles, n, g, G, FORMAT, PAGED), W, FORMAT)
-        a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
+        a0, a1, a2 = _parts(x, s, 0, 3, FORMAT)
         if ONE:
             ft = _parts_of(st, 2)
             for i in range(tiles):
@@ -174,7 +177,7 @@ def _widen(
                 _give(fk, 4 * left, a0, FORMAT)
                 _give(fk, 4 * left + 1, a1, FORMAT)
                 _give(fk, 4 * left + 2, a2, FORMAT)
-                c0, c1, c2, c3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
+                c0, c1, c2, c3 = _parts(x, s, 4, 4, FORMAT)
                 _give(fk, 4 * left + 3, b0, FORMAT)
                 _signal(full.index(left))
                 mbarrier.wait(t_empty, (i & 1) ^ 1)
@@ -183,7 +186,7 @@ def _widen(
                 _signal(t_full)
                 mbarrier.wait(empty.index(left + 1), ph)
                 x, s = _starts_of(k_data, k_scales, after, W, FORMAT)
-                a0, a1, a2 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT)
+                a0, a1, a2 = _parts(x, s, 0, 3, FORMAT)
                 _give(fk, 4 * left + 4, c0, FORMAT)
                 _give(fk, 4 * left + 5, c1, FORMAT)
                 _give(fk, 4 * left + 6, c2, FORMAT)
@@ -199,7 +202,7 @@ def _widen(
                 rows = _rows(table, seq, table_stride, after, tiles, n, g, G, FORMAT, PAGED)
                 mbarrier.wait(empty.index(left), ph)
                 _give(fk, 4 * left, a0, FORMAT)
-                b0, b1, b2, b3 = _part(x, s, 4, FORMAT), _part(x, s, 5, FORMAT), _part(x, s, 6, FORMAT), _part(x, s, 7, FORMAT)
+                b0, b1, b2, b3 = _parts(x, s, 4, 4, FORMAT)
                 _give(fk, 4 * left + 1, a1, FORMAT)
                 _give(fk, 4 * left + 2, a2, FORMAT)
                 _give(fk, 4 * left + 3, a3, FORMAT)
@@ -210,7 +213,7 @@ def _widen(
                     x, s = _starts_of(k_data, k_scales, rows, W, FORMAT)
                 else:
                     x, s = _starts_of(v_data, v_scales, rows, W, FORMAT)
-                a0, a1, a2, a3 = _part(x, s, 0, FORMAT), _part(x, s, 1, FORMAT), _part(x, s, 2, FORMAT), _part(x, s, 3, FORMAT)
+                a0, a1, a2, a3 = _parts(x, s, 0, 4, FORMAT)
                 _give(fk, 4 * left + 5, b1, FORMAT)
                 _give(fk, 4 * left + 6, b2, FORMAT)
                 _give(fk, 4 * left + 7, b3, FORMAT)
@@ -338,16 +341,10 @@ def _ring_rows(
 ):  # fmt: skip
     """Rows of the cache of tile `i` of the keys from position `lo` on; past the end of its run of slots the last one again."""
     j = gl.arange(0, 64, gl.SliceLayout(1, gl.SliceLayout(2, _layout(FORMAT))))
+    slot = _tile_slot(table, seq, table_stride, i, lo, tiles_run, ring, 64, RING, PAGED)
     left = hi - lo - i * 64  # keys from here on
-    if PAGED:
-        slot = gl.load(table + seq * table_stride + (lo + i * 64) // 64) * 64
-    else:
-        slot = gl.load(table + seq)
-        if RING:
-            slot += gl.where(i < tiles_run, lo % ring + i * 64, (i - tiles_run) * 64)
-            left = gl.where(i < tiles_run, run - i * 64, hi - lo - run - (i - tiles_run) * 64)
-        else:
-            slot += lo + i * 64
+    if RING:
+        left = gl.where(i < tiles_run, run - i * 64, hi - lo - run - (i - tiles_run) * 64)
     return (slot + gl.minimum(j, left - 1)).to(gl.int64) * G + g
 
 
@@ -370,15 +367,10 @@ def _widen_two(
         g = h // GROUP
         if tiles > 0:
             mbarrier.wait(k_empty.index((n + 1) % 2), (((n + 1) // 2) & 1) ^ 1)  # the block before has met its last keys
-            for who in gl.static_range(2):
-                mbarrier.expect(q_full.index(who), 64 * D * 2)
-                if HEADS == 2:
-                    tma.async_copy_global_to_shared(qd, [q0 + first, (h + who) * D], q_full.index(who), sq.index(who))
-                else:
-                    tma.async_copy_global_to_shared(qd, [q0 + first + 64 * who, h * D], q_full.index(who), sq.index(who))
+            _two_queries(qd, q0, first, h, sq, q_full, D, HEADS)
             rows = _ring_rows(table, seq, table_stride, 0, lo, hi, run, tiles_run, ring, g, G, FORMAT, RING, PAGED)
             x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
-            asked = _all_parts(x, s, PARTS, FORMAT)
+            asked = _parts(x, s, 0, PARTS, FORMAT)
             for i in range(tiles):
                 b = n % 2
                 ph = ((n // 2) & 1) ^ 1
@@ -386,7 +378,7 @@ def _widen_two(
                 for c in gl.static_range(FIRST):
                     _give(fk, PARTS * b + c, asked[c], FORMAT)
                 x, s = _starts_of(v_data, v_scales, rows, D, FORMAT)
-                of_v = _all_parts(x, s, PARTS, FORMAT)
+                of_v = _parts(x, s, 0, PARTS, FORMAT)
                 for c in gl.static_range(FIRST, PARTS):
                     _give(fk, PARTS * b + c, asked[c], FORMAT)
                 _signal(k_full.index(b))
@@ -396,7 +388,7 @@ def _widen_two(
                 for c in gl.static_range(FIRST):
                     _give(fv, PARTS * b + c, of_v[c], FORMAT)
                 x, s = _starts_of(k_data, k_scales, rows, D, FORMAT)
-                asked = _all_parts(x, s, PARTS, FORMAT)
+                asked = _parts(x, s, 0, PARTS, FORMAT)
                 for c in gl.static_range(FIRST, PARTS):
                     _give(fv, PARTS * b + c, of_v[c], FORMAT)
                 _signal(v_full.index(b))
@@ -406,9 +398,9 @@ def _widen_two(
 @gluon.jit
 def _256_consume(
     out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full, k_full, v_full,
-    k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
-    SINKS: gl.constexpr, dtype: gl.constexpr,
+    k_empty, v_empty, WHO: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr, SINKS: gl.constexpr,
 ):  # fmt: skip
+    D: gl.constexpr = 256
     accl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
     sl: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     q16 = sq._reinterpret(gl.float16, [2, 64, D], sq.layout).index(WHO)
@@ -421,10 +413,7 @@ def _256_consume(
             w, starts, lengths, blocks, pairs, short, window, ring, HEADS, 64, WINDOWED, RING
         )
         if tiles > 0:
-            if HEADS == 2:
-                h += WHO
-            else:
-                first += WHO * 64
+            first, h = _half_of(first, h, WHO, HEADS)
             nearest = past + first
             pos_q = nearest + gl.arange(0, 64, gl.SliceLayout(1, sl))
             acc = gl.zeros([64, D], gl.float32, accl)
@@ -451,8 +440,22 @@ def _256_consume(
             if SINKS:
                 l += gl.exp2(gl.load(sinks + h).to(gl.float32) * 1.4426950408889634 - m)
             part = gl.expand_dims(gl.convert_layout(1.0 / l, gl.SliceLayout(1, accl)), 1)
-            _store(out, (acc * part).to(dtype), q0, first, T, H, h, 0, D, D, accl)
+            _store(out, (acc * part).to(sq.dtype), q0, first, T, H, h, 0, D, D, accl)
             done += 1
+
+
+@gluon.jit
+def _two_packed(
+    od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full, k_full, v_full,
+    k_empty, v_empty, WHO: gl.constexpr, D: gl.constexpr, HEADS: gl.constexpr, WINDOWED: gl.constexpr, RING: gl.constexpr,
+    SINKS: gl.constexpr,
+):  # fmt: skip
+    if D == 256:  # registers hold no tile of scores ahead, nor results that leave while the next block begins
+        _256_consume(out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full, k_full,
+                     v_full, k_empty, v_empty, WHO, HEADS, WINDOWED, RING, SINKS)  # fmt: skip
+    else:
+        _two_consume(od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full,
+                     k_full, v_full, k_empty, v_empty, WHO, D, 64, HEADS, WINDOWED, RING, SINKS)  # fmt: skip
 
 
 @gluon.jit
@@ -467,27 +470,18 @@ def _two(
     q_full, k_full, v_full = _barriers(2, 1), _barriers(2, 1), _barriers(2, 1)
     k_empty, v_empty = _barriers(2, 2), _barriers(2, 2)
     fence_async_shared()
-    if D == 256:  # registers hold no tile of scores ahead, nor results that leave while the next block begins
-        gl.warp_specialize([
-            (_256_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
-                            k_full, v_full, k_empty, v_empty, 0, D, HEADS, WINDOWED, RING, SINKS, dtype)),
-            (_256_consume, (out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, q_full,
-                            k_full, v_full, k_empty, v_empty, 1, D, HEADS, WINDOWED, RING, SINKS, dtype)),
-            (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works,
-                          blocks, pairs, short, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED,
-                          RING, PAGED, FORMAT)),
-        ], [4, 4], [208, 88])  # fmt: skip
-    else:
+    so = sq  # at 256 results leave from registers
+    if D < 256:
         so = gl.allocate_shared_memory(dtype, [2, 64, D], od.layout)
-        gl.warp_specialize([
-            (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
-                            q_full, k_full, v_full, k_empty, v_empty, 0, D, 64, HEADS, WINDOWED, RING, SINKS)),
-            (_two_consume, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so,
-                            q_full, k_full, v_full, k_empty, v_empty, 1, D, 64, HEADS, WINDOWED, RING, SINKS)),
-            (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works,
-                          blocks, pairs, short, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED,
-                          RING, PAGED, FORMAT)),
-        ], [4, 4], [208, 88])  # fmt: skip
+    gl.warp_specialize([
+        (_two_packed, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full,
+                       k_full, v_full, k_empty, v_empty, 0, D, HEADS, WINDOWED, RING, SINKS)),
+        (_two_packed, (od, out, sinks, starts, lengths, ring, window, H, works, blocks, pairs, short, scale, sq, sk, sv, so, q_full,
+                       k_full, v_full, k_empty, v_empty, 1, D, HEADS, WINDOWED, RING, SINKS)),
+        (_widen_two, (qd, k_data, k_scales, v_data, v_scales, starts, lengths, table, table_stride, ring, window, H, works, blocks,
+                      pairs, short, sq, sk, sv, q_full, k_full, v_full, k_empty, v_empty, GROUP, D, HEADS, WINDOWED, RING, PAGED,
+                      FORMAT)),
+    ], [4, 4], [208, 88])  # fmt: skip
 
 
 def attend_packed_two(
@@ -495,20 +489,9 @@ def attend_packed_two(
     sinks_H: Tensor | None = None, processors: int = 132,
 ) -> Tensor:  # fmt: skip
     """Prefill at head_dim 64, 128 or 256 over fp8, q8_0 or q4_0, as `attend_hopper.attend_two`."""
-    H, D, G = q_NHE.shape[1], q_NHE.shape[2], k.data_SGW.shape[1]
-    heads = 2 if (H // G) % 2 == 0 else 1
-    rows = 128 // heads
-    blocks, pairs = -(-seqs.max_queries // rows), H // heads
-    works = blocks * pairs * seqs.lengths_B.shape[0]
-    short = 0 if window is None else min(blocks, -(-window // rows))
     held = [(x.data_SGW.view(torch.int32), q_NHE if x.scales_SGB is None else x.scales_SGB) for x in (k, v)]
-    _two[(works if window is None else min(processors, works),)](
-        _described(q_NHE, 64, D), *held[0], *held[1], _described(out_NHD, 64, min(D, 128)), out_NHD,
-        q_NHE if sinks_H is None else sinks_H, seqs.starts_B1, seqs.lengths_B, slots.table, slots.table.stride(0),
-        max(1, slots.ring), window or 0, H, works, blocks, pairs, short, scale * LOG2E, GROUP=H // G, D=D, HEADS=heads,
-        WINDOWED=window is not None, RING=slots.ring > 0, PAGED=slots.page > 0, SINKS=sinks_H is not None, FORMAT=k.format,
-        dtype=_kind(q_NHE), num_warps=4,
-    )  # fmt: skip
+    programs, args, options = _two_launch(q_NHE, k, out_NHD, seqs, slots, scale, window, sinks_H, processors)
+    _two[programs](_described(q_NHE, 64, q_NHE.shape[2]), *held[0], *held[1], *args, FORMAT=k.format, **options)
     return out_NHD
 
 
